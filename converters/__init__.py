@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Converters: programs that write model files for edgemoe."""

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""The only door to native code: libedgemoe, and its plug-in for the ggml inside llama-cpp-python.
+
+Native failures become the exceptions of `edgemoe.errors` here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import platform
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from edgemoe import _core
+from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadError, ModelFormatError
+
+_ABI_VERSION = 1
+_ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadError, 4: BudgetError, 5: BudgetError}
+
+Runtime = _core.Runtime
+Sizes = _core.Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorExtent:
+    """Where one stacked expert projection lies: expert e at `offset + e * expert_bytes` of file `file_idx`."""
+
+    name: str
+    file_idx: int
+    layer: int
+    n_experts: int
+    n_experts_used: int
+    offset: int
+    expert_bytes: int
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except _core.CoreError as error:
+        code, message = error.args
+        raise _ERRORS.get(code, BackendError)(message) from None
+
+
+def measure(tensors: Sequence[TensorExtent], slots_bytes: int) -> Sizes:
+    """What the slots for these tensors take; opens no file."""
+    with _translated():
+        return _core.measure([dataclasses.astuple(t) for t in tensors], slots_bytes)
+
+
+def open_runtime(
+    files: Sequence[Path], tensors: Sequence[TensorExtent], slots_bytes: int, n_io_threads: int, eviction: str
+) -> Runtime:
+    """Open the files of a model and check every extent against them.
+
+    Raises:
+        ModelFormatError, ExpertReadError: a file cannot be opened or is shorter than its tensors.
+        BudgetError: `slots_bytes` is too small to run at all.
+    """
+    with _translated():
+        return _core.Runtime(
+            [str(f) for f in files],
+            [dataclasses.astuple(t) for t in tensors],
+            slots_bytes,
+            n_io_threads,
+            {"lru": 0, "lfu": 1}[eviction],
+        )
+
+
+def set_slots_bytes(runtime: Runtime, slots_bytes: int) -> None:
+    """Grow or shrink the slots; the coldest experts go first."""
+    with _translated():
+        runtime.set_slots_bytes(slots_bytes)
+
+
+def raise_read_error(runtime: Runtime) -> None:
+    """Raise the failed read that stopped a computation, if there was one."""
+    code, message = runtime.take_error()
+    if code:
+        raise _ERRORS.get(code, BackendError)(message)
+
+
+@functools.lru_cache(maxsize=None)
+def plugin() -> _core.GgmlPlugin:
+    """The ggml plug-in, registered with the ggml that llama_cpp has loaded.
+
+    Raises:
+        BackendError: llama-cpp-python is missing or of another version than the plug-in was built against.
+    """
+    try:
+        from llama_cpp import _logger
+        from llama_cpp import llama_cpp as llama
+    except ImportError as error:
+        raise BackendError(f"cannot import llama_cpp: {error}; pip install llama-cpp-python==0.3.36") from error
+    path = Path(_core.__file__).with_name("libedgemoe_ggml.so")
+    with _translated():
+        native = _core.GgmlPlugin(str(path))
+    if native.loaded() != native.built_against():
+        raise BackendError(
+            f"cannot use the installed llama.cpp: its ggml is {native.loaded()}, expected {native.built_against()}; "
+            f"pip install llama-cpp-python=={native.llama_cpp_python()}"
+        )
+    if not native.shares_library():
+        raise BackendError(f"two copies of libedgemoe in one process ({path}); reinstall edgemoe")
+    # Through libllama's own dependencies: other copies of libggml on the disk have registries of their own.
+    load = llama._lib.ggml_backend_load
+    load.restype = ctypes.c_void_p
+    quiet = llama.llama_log_callback(lambda _level, _text, _user_data: None)
+    llama.llama_log_set(quiet, ctypes.c_void_p(0))
+    try:
+        if not load(str(path).encode()):
+            raise BackendError(f"ggml refused the plug-in {path}; reinstall edgemoe")
+    finally:
+        llama.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+    return native
+
+
+def populate(path: Path, ranges: Sequence[tuple[int, int, int]], n_threads: int) -> None:
+    """Fill mapped memory with a file's bytes: (file offset, length, address), all multiples of 4096."""
+    with _translated():
+        plugin().populate(str(path), list(ranges), n_threads)
+
+
+def versions() -> dict[str, str]:
+    """Versions of edgemoe, its core and the engine below."""
+    native = plugin()
+    return {
+        "edgemoe": _core.version(),
+        "ggml_built_against": native.built_against(),
+        "ggml_loaded": native.loaded(),
+        "llama_cpp_python": metadata.version("llama-cpp-python"),
+        "python": platform.python_version(),
+    }
+
+
+def isa() -> str:
+    """The instruction sets that ggml's CPU kernels use here, as llama.cpp names them."""
+    import llama_cpp.llama_cpp as llama
+
+    return str(llama.llama_print_system_info().decode()).strip()
+
+
+def _check_abi() -> None:
+    if _core.abi_version() != _ABI_VERSION:
+        raise BackendError(
+            f"libedgemoe has ABI {_core.abi_version()}, expected {_ABI_VERSION}; reinstall edgemoe"
+        )
+
+
+_check_abi()

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""`edgemoe generate`: one completion of one prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from edgemoe.cli.completion import Completion, chat_prompt, text_prompt
+from edgemoe.cli.console import Settings, open_llama, print_json, say
+from edgemoe.cli.options import (
+    TokenCountType,
+    ctx_option,
+    json_option,
+    memory_option,
+    model_argument,
+    seed_option,
+    temperature_option,
+    threads_option,
+)
+
+
+@click.command()
+@model_argument
+@click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
+@click.option(
+    "-f",
+    "--file",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Read the prompt from a file, - for stdin; one newline at its end is left out.",
+)
+@click.option("--chat", "as_chat", is_flag=True, help="Put the prompt as a user's turn into the model's chat template.")
+@click.option(
+    "-n",
+    "n_tokens_max",
+    type=TokenCountType(),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Most tokens to generate; -1: until the context is full.",
+)
+@temperature_option
+@seed_option
+@ctx_option
+@memory_option
+@threads_option
+@json_option
+@click.pass_obj
+def generate(
+    settings: Settings,
+    model: Path | None,
+    prompt: str | None,
+    file: BinaryIO | None,
+    as_chat: bool,
+    n_tokens_max: int,
+    temperature: float,
+    seed: int | None,
+    n_ctx: int,
+    memory: int | None,
+    n_threads: int | None,
+    as_json: bool,
+) -> None:
+    """Complete one prompt.
+
+    The answer goes to stdout as it comes, without the prompt. With --json the statistics, the `text` and the ids of
+    its `tokens` are printed as one object instead.
+    """
+    if (prompt is None) == (file is None):
+        raise click.UsageError("Give the prompt with exactly one of -p TEXT and -f FILE.")
+    text = prompt if prompt is not None else _read_prompt(file)
+    with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads) as llm:
+        tokens = chat_prompt(llm, [{"role": "user", "content": text}]) if as_chat else text_prompt(llm, text)
+        completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
+        for piece in completion:
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        if as_json:
+            print_json({**llm.stats().to_dict(), "text": completion.text, "tokens": completion.tokens})
+        else:
+            click.echo()
+            say(completion.footer())
+
+
+def _read_prompt(file: BinaryIO | None) -> str:
+    """The text of a prompt file without the newline at its end."""
+    data = b"" if file is None else file.read()
+    try:
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(
+            f"the prompt is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}", param_hint="-f"
+        ) from error

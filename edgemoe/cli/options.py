@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgemoe.errors import BudgetError
+from edgemoe.sizes import parse_size
+
+CTX_STEP = 256
+"""llama.cpp rounds a context up to a multiple of this."""
+
+UNLIMITED = -1
+"""The value of `-n` that means: until the context is full."""
+
+
+class SizeType(click.ParamType[int]):
+    """A size such as `1.5GiB`, `1500MB` or an integer of bytes; its value is bytes."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value if isinstance(value, int) else str(value))
+        except BudgetError as error:
+            self.fail(str(error), param, ctx)
+
+
+class TokenCountType(click.ParamType[int]):
+    """A positive number of tokens, or -1 for no limit but the context."""
+
+    name = "integer"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            n_tokens = int(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not an integer.", param, ctx)
+        if n_tokens < 1 and n_tokens != UNLIMITED:
+            self.fail(f"{n_tokens} is neither positive nor -1 (until the context is full).", param, ctx)
+        return n_tokens
+
+
+def _round_up_ctx(_ctx: click.Context, _param: click.Parameter, n_ctx: int) -> int:
+    """Round as llama.cpp does by itself, so that plans are true; llama-cpp-python overruns its buffer otherwise."""
+    return -(-n_ctx // CTX_STEP) * CTX_STEP
+
+
+model_argument = click.argument("model", required=False, type=click.Path(path_type=Path))
+memory_option = click.option(
+    "--memory",
+    type=SizeType(),
+    metavar="SIZE",
+    help="Memory budget of the process: 1.5GiB, 1500MB or bytes.  [default: what the machine can spare]",
+)
+ctx_option = click.option(
+    "--ctx",
+    "n_ctx",
+    type=click.IntRange(min=1),
+    callback=_round_up_ctx,
+    default=4096,
+    show_default=True,
+    metavar="N",
+    help="Context: tokens of prompt and answer together; rounded up to a multiple of 256.",
+)
+threads_option = click.option(
+    "--threads",
+    "n_threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that compute.  [default: llama.cpp's choice]",
+)
+temperature_option = click.option(
+    "--temperature",
+    type=click.FloatRange(min=0.0),
+    default=0.8,
+    show_default=True,
+    metavar="T",
+    help="Randomness of sampling; 0 always takes the likeliest token.",
+)
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**32 - 1),
+    metavar="S",
+    help="Seed of sampling.  [default: another one each time]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""`edgemoe plan`: where the bytes of a memory budget go, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemoe.cli.console import find_model, print_json
+from edgemoe.cli.options import ctx_option, json_option, memory_option, model_argument
+from edgemoe.sizes import format_size
+
+if TYPE_CHECKING:
+    from edgemoe.types import Plan
+
+SMALLEST_ADVISED_CTX = 512
+
+
+@click.command()
+@model_argument
+@memory_option
+@ctx_option
+@json_option
+@click.pass_context
+def plan(click_ctx: click.Context, model: Path | None, memory: int | None, n_ctx: int, as_json: bool) -> None:
+    """Show where the memory would go.
+
+    Exits with 1 if the model does not fit into the budget, and says what would make it fit.
+    """
+    path = find_model(model)
+    from edgemoe import plan as make_plan
+
+    made = make_plan(path, memory=memory, n_ctx=n_ctx)
+    if as_json:
+        print_json(made.to_dict())
+    else:
+        click.echo(f"{path.name}, context {n_ctx}")
+        click.echo(plan_table(made))
+        if made.fits:
+            click.echo(f"fits: {format_size(made.budget_bytes)} is at or above the floor")
+        else:
+            n_ctx_fitting = _fitting_ctx(path, made.budget_bytes, n_ctx)
+            click.echo(does_not_fit(made, n_ctx_fitting))
+    if not made.fits:
+        click_ctx.exit(1)
+
+
+def plan_table(plan: Plan) -> str:
+    """A plan as lines of text: the parts and their sum, the limits, the experts."""
+    parts = [
+        ("dense weights", plan.dense_bytes),
+        ("KV cache", plan.kv_bytes),
+        ("compute buffers", plan.buffers_bytes),
+        ("expert slots", plan.slots_bytes),
+        ("slack", plan.slack_bytes),
+    ]
+    total_bytes = sum(n_bytes for _, n_bytes in parts)
+    rows = [*parts, ("total", total_bytes), ("budget", plan.budget_bytes), ("floor", plan.floor_bytes)]
+    lines = [f"  {name:<16}{format_size(n_bytes):>10}" for name, n_bytes in rows]
+    lines.insert(len(parts), "  " + "-" * 26)
+    if plan.n_experts == 0:
+        return "\n".join([*lines, "  no routed experts: everything is resident"])
+    share = min(plan.slots_bytes / plan.expert_bank_bytes, 1.0) if plan.expert_bank_bytes else 1.0
+    lines.append(
+        f"  experts: {plan.n_experts_used} of {plan.n_experts} in each of {plan.n_moe_layers} layers; "
+        f"one token uses {format_size(plan.token_cycle_bytes)} of {format_size(plan.expert_bank_bytes)}, "
+        f"the slots hold {share:.0%}"
+    )
+    return "\n".join(lines)
+
+
+def does_not_fit(plan: Plan, n_ctx_fitting: int | None) -> str:
+    """Why a plan does not fit and what would make it fit."""
+    smallest = f"--memory {-(-plan.floor_bytes // 2**20)}MiB"
+    ways = smallest if n_ctx_fitting is None else f"{smallest} or --ctx {n_ctx_fitting}"
+    return (
+        f"does not fit: budget {format_size(plan.budget_bytes)} is below the floor {format_size(plan.floor_bytes)}; "
+        f"use {ways}"
+    )
+
+
+def _fitting_ctx(path: Path, budget_bytes: int, n_ctx: int) -> int | None:
+    """The largest context, among halvings of `n_ctx`, that fits into a budget; None if none does."""
+    from edgemoe import plan as make_plan
+
+    n_ctx //= 2
+    while n_ctx >= SMALLEST_ADVISED_CTX:
+        if make_plan(path, memory=budget_bytes, n_ctx=n_ctx).fits:
+            return n_ctx
+        n_ctx //= 2
+    return None

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: MIT
+"""llama.cpp as edgemoe uses it: how its memory is measured before it is taken, and where its mappings lie."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from llama_cpp import _logger
+from llama_cpp import llama_cpp as llama
+
+from edgemoe import _native, host
+from edgemoe.errors import BackendError
+from edgemoe.formats.gguf import GgufModel
+
+_PAGE_BYTES = 4096
+_MIB = 1 << 20
+# llama.cpp 0.3.36's own report of what its context takes; tests compare it with the buffers themselves.
+_KV_SIZE = re.compile(r"(?:llama_kv_cache|llama_memory_recurrent|dsv4)[^\n]*: size = +([\d.]+) MiB|DSV4 .* state buffer size = +([\d.]+) MiB")
+_COMPUTE_SIZE = re.compile(r"compute buffer size = +([\d.]+) MiB")
+_OUTPUT_SIZE = re.compile(r"output buffer size = +([\d.]+) MiB")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSizes:
+    """Memory that llama.cpp takes beside weights: KV cache, compute and output buffers, and this process's
+    resident set with the model's vocabulary and graph in it."""
+
+    kv_bytes: int
+    compute_bytes: int
+    output_bytes: int
+    process_bytes: int
+
+
+class EngineLog:
+    """llama.cpp's log while a model loads: kept for its numbers and errors, shown when `echo`."""
+
+    def __init__(self, echo: bool) -> None:
+        self.text = ""
+        self._echo = echo
+
+    def add(self, level: int, text: bytes, _user_data: Any) -> None:
+        """Take one piece of log, as llama.cpp's callback."""
+        line = text.decode("utf-8", errors="replace")
+        self.text += line
+        if self._echo:
+            print(line, end="", file=sys.stderr)
+
+    def last_error(self) -> str:
+        """The last line in which llama.cpp says what failed."""
+        lines = [line for line in self.text.splitlines() if "error" in line.lower() or "fail" in line.lower()]
+        return lines[-1] if lines else "no reason given"
+
+    def sizes(self, process_bytes: int) -> EngineSizes:
+        """The sizes that llama.cpp reported."""
+
+        def total(pattern: re.Pattern[str]) -> int:
+            found = [float(next(filter(None, m.groups()))) for m in pattern.finditer(self.text)]
+            # Two decimals of a MiB are printed: each figure may be 5 KiB short.
+            return int(sum(found) * _MIB) + len(found) * 5243
+
+        return EngineSizes(total(_KV_SIZE), total(_COMPUTE_SIZE), total(_OUTPUT_SIZE), process_bytes)
+
+
+@contextlib.contextmanager
+def engine_log(echo: bool) -> Iterator[EngineLog]:
+    """Collect llama.cpp's log."""
+    log = EngineLog(echo)
+    callback = llama.llama_log_callback(log.add)
+    llama.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield log
+    finally:
+        llama.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+class _Rehearsal(llama_cpp.Llama):  # type: ignore[misc]
+    """A model and a context that llama.cpp sizes without allocating them."""
+
+    @property
+    def model_params(self) -> Any:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.no_alloc = True
+        params.use_extra_bufts = False
+        self._model_params = params
+
+
+def rehearse(model: GgufModel, runtime: _native.Runtime | None, llama_kwargs: dict[str, Any]) -> EngineSizes:
+    """Measure what llama.cpp will take for this model and context, without loading weights.
+
+    Raises:
+        BackendError: llama.cpp cannot load the model.
+    """
+    kwargs = dict(llama_kwargs, use_mmap=False, use_mlock=False, lora_path=None, verbose=False, draft_model=None)
+    with loading(runtime), engine_log(echo=False) as log:
+        try:
+            # verbose=True only keeps llama_cpp from closing the standard streams around the load.
+            rehearsal = _Rehearsal(str(model.path), **kwargs)
+        except (ValueError, RuntimeError) as error:
+            raise BackendError(f"llama.cpp cannot load {model.path}: {log.last_error()}") from error
+        process_bytes = host.process_rss_bytes()
+        rehearsal.close()
+    return log.sizes(process_bytes)
+
+
+@contextlib.contextmanager
+def loading(runtime: _native.Runtime | None) -> Iterator[bool]:
+    """Within: a model that this thread loads has its experts served by `runtime`.
+
+    Yields whether llama.cpp's loader could be kept from reading the whole file ahead.
+    """
+    if runtime is None:
+        yield True
+        return
+    plugin = _native.plugin()
+    hooked = plugin.begin_load(runtime)
+    try:
+        yield hooked
+    finally:
+        plugin.end_load()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapping:
+    """One mapping of a file into this process: bytes [offset, offset + length) at `address`."""
+
+    address: int
+    length: int
+    offset: int
+
+
+def mappings(path: Path) -> list[Mapping]:
+    """Where `path` is mapped into this process."""
+    wanted, inode = str(path.resolve()), path.stat().st_ino
+    found = []
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        fields = line.split(None, 5)
+        if len(fields) < 6 or int(fields[4]) != inode or fields[5] != wanted:
+            continue
+        begin, end = (int(x, 16) for x in fields[0].split("-"))
+        found.append(Mapping(begin, end - begin, int(fields[2], 16)))
+    return found
+
+
+def dense_ranges(model: GgufModel, file_idx: int, mapped: list[Mapping]) -> list[tuple[int, int, int]]:
+    """Pages of a file's mappings that hold dense weights, as (file offset, length, address)."""
+    experts = {t.name for t in model.expert_tensors}
+    spans: list[list[int]] = []
+    for t in sorted((t for t in model.tensors if t.file_idx == file_idx and t.name not in experts), key=lambda t: t.offset):
+        begin = t.offset // _PAGE_BYTES * _PAGE_BYTES
+        end = -(-(t.offset + t.n_bytes) // _PAGE_BYTES) * _PAGE_BYTES
+        if spans and begin <= spans[-1][1]:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([begin, end])
+    ranges = []
+    for m in mapped:
+        for begin, end in spans:
+            first, last = max(begin, m.offset), min(end, m.offset + m.length)
+            if first < last:
+                ranges.append((first, last - first, m.address + first - m.offset))
+    return ranges
+
+
+def drop_experts(mapped: list[Mapping]) -> None:
+    """Forget file pages that a loader read ahead; reading them again would give the same bytes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for m in mapped:
+        libc.madvise(ctypes.c_void_p(m.address), ctypes.c_size_t(m.length), 4)  # MADV_DONTNEED

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Model file formats, read without loading a model."""

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: MIT
+"""`llama_cpp.Llama` with its routed experts streamed from storage under a memory budget."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import psutil
+from llama_cpp import llama_cpp as llama
+
+from edgemoe import _native, engine, host, planner, runtime
+from edgemoe.demo import demo_model
+from edgemoe.errors import AdapterError, BackendError, BudgetError
+from edgemoe.formats.gguf import GgufModel, read_model
+from edgemoe.sizes import parse_size
+from edgemoe.types import Plan, Stats
+
+Progress = Callable[[str, int, int], None]
+"""Called as (stage, done, total) while something takes long."""
+
+_log = logging.getLogger("edgemoe")
+# Loads are told apart by thread, but memory is measured by process: one at a time.
+_load_lock = threading.Lock()
+
+
+@dataclasses.dataclass
+class _Counters:
+    """What `Llama` counts itself; the expert counters are native."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+
+
+class Llama(llama_cpp.Llama):  # type: ignore[misc]
+    """A `llama_cpp.Llama` whose experts stay on storage, within `memory`.
+
+    Everything that `llama_cpp.Llama` offers works as it does there, and gives the same bits as it does without
+    weight repacking, whatever the budget. A model without routed experts runs as it would in llama_cpp.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path | None = None,
+        *,
+        memory: int | str | None = None,
+        n_ctx: int = 4096,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        eviction: str = "lru",
+        progress: Progress | None = None,
+        verbose: bool = False,
+        **llama_cpp_kwargs: Any,
+    ) -> None:
+        """Plan, refuse or load.
+
+        Args:
+            model_path: a GGUF file, the first of a split one; None for the demo model.
+            memory: budget for everything this process holds: bytes, or a size such as "1.5GiB"; None for what
+                the machine and its cgroup have free.
+            n_ctx: context length in tokens, rounded up to a multiple of 256; 0 for the model's own.
+            n_threads, n_threads_batch: threads for decode and prefill; None for the physical cores.
+            eviction: which expert goes first, `lru` or `lfu`.
+            progress: called as (stage, done, total) while loading.
+            llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
+
+        Raises:
+            ModelFormatError: a file is missing, truncated or no GGUF.
+            BudgetError: the budget is below the model's floor, or cannot be parsed.
+            BackendError: llama.cpp refused the model.
+            AdapterError: the LoRA adapter changes routed experts.
+        """
+        begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
+        report = progress or (lambda _stage, _done, _total: None)
+        self._runtime: _native.Runtime | None = None
+        self._counters = _Counters()
+        self._memory = memory
+        self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
+        n_cores = psutil.cpu_count(logical=False) or 1
+        kwargs = dict(
+            llama_cpp_kwargs,
+            n_ctx=planner.context_size(n_ctx, model),
+            n_threads=n_threads or n_cores,
+            n_threads_batch=n_threads_batch or n_threads or n_cores,
+        )
+        lora_path, lora_scale = kwargs.pop("lora_path", None), kwargs.get("lora_scale", 1.0)
+        lock_memory = bool(kwargs.pop("use_mlock", False))
+        kwargs.pop("use_mmap", None)
+        if lora_path is not None:
+            _check_adapter(lora_path, model)
+        budget_bytes = None if memory is None else parse_size(memory)
+        report("planning", 0, 1)
+        with _load_lock:
+            self._footprint = planner.measure(model, kwargs)
+            self.plan = self._footprint.plan(budget_bytes)
+            if not self.plan.fits:
+                raise planner.refusal(self.plan, model, kwargs["n_ctx"])
+            report("loading", 0, model.dense_bytes)
+            self._load(kwargs, eviction, lock_memory, verbose)
+        if lora_path is not None:
+            self._add_adapter(str(lora_path), lora_scale)
+        self._load_s = time.perf_counter() - begin_s
+        self._load_bytes_read = host.storage_bytes_read() - begin_read
+        report("loading", model.dense_bytes, model.dense_bytes)
+
+    # llama_cpp.Llama fills in `self.model_params` and hands it to llama.cpp: the place to say what it has no
+    # argument for. Repacked weights would be a second copy, of other bits.
+    @property
+    def model_params(self) -> Any:
+        """llama.cpp's model parameters."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.use_extra_bufts = False
+        self._model_params = params
+
+    def _load(self, kwargs: dict[str, Any], eviction: str, lock_memory: bool, verbose: bool) -> None:
+        model = self._gguf
+        if model.expert_tensors:
+            self._runtime = runtime.open_runtime(model, self.plan.slots_bytes, eviction)
+        else:
+            _log.warning("%s has no routed experts: it runs as plain llama.cpp", model.path)
+        before = {m.address for path in model.files for m in engine.mappings(path)}
+        with engine.loading(self._runtime) as hooked, engine.engine_log(echo=verbose) as log:
+            try:
+                super().__init__(str(model.path), use_mmap=True, verbose=verbose, **kwargs)
+            except (ValueError, RuntimeError) as error:
+                raise BackendError(f"llama.cpp cannot load {model.path}: {log.last_error()}") from error
+        if self._runtime is None:
+            return
+        if not hooked:
+            _log.warning("llama.cpp's loader could not be kept from reading %s whole: loading is slower", model.path)
+        libc = ctypes.CDLL(None, use_errno=True)
+        for i, path in enumerate(model.files):
+            mapped = [m for m in engine.mappings(path) if m.address not in before]
+            ranges = engine.dense_ranges(model, i, mapped)
+            if not hooked:
+                engine.drop_experts(mapped)
+            _native.populate(path, ranges, runtime.N_IO_THREADS)
+            for _, length, address in ranges if lock_memory else ():
+                if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(length)) != 0:
+                    _log.warning("cannot lock %d bytes of dense weights in memory; raise the memlock limit", length)
+                    break
+        # What was planned is now there to be measured; only buffers not yet written to are still a plan.
+        sizes = log.sizes(host.process_rss_bytes())
+        self._fixed_bytes = sizes.process_bytes + sizes.compute_bytes + self._footprint.batch_bytes
+        self._fit_slots(self.plan)
+
+    def _fit_slots(self, plan: Plan) -> None:
+        assert self._runtime is not None
+        slots = plan.budget_bytes - self._fixed_bytes - self._footprint.slack_bytes(plan.budget_bytes)
+        sizes = runtime.slot_sizes(self._gguf, slots)
+        if slots < sizes.cycle_slot_bytes:
+            raise planner.refusal(
+                dataclasses.replace(
+                    plan, fits=False, floor_bytes=plan.budget_bytes + int(sizes.cycle_slot_bytes) - max(0, slots)
+                ),
+                self._gguf,
+                self.n_ctx(),
+            )
+        _native.set_slots_bytes(self._runtime, slots)
+        self.plan = dataclasses.replace(plan, slots_bytes=int(sizes.slots_bytes))
+
+    def set_memory(self, memory: int | str) -> None:
+        """Change the budget now: experts are dropped, coldest first, or get more room.
+
+        Raises:
+            BudgetError: the budget is below the floor; the old one stays in force.
+        """
+        plan = self._footprint.plan(parse_size(memory))
+        if not plan.fits:
+            raise planner.refusal(plan, self._gguf, self.n_ctx())
+        if self._runtime is not None:
+            self._fit_slots(plan)
+        else:
+            self.plan = plan
+        self._memory = memory
+
+    def _add_adapter(self, path: str, scale: float) -> None:
+        adapter = llama.llama_adapter_lora_init(self._model.model, path.encode())
+        if adapter is None:
+            raise AdapterError(f"llama.cpp cannot load the LoRA adapter {path}; is it made for {self._gguf.path}?")
+        self._stack.callback(llama.llama_adapter_lora_free, adapter)
+        adapters = (llama.llama_adapter_lora_p_ctypes * 1)(adapter)
+        if llama.llama_set_adapters_lora(self._ctx.ctx, adapters, 1, (ctypes.c_float * 1)(scale)) != 0:
+            raise AdapterError(f"llama.cpp cannot apply the LoRA adapter {path}; is it made for {self._gguf.path}?")
+        self.lora_path = path
+
+    @contextlib.contextmanager
+    def _read_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            if self._runtime is not None:
+                _native.raise_read_error(self._runtime)
+            raise
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens, as `llama_cpp.Llama.eval`.
+
+        Raises:
+            ExpertReadError: an expert could not be read. The tokens of earlier batches stay evaluated.
+        """
+        begin_s = time.perf_counter()
+        try:
+            with self._read_errors():
+                super().eval(tokens)
+        except BaseException:
+            # The logits on hand may belong to a later position than n_tokens: decode again before sampling.
+            self._requires_eval = True
+            raise
+        elapsed_s = time.perf_counter() - begin_s
+        if len(tokens) > 1:
+            self._counters.prompt_tokens += len(tokens)
+            self._counters.prefill_s += elapsed_s
+            self._counters.ttft_s = elapsed_s
+        else:
+            self._counters.completion_tokens += len(tokens)
+            self._counters.decode_s += elapsed_s
+
+    def generate(self, *args: Any, **kwargs: Any) -> Iterator[int]:
+        """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""
+        begin_s = time.perf_counter()
+        is_first = True
+        with contextlib.closing(super().generate(*args, **kwargs)) as tokens:
+            for token in tokens:
+                if is_first:
+                    self._counters.ttft_s = time.perf_counter() - begin_s
+                    is_first = False
+                yield token
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """Embed text, as `llama_cpp.Llama.embed`."""
+        with self._read_errors():
+            return super().embed(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget the conversation, as `llama_cpp.Llama.reset`."""
+        super().reset()
+
+    def stats(self) -> Stats:
+        """Counters since loading or the last `reset_stats()`."""
+        c = self._counters
+        experts = self._runtime.stats() if self._runtime is not None else None
+        return Stats(
+            prompt_tokens=c.prompt_tokens,
+            completion_tokens=c.completion_tokens,
+            prefill_tokens_per_s=c.prompt_tokens / c.prefill_s if c.prefill_s else 0.0,
+            decode_tokens_per_s=c.completion_tokens / c.decode_s if c.decode_s else 0.0,
+            ttft_s=c.ttft_s,
+            load_s=self._load_s,
+            load_bytes_read=self._load_bytes_read,
+            expert_hits=experts.hits if experts else 0,
+            expert_misses=experts.misses if experts else 0,
+            expert_late_hits=experts.late_hits if experts else 0,
+            expert_bytes_read=experts.bytes_read if experts else 0,
+            stall_s=experts.stall_ns / 1e9 if experts else 0.0,
+            n_slots=experts.n_slots if experts else 0,
+            slots_bytes=experts.slots_bytes if experts else 0,
+            peak_rss_bytes=host.peak_rss_bytes(),
+            budget_bytes=self.plan.budget_bytes,
+            kernels="ggml",
+        )
+
+    def reset_stats(self) -> None:
+        """Start the counters again; load time and peak memory stay."""
+        self._counters = _Counters()
+        if self._runtime is not None:
+            self._runtime.reset_stats()
+
+    def close(self) -> None:
+        """Free the model and its experts."""
+        stack = getattr(self, "_stack", None)
+        if stack is not None:
+            stack.close()
+        if getattr(self, "_runtime", None) is not None:
+            self._runtime.close()  # type: ignore[union-attr]
+            self._runtime = None
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return dict(state, memory=self._memory)
+
+
+def _check_adapter(path: str | Path, model: GgufModel) -> None:
+    experts = {t.name for t in model.expert_tensors}
+    changed = [t.name for t in read_model(path).tensors if t.name.removesuffix(".lora_a") in experts]
+    if changed:
+        raise AdapterError(
+            f"cannot use the LoRA adapter {path}: it changes {len(changed)} tensors of routed experts, the first is "
+            f"{changed[0]}; merge it into the model, or train one for the dense part only"
+        )
+
+
+__all__ = ["BudgetError", "Llama"]

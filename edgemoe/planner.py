@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""Where the bytes of a memory budget go, decided before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from edgemoe import engine, host, runtime
+from edgemoe.demo import demo_model
+from edgemoe.errors import BudgetError
+from edgemoe.formats.gguf import GgufModel, read_model
+from edgemoe.sizes import format_size, parse_size
+from edgemoe.types import Plan
+
+# llama.cpp rounds a context up to a multiple of this, and llama_cpp sizes its arrays by what was asked for.
+_CONTEXT_MULTIPLE = 256
+# For what no line of the plan names: allocator fragmentation, page tables (1/512 of what is mapped), the CPU
+# backend's work buffers, Python modules imported later. Measured: 8-20 MiB on OLMoE at 25-100 % (docs/experiments.md).
+_SLACK_BYTES = 32 << 20
+_SLACK_SHARE = 1 / 128
+
+
+def context_size(n_ctx: int, model: GgufModel) -> int:
+    """The context that llama.cpp really makes: 0 means the model's own, others are rounded up."""
+    if n_ctx == 0:
+        n_ctx = int(model.metadata.get(f"{model.architecture}.context_length", 4096))
+    return -(-n_ctx // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
+
+
+def _batch_bytes(model: GgufModel, llama_kwargs: dict[str, Any]) -> int:
+    """Buffers of our own and of llama_cpp's that grow with the batch."""
+    n_ctx = int(llama_kwargs["n_ctx"])
+    n_batch = min(n_ctx, int(llama_kwargs.get("n_batch", 512)))
+    n_ubatch = min(n_batch, int(llama_kwargs.get("n_ubatch", 512)))
+    n_bytes = 0
+    for t in model.expert_tensors:
+        # Activation rows are at most as wide as f32, and 9/8 bytes an element beside quantized weights.
+        element_bytes = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}.get(t.type_name, 1.125)
+        rows = n_ubatch * (1 + model.n_experts_used)
+        n_bytes = max(n_bytes, int(rows * (t.shape[0] * element_bytes + 64)))
+    if llama_kwargs.get("logits_all"):
+        tokens = model.metadata.get("tokenizer.ggml.tokens", [])
+        n_bytes += 4 * len(tokens) * (n_ctx + n_batch)
+    return n_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What a model needs beside its expert slots, and what its slots can take."""
+
+    model: GgufModel
+    kv_bytes: int
+    buffers_bytes: int
+    batch_bytes: int
+
+    def slack_bytes(self, budget_bytes: int) -> int:
+        """Set aside for what cannot be counted."""
+        return _SLACK_BYTES + int(budget_bytes * _SLACK_SHARE)
+
+    def plan(self, budget_bytes: int | None) -> Plan:
+        """Divide a budget; None: what this machine has, and no more than the model can use."""
+        model = self.model
+        fixed = model.dense_bytes + self.kv_bytes + self.buffers_bytes + _SLACK_BYTES
+        sizes = runtime.slot_sizes(model, 0)
+        floor = int((fixed + sizes.cycle_slot_bytes) / (1 - _SLACK_SHARE))
+        if budget_bytes is None:
+            everything = int((fixed + sizes.bank_slot_bytes) / (1 - _SLACK_SHARE)) + 1
+            budget_bytes = min(everything, host.default_budget_bytes())
+        slack = self.slack_bytes(budget_bytes)
+        sizes = runtime.slot_sizes(model, budget_bytes - (fixed - _SLACK_BYTES) - slack)
+        return Plan(
+            fits=budget_bytes >= floor,
+            budget_bytes=budget_bytes,
+            floor_bytes=floor,
+            dense_bytes=model.dense_bytes,
+            kv_bytes=self.kv_bytes,
+            buffers_bytes=self.buffers_bytes,
+            slots_bytes=int(sizes.slots_bytes),
+            slack_bytes=slack,
+            token_cycle_bytes=model.token_cycle_bytes,
+            expert_bank_bytes=model.expert_bank_bytes,
+            n_experts=model.n_experts if model.expert_tensors else 0,
+            n_experts_used=model.n_experts_used if model.expert_tensors else 0,
+            n_moe_layers=model.n_moe_layers,
+        )
+
+
+def measure(model: GgufModel, llama_kwargs: dict[str, Any]) -> Footprint:
+    """Rehearse the load; see `engine.rehearse` for errors."""
+    expert_runtime = None
+    if model.expert_tensors:
+        expert_runtime = runtime.open_runtime(model, int(runtime.slot_sizes(model, 0).bank_slot_bytes))
+    try:
+        sizes = engine.rehearse(model, expert_runtime, llama_kwargs)
+    finally:
+        if expert_runtime is not None:
+            expert_runtime.close()
+    batch_bytes = _batch_bytes(model, llama_kwargs)
+    buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes
+    return Footprint(model, sizes.kv_bytes, buffers, batch_bytes)
+
+
+def refusal(plan: Plan, model: GgufModel, n_ctx: int) -> BudgetError:
+    """Why a budget is too small, with the numbers and a way out."""
+
+    def gib(n_bytes: int) -> str:
+        return f"{n_bytes / (1 << 30):.2f}"
+
+    enough = -(-plan.floor_bytes * 102 // 100 // (1 << 20))
+    shorter = f"a shorter context (now {n_ctx}) or " if plan.kv_bytes > plan.floor_bytes // 20 else ""
+    return BudgetError(
+        f"budget {format_size(plan.budget_bytes)} is below the floor {format_size(plan.floor_bytes)} for "
+        f"{model.path.name} (GiB: dense {gib(plan.dense_bytes)}, KV {gib(plan.kv_bytes)}, buffers "
+        f"{gib(plan.buffers_bytes)}, one token's experts {gib(plan.token_cycle_bytes)}, slack {gib(plan.slack_bytes)}); "
+        f"use {shorter}--memory {enough}MiB"
+    )
+
+
+def plan(
+    model_path: str | Path | None = None, *, memory: int | str | None = None, n_ctx: int = 4096, **llama_kwargs: Any
+) -> Plan:
+    """Plan a memory budget for a model without loading it.
+
+    Args:
+        model_path: a GGUF file; None for the demo model.
+        memory: bytes, or a size such as "1.5GiB"; None for what this machine has.
+        n_ctx: context length in tokens; 0 for the model's own.
+        llama_kwargs: what `Llama` will be given; those that change its memory count.
+
+    Raises:
+        ModelFormatError, BudgetError, BackendError: the file, the size or the model cannot be used. A budget that
+        is too small is not an error: `Plan.fits` says so.
+    """
+    model = read_model(model_path if model_path is not None else demo_model())
+    kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))
+    return measure(model, kwargs).plan(None if memory is None else parse_size(memory))

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""The typed records that edgemoe hands out. Field names are stable: scripts read them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+
+class ExpertKey(NamedTuple):
+    """One routed expert: a feed-forward network of one layer."""
+
+    layer: int
+    expert: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counters since the model was loaded or `reset_stats()` was last called.
+
+    Attributes:
+        prompt_tokens: tokens evaluated in batches of more than one token (prefill).
+        completion_tokens: tokens evaluated one at a time (decode).
+        prefill_tokens_per_s, decode_tokens_per_s: tokens per second of the two; 0.0 before the first.
+        ttft_s: seconds from the start of the last request to its first token.
+        load_s, load_bytes_read: seconds and bytes read from storage while the model was loaded.
+        expert_hits, expert_misses, expert_late_hits: experts found resident, absent, or still loading when a
+            layer asked for them; a layer of a batch asks once for each distinct expert.
+        expert_bytes_read: bytes of experts read from storage.
+        stall_s: seconds that computing waited for storage with nothing else to do.
+        n_slots, slots_bytes: expert tensors that fit in the slots, and the memory set aside for them.
+        peak_rss_bytes: largest resident set of this process so far.
+        budget_bytes: the memory budget in force.
+        kernels: who computes the experts (`ggml`).
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    ttft_s: float
+    load_s: float
+    load_bytes_read: int
+    expert_hits: int
+    expert_misses: int
+    expert_late_hits: int
+    expert_bytes_read: int
+    stall_s: float
+    n_slots: int
+    slots_bytes: int
+    peak_rss_bytes: int
+    budget_bytes: int
+    kernels: str
+
+    @property
+    def expert_hit_rate(self) -> float:
+        """Hits divided by all requests for an expert; 0.0 before the first request."""
+        asked = self.expert_hits + self.expert_misses + self.expert_late_hits
+        return self.expert_hits / asked if asked else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dictionary, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where the bytes of a memory budget go; made before anything is loaded.
+
+    `floor_bytes` is the smallest budget that runs: everything but the slots, plus the experts of one token.
+    All sizes are bytes. For a model without routed experts the expert fields are 0.
+    """
+
+    fits: bool
+    budget_bytes: int
+    floor_bytes: int
+    dense_bytes: int
+    kv_bytes: int
+    buffers_bytes: int
+    slots_bytes: int
+    slack_bytes: int
+    token_cycle_bytes: int
+    expert_bank_bytes: int
+    n_experts: int
+    n_experts_used: int
+    n_moe_layers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dictionary, ready for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MIT
+// c_api.cc: edgemoe.h in terms of the core. Nothing is decided here; exceptions (out of memory) end here.
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <new>
+
+#include "core/runtime.h"
+#include "edgemoe/edgemoe.h"
+
+namespace {
+
+using edgemoe::Status;
+
+int32_t Report(const Status& status, edgemoe_error* error) {
+  if (error != nullptr) {
+    error->code = status.code();
+    const size_t n = std::min(status.message().size(), sizeof(error->message) - 1);
+    std::memcpy(error->message, status.message().data(), n);
+    error->message[n] = '\0';
+  }
+  return status.code();
+}
+
+template <typename Function>
+int32_t Guard(edgemoe_error* error, Function function) {
+  try {
+    return Report(function(), error);
+  } catch (const std::bad_alloc&) {
+    return Report(Status(EDGEMOE_NO_MEMORY, "out of memory"), error);
+  } catch (const std::exception& e) {
+    return Report(Status(EDGEMOE_INTERNAL, e.what()), error);
+  }
+}
+
+const char kInstance = 0;
+
+}  // namespace
+
+int32_t edgemoe_abi_version(void) { return EDGEMOE_ABI_VERSION; }
+const char* edgemoe_version(void) { return EDGEMOE_VERSION; }
+const void* edgemoe_instance_id(void) { return &kInstance; }
+
+int32_t edgemoe_measure(const edgemoe_options* options, edgemoe_sizes* sizes, edgemoe_error* error) {
+  return Guard(error, [&] { return edgemoe::Measure(*options, sizes); });
+}
+
+int32_t edgemoe_runtime_open(const edgemoe_options* options, edgemoe_runtime** runtime, edgemoe_error* error) {
+  return Guard(error, [&] { return edgemoe::OpenRuntime(*options, edgemoe::OpenPosixFile, runtime); });
+}
+
+void edgemoe_runtime_retain(edgemoe_runtime* runtime) { runtime->n_references.fetch_add(1, std::memory_order_relaxed); }
+
+void edgemoe_runtime_release(edgemoe_runtime* runtime) {
+  if (runtime->n_references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete runtime;
+}
+
+int32_t edgemoe_runtime_find_tensor(const edgemoe_runtime* runtime, const char* name) {
+  return runtime->cache.file().FindTensor(name);
+}
+
+int32_t edgemoe_runtime_set_slots_bytes(edgemoe_runtime* runtime, uint64_t slots_bytes, edgemoe_error* error) {
+  return Guard(error, [&] { return runtime->cache.SetSlotsBytes(slots_bytes); });
+}
+
+void edgemoe_runtime_stats(edgemoe_runtime* runtime, edgemoe_stats* stats) {
+  const edgemoe::CacheCounters& c = runtime->cache.counters();
+  *stats = {};
+  stats->hits = c.hits.load();
+  stats->misses = c.misses.load();
+  stats->late_hits = c.late_hits.load();
+  stats->bytes_read = c.bytes_read.load();
+  stats->reads = c.reads.load();
+  stats->stall_ns = c.stall_ns.load();
+  stats->evictions = c.evictions.load();
+  runtime->cache.SlotTotals(&stats->n_slots, &stats->slots_bytes);
+  stats->direct_io = runtime->cache.file().direct() ? 1 : 0;
+}
+
+void edgemoe_runtime_reset_stats(edgemoe_runtime* runtime) {
+  edgemoe::CacheCounters& c = runtime->cache.counters();
+  for (auto* counter : {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.evictions}) counter->store(0);
+}
+
+void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error) { Report(runtime->cache.TakeError(), error); }
+
+int32_t edgemoe_read_ranges(const char* path, const edgemoe_range* ranges, int32_t n_ranges, int32_t n_threads,
+                            edgemoe_error* error) {
+  return Guard(error, [&] {
+    std::unique_ptr<edgemoe::File> file;
+    if (Status s = edgemoe::OpenPosixFile(path, &file); !s.ok()) return s;
+    return edgemoe::ReadRanges(file.get(), ranges, n_ranges, n_threads);
+  });
+}
+
+int32_t edgemoe_session_create(edgemoe_runtime* runtime, const edgemoe_kernels* kernels, edgemoe_session** session,
+                               edgemoe_error* error) {
+  return Guard(error, [&] {
+    if (kernels->struct_size != sizeof(edgemoe_kernels)) {
+      return Status(EDGEMOE_INVALID_ARGUMENT, edgemoe::Format("edgemoe_kernels has %u bytes, expected %zu; rebuild the plug-in",
+                                                              kernels->struct_size, sizeof(edgemoe_kernels)));
+    }
+    *session = new edgemoe_session(runtime, *kernels);
+    edgemoe_runtime_retain(runtime);
+    return Status();
+  });
+}
+
+void edgemoe_session_destroy(edgemoe_session* session) {
+  edgemoe_runtime* const runtime = session->runtime;
+  delete session;
+  edgemoe_runtime_release(runtime);
+}
+
+void edgemoe_session_set_threads(edgemoe_session* session, int32_t n_threads) { session->layer.set_threads(n_threads); }
+
+int32_t edgemoe_session_begin_layer(edgemoe_session* session, const int32_t* ids, int64_t n_tokens, int64_t n_used,
+                                    uint64_t ids_token_bytes, const int32_t* tensor_idxs, int32_t n_tensors,
+                                    edgemoe_error* error) {
+  return Guard(error, [&] { return session->layer.Begin(ids, n_tokens, n_used, ids_token_bytes, tensor_idxs, n_tensors); });
+}
+
+int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls, int32_t n_matmuls, edgemoe_error* error) {
+  return Guard(error, [&] { return session->layer.Multiply(matmuls, n_matmuls); });
+}
+
+void edgemoe_session_end_layer(edgemoe_session* session) { session->layer.End(); }

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: MIT
+#include "core/expert_cache.h"
+
+#include <algorithm>
+#include <cstring>
+#include <system_error>
+
+namespace edgemoe {
+
+ExpertCache::~ExpertCache() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  queue_cv_.notify_all();
+  for (std::thread& reader : readers_) reader.join();
+}
+
+Status ExpertCache::Start(uint64_t slots_bytes, int n_io_threads) {
+  if (Status s = pool_.Reserve(file_->tensors()); !s.ok()) return s;
+  slices_.resize(static_cast<size_t>(file_->n_slices()));
+  classes_.resize(pool_.classes().size());
+  promised_.resize(pool_.classes().size());
+  queue_.resize(slices_.size());
+  for (size_t i = 0; i < classes_.size(); ++i) {
+    const size_t n = static_cast<size_t>(pool_.classes()[i].n_slices);
+    classes_[i].slice_of_slot.assign(n, -1);
+    classes_[i].free_slots.reserve(n);
+    classes_[i].evictable.reserve(n);
+  }
+  if (Status s = SetSlotsBytes(slots_bytes); !s.ok()) return s;
+  try {
+    for (int i = 0; i < n_io_threads; ++i) readers_.emplace_back([this] { ReaderLoop(); });
+  } catch (const std::system_error& e) {
+    return Status(EDGEMOE_NO_MEMORY, Format("cannot start reader thread %zu of %d: %s", readers_.size() + 1, n_io_threads, e.what()));
+  }
+  return Status();
+}
+
+void ExpertCache::SlotTotals(int64_t* n_slots, uint64_t* slots_bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  *n_slots = pool_.n_slots();
+  *slots_bytes = pool_.slots_bytes();
+}
+
+Status ExpertCache::TakeError() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Status error = last_error_;
+  last_error_ = Status();
+  return error;
+}
+
+Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
+  std::vector<SlotClass> classes = pool_.classes();
+  SlotPool::Distribute(slots_bytes, &classes);
+  for (const SlotClass& c : classes) {
+    // Two slots let one slice load while another is computed.
+    if (c.n_slots < std::min<int64_t>(2, c.n_slices)) {
+      return Status(EDGEMOE_BUDGET, Format("%llu bytes of slots hold %lld experts' tensors of %llu bytes, expected at least 2; "
+                                           "raise the memory budget",
+                                           static_cast<unsigned long long>(slots_bytes), static_cast<long long>(c.n_slots),
+                                           static_cast<unsigned long long>(c.slot_bytes)));
+    }
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (size_t i = 0; i < classes.size(); ++i) {
+    const int class_idx = static_cast<int>(i);
+    const int64_t before = pool_.classes()[i].n_slots;
+    if (classes[i].n_slots < before) {
+      while (!TrimClass(class_idx, classes[i].n_slots)) WaitForEvent(&lock);
+      pool_.Discard(class_idx, classes[i].n_slots);
+    }
+    for (int64_t slot = classes[i].n_slots - 1; slot >= before; --slot) {
+      classes_[i].free_slots.push_back(static_cast<int32_t>(slot));
+    }
+  }
+  pool_.SetSlots(classes);
+  NotifyEvent();
+  return Status();
+}
+
+// Empty the slots from n_slots on: keep the hottest slices by moving them down. False: some are in use; wait.
+bool ExpertCache::TrimClass(int class_idx, int64_t n_slots) {
+  ClassState& c = classes_[static_cast<size_t>(class_idx)];
+  const int64_t n_now = pool_.classes()[static_cast<size_t>(class_idx)].n_slots;
+  auto& free_slots = c.free_slots;
+  free_slots.erase(std::remove_if(free_slots.begin(), free_slots.end(), [&](int32_t s) { return s >= n_slots; }), free_slots.end());
+  for (int64_t slot = n_slots; slot < n_now; ++slot) {
+    const int64_t slice = c.slice_of_slot[static_cast<size_t>(slot)];
+    if (slice < 0) continue;
+    if (At(slice).n_pins > 0 || At(slice).state != State::kResident) return false;
+    while (free_slots.empty() && !c.evictable.empty()) {
+      const int64_t coldest = c.evictable.front();
+      const int32_t freed = At(coldest).slot;
+      DropFromSlot(&c, coldest);
+      if (freed < n_slots) free_slots.push_back(freed);
+      if (coldest == slice) break;
+    }
+    if (At(slice).slot < 0) continue;
+    if (free_slots.empty()) return false;
+    const int32_t to = free_slots.back();
+    free_slots.pop_back();
+    std::memcpy(pool_.SlotAddress(class_idx, to), pool_.SlotAddress(class_idx, slot),
+                pool_.classes()[static_cast<size_t>(class_idx)].slot_bytes);
+    c.slice_of_slot[static_cast<size_t>(slot)] = -1;
+    c.slice_of_slot[static_cast<size_t>(to)] = slice;
+    At(slice).slot = to;
+  }
+  return true;
+}
+
+double ExpertCache::AdvanceClock(int64_t n_tokens) {
+  const double now = clock_tokens_;
+  clock_tokens_ += static_cast<double>(n_tokens);
+  return now;
+}
+
+void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
+  Slice& s = At(slice);
+  Touch(rule_, time, n_uses, &s.heat);
+  if (s.heap_idx >= 0) {
+    ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
+    HeapSiftUp(&c, static_cast<size_t>(s.heap_idx));
+    HeapSiftDown(&c, static_cast<size_t>(s.heap_idx));
+  }
+}
+
+Acquired ExpertCache::Acquire(int64_t slice) {
+  Slice& s = At(slice);
+  ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
+  if (s.state == State::kAbsent) {
+    const int32_t slot = TakeSlot(&c);
+    if (slot < 0) return Acquired::kNoRoom;
+    StartRead(slice, slot);
+  } else if (s.heap_idx >= 0) {
+    HeapErase(&c, slice);
+  }
+  ++s.n_pins;
+  return s.state == State::kResident ? Acquired::kResident : Acquired::kLoading;
+}
+
+bool ExpertCache::ReadAhead(int64_t slice, double time) {
+  ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
+  if (!Absent(slice)) return true;
+  if (c.free_slots.empty() && (c.evictable.empty() || At(c.evictable.front()).heat.time >= time)) return false;
+  StartRead(slice, TakeSlot(&c));
+  return true;
+}
+
+void ExpertCache::Release(int64_t slice) {
+  Slice& s = At(slice);
+  if (--s.n_pins > 0) return;
+  if (s.state == State::kResident) HeapInsert(&classes_[static_cast<size_t>(ClassIdx(slice))], slice);
+  NotifyEvent();
+}
+
+const char* ExpertCache::Data(int64_t slice) const {
+  return pool_.SlotAddress(ClassIdx(slice), At(slice).slot) + file_->Extent(slice).head_bytes;
+}
+
+void ExpertCache::WaitForEvent(std::unique_lock<std::mutex>* lock) {
+  ++n_event_waiters_;
+  const uint64_t seen = events_.load(std::memory_order_relaxed);
+  event_cv_.wait(*lock, [&] { return events_.load(std::memory_order_relaxed) != seen; });
+  --n_event_waiters_;
+}
+
+void ExpertCache::NotifyEvent() {
+  events_.fetch_add(1, std::memory_order_release);
+  if (n_event_waiters_ > 0) event_cv_.notify_all();
+}
+
+int32_t ExpertCache::TakeSlot(ClassState* c) {
+  if (c->free_slots.empty()) {
+    if (c->evictable.empty()) return -1;
+    const int64_t victim = c->evictable.front();
+    const int32_t slot = At(victim).slot;
+    DropFromSlot(c, victim);
+    return slot;
+  }
+  const int32_t slot = c->free_slots.back();
+  c->free_slots.pop_back();
+  return slot;
+}
+
+void ExpertCache::DropFromSlot(ClassState* c, int64_t slice) {
+  Slice& s = At(slice);
+  HeapErase(c, slice);
+  c->slice_of_slot[static_cast<size_t>(s.slot)] = -1;
+  s.slot = -1;
+  s.state = State::kAbsent;
+  counters_.evictions.fetch_add(1, std::memory_order_relaxed);
+}
+
+void ExpertCache::StartRead(int64_t slice, int32_t slot) {
+  Slice& s = At(slice);
+  s.state = State::kLoading;
+  s.slot = slot;
+  classes_[static_cast<size_t>(ClassIdx(slice))].slice_of_slot[static_cast<size_t>(slot)] = slice;
+  queue_[(queue_head_ + queue_size_++) % queue_.size()] = slice;
+  queue_cv_.notify_one();
+}
+
+void ExpertCache::ReaderLoop() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    queue_cv_.wait(lock, [this] { return stopping_ || queue_size_ > 0; });
+    if (stopping_) return;
+    const int64_t slice = queue_[queue_head_];
+    queue_head_ = (queue_head_ + 1) % queue_.size();
+    --queue_size_;
+    char* const to = pool_.SlotAddress(ClassIdx(slice), At(slice).slot);
+    lock.unlock();
+    Status status = file_->ReadSlice(slice, to);
+    lock.lock();
+    Slice& s = At(slice);
+    ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
+    counters_.reads.fetch_add(1, std::memory_order_relaxed);
+    if (status.ok()) {
+      counters_.bytes_read.fetch_add(file_->Extent(slice).length, std::memory_order_relaxed);
+      s.state = State::kResident;
+      if (s.n_pins == 0) HeapInsert(&c, slice);
+    } else {
+      c.slice_of_slot[static_cast<size_t>(s.slot)] = -1;
+      c.free_slots.push_back(s.slot);
+      s.slot = -1;
+      s.state = State::kAbsent;
+      last_error_ = std::move(status);
+    }
+    NotifyEvent();
+  }
+}
+
+void ExpertCache::HeapInsert(ClassState* c, int64_t slice) {
+  c->evictable.push_back(slice);
+  At(slice).heap_idx = static_cast<int32_t>(c->evictable.size() - 1);
+  HeapSiftUp(c, c->evictable.size() - 1);
+}
+
+void ExpertCache::HeapErase(ClassState* c, int64_t slice) {
+  const size_t i = static_cast<size_t>(At(slice).heap_idx);
+  At(slice).heap_idx = -1;
+  const int64_t last = c->evictable.back();
+  c->evictable.pop_back();
+  if (last == slice) return;
+  c->evictable[i] = last;
+  At(last).heap_idx = static_cast<int32_t>(i);
+  HeapSiftUp(c, i);
+  HeapSiftDown(c, static_cast<size_t>(At(last).heap_idx));
+}
+
+void ExpertCache::HeapSiftUp(ClassState* c, size_t i) {
+  auto& heap = c->evictable;
+  while (i > 0) {
+    const size_t parent = (i - 1) / 2;
+    if (At(heap[parent]).heat.key <= At(heap[i]).heat.key) return;
+    std::swap(heap[parent], heap[i]);
+    At(heap[parent]).heap_idx = static_cast<int32_t>(parent);
+    At(heap[i]).heap_idx = static_cast<int32_t>(i);
+    i = parent;
+  }
+}
+
+void ExpertCache::HeapSiftDown(ClassState* c, size_t i) {
+  auto& heap = c->evictable;
+  for (;;) {
+    size_t least = i;
+    for (size_t child = 2 * i + 1; child <= 2 * i + 2 && child < heap.size(); ++child) {
+      if (At(heap[child]).heat.key < At(heap[least]).heat.key) least = child;
+    }
+    if (least == i) return;
+    std::swap(heap[least], heap[i]);
+    At(heap[least]).heap_idx = static_cast<int32_t>(least);
+    At(heap[i]).heap_idx = static_cast<int32_t>(i);
+    i = least;
+  }
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT
+// expert_cache.h: which slices are resident, and the threads that read the ones that are not.
+// A slice is absent, loading or resident. Acquire pins it, so that it is not evicted, and starts the read when
+// it is absent; Release unpins it. Reads run without the lock; a failed read leaves the slice absent.
+// Invariants: a pinned slice keeps its slot; a slot belongs to at most one slice; a slice is read only while
+// loading. Thread-safe: one mutex, never held over I/O.
+#ifndef EDGEMOE_CORE_EXPERT_CACHE_H_
+#define EDGEMOE_CORE_EXPERT_CACHE_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "core/eviction.h"
+#include "core/expert_file.h"
+#include "core/slot_pool.h"
+#include "core/status.h"
+
+namespace edgemoe {
+
+enum class Acquired { kResident, kLoading, kNoRoom };
+
+struct CacheCounters {
+  std::atomic<uint64_t> hits{0}, misses{0}, late_hits{0}, bytes_read{0}, reads{0}, stall_ns{0}, evictions{0};
+};
+
+class ExpertCache {
+ public:
+  ExpertCache(std::unique_ptr<ExpertFile> file, edgemoe_eviction rule) : file_(std::move(file)), rule_(rule) {}
+  ~ExpertCache();
+  ExpertCache(const ExpertCache&) = delete;
+  ExpertCache& operator=(const ExpertCache&) = delete;
+
+  Status Start(uint64_t slots_bytes, int n_io_threads);
+  Status SetSlotsBytes(uint64_t slots_bytes);
+
+  const ExpertFile& file() const { return *file_; }
+  CacheCounters& counters() { return counters_; }
+  void SlotTotals(int64_t* n_slots, uint64_t* slots_bytes);
+  Status TakeError();
+
+  // --- used by MoeLayer, which holds `mutex()` for all of them ---
+  std::mutex& mutex() { return mutex_; }
+  bool Resident(int64_t slice) const { return At(slice).state == State::kResident; }
+  bool Absent(int64_t slice) const { return At(slice).state == State::kAbsent; }
+  // Begin a batch of n_tokens; returns the time of its first token.
+  double AdvanceClock(int64_t n_tokens);
+  void TouchSlice(int64_t slice, double time, int n_uses);
+  Acquired Acquire(int64_t slice);
+  // Start reading without pinning, but only over slices last used before `time`.
+  bool ReadAhead(int64_t slice, double time);
+  void Release(int64_t slice);
+  const char* Data(int64_t slice) const;
+  int n_classes() const { return static_cast<int>(classes_.size()); }
+  int64_t n_slots(int class_idx) const { return pool_.classes()[static_cast<size_t>(class_idx)].n_slots; }
+  // Slots of a class that layers in progress have been promised; see MoeLayer.
+  int64_t& Promised(int class_idx) { return promised_[static_cast<size_t>(class_idx)]; }
+  int ClassIdx(int64_t slice) const { return pool_.ClassOfTensor(file_->TensorOf(slice)); }
+  // Wait until a read ends or a slice is released.
+  void WaitForEvent(std::unique_lock<std::mutex>* lock);
+  std::atomic<uint64_t>& events() { return events_; }
+
+ private:
+  enum class State : uint8_t { kAbsent, kLoading, kResident };
+  struct Slice {
+    State state = State::kAbsent;
+    int32_t slot = -1;
+    int32_t n_pins = 0;
+    int32_t heap_idx = -1;
+    Heat heat;
+  };
+  struct ClassState {
+    std::vector<int32_t> free_slots;
+    std::vector<int64_t> slice_of_slot;
+    std::vector<int64_t> evictable;  // binary heap of unpinned resident slices, smallest key first
+  };
+
+  Slice& At(int64_t slice) { return slices_[static_cast<size_t>(slice)]; }
+  const Slice& At(int64_t slice) const { return slices_[static_cast<size_t>(slice)]; }
+
+  void HeapInsert(ClassState* c, int64_t slice);
+  void HeapErase(ClassState* c, int64_t slice);
+  void HeapSiftUp(ClassState* c, size_t i);
+  void HeapSiftDown(ClassState* c, size_t i);
+  int32_t TakeSlot(ClassState* c);  // -1: none free or evictable
+  void DropFromSlot(ClassState* c, int64_t slice);
+  void StartRead(int64_t slice, int32_t slot);
+  void ReaderLoop();
+  void NotifyEvent();
+  bool TrimClass(int class_idx, int64_t n_slots);
+
+  const std::unique_ptr<ExpertFile> file_;
+  const edgemoe_eviction rule_;
+  SlotPool pool_;
+  std::vector<Slice> slices_;
+  std::vector<ClassState> classes_;
+  std::vector<int64_t> promised_;
+  double clock_tokens_ = 0.0;
+  Status last_error_;
+
+  std::mutex mutex_;
+  std::condition_variable event_cv_;
+  int n_event_waiters_ = 0;
+  std::atomic<uint64_t> events_{0};
+
+  std::vector<int64_t> queue_;  // ring of slices to read, room for all
+  size_t queue_head_ = 0;
+  size_t queue_size_ = 0;
+  std::condition_variable queue_cv_;
+  bool stopping_ = false;
+  std::vector<std::thread> readers_;
+  CacheCounters counters_;
+};
+
+}  // namespace edgemoe
+#endif  // EDGEMOE_CORE_EXPERT_CACHE_H_

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT
+// moe_layer.h: one session computes MoE layers, one at a time: which experts a batch chose, the order in which
+// they are acquired, and the division of the products among threads. Experts already resident are computed
+// while the others load; when the slots cannot hold all that a layer needs, they are filled in waves, and
+// still every slice is used once and read at most once per layer and batch.
+// Results do not depend on residency, order or threads: each output element is one call of the provider's
+// arithmetic on the same operands. Thread promise: one calling thread; several sessions may share a cache.
+#ifndef EDGEMOE_CORE_MOE_LAYER_H_
+#define EDGEMOE_CORE_MOE_LAYER_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "core/expert_cache.h"
+#include "core/status.h"
+#include "edgemoe/edgemoe.h"
+
+namespace edgemoe {
+
+class MoeLayer {
+ public:
+  MoeLayer(ExpertCache* cache, const edgemoe_kernels& kernels) : cache_(cache), kernels_(kernels) {}
+  ~MoeLayer() { End(); }
+  MoeLayer(const MoeLayer&) = delete;
+  MoeLayer& operator=(const MoeLayer&) = delete;
+
+  void set_threads(int n_threads) { n_threads_ = n_threads > 0 ? n_threads : 1; }
+  Status Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes, const int32_t* tensor_idxs,
+               int n_tensors);
+  Status Multiply(const edgemoe_matmul* matmuls, int n_matmuls);
+  void End();
+
+ private:
+  // The tokens that chose one expert: pairs [first_pair, first_pair + n_pairs) of pairs_.
+  struct ChosenExpert {
+    int32_t expert = 0;
+    int32_t n_pairs = 0;
+    int64_t first_pair = 0;
+    double last_time = 0.0;
+  };
+  struct Pair {
+    int32_t token;
+    int32_t used;
+  };
+  // One expert matrix times the rows of the tokens that chose it, in chunks of matrix rows.
+  struct Task {
+    int64_t slice = 0;
+    const char* weights = nullptr;
+    int32_t matmul = 0;
+    int32_t chosen = 0;
+    int32_t n_chunks = 0;
+    int32_t rows_per_chunk = 0;
+    std::atomic<int32_t> next_chunk{0};
+    std::atomic<int32_t> n_done{0};
+  };
+
+  Status Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes, int n_experts);
+  void CountAndPin();
+  void Promise();
+  void QuantizeInputs();
+  void PrepareTasks();
+  void PushReady(int32_t task);
+  void CollectAndIssue();
+  void Work(int thread_idx);
+  void WaitForReady(int thread_idx, int n_ready_seen);
+  void RunChunk(int thread_idx, const Task& task, int chunk);
+  int64_t Slice(int tensor_idx, int expert) const {
+    return cache_->file().tensors()[static_cast<size_t>(tensor_idx)].first_slice + expert;
+  }
+
+  ExpertCache* const cache_;
+  const edgemoe_kernels kernels_;
+  int n_threads_ = 1;
+
+  // The layer in progress.
+  bool active_ = false;
+  int last_layer_ = -1;
+  int64_t last_n_tokens_ = 0;
+  double batch_time_ = 0.0;  // time of the batch's first token
+  double layer_fraction_ = 0.0;
+  std::vector<int32_t> tensor_idxs_;
+  std::vector<ChosenExpert> chosen_;  // in the order in which they are acquired
+  std::vector<int32_t> chosen_of_expert_;
+  std::vector<Pair> pairs_;
+  std::vector<int64_t> pinned_;
+  struct ClassShare {
+    int64_t n_needed = 0;    // slices of the layer in this class
+    int64_t n_promised = 0;  // slots promised to this session and not yet pinned
+    int64_t n_held = 0;      // slots promised to this session
+    bool fits = false;       // all of them
+  };
+  std::vector<ClassShare> shares_;  // [class]
+  std::vector<int64_t> ahead_;  // slices of later products, in order of use
+  size_t next_ahead_ = 0;
+
+  // The products in progress.
+  const edgemoe_matmul* matmuls_ = nullptr;
+  int n_matmuls_ = 0;
+  std::unique_ptr<Task[]> tasks_;
+  size_t tasks_capacity_ = 0;
+  int n_tasks_ = 0;
+  std::vector<int32_t> pending_;  // tasks not yet acquired, from next_pending_ on
+  size_t next_pending_ = 0;
+  std::vector<int32_t> loading_;  // tasks acquired, not yet resident
+  std::unique_ptr<std::atomic<int32_t>[]> ready_;  // tasks in the order in which they may run
+  std::atomic<int> n_ready_{0};
+  std::atomic<int> cursor_{0};
+  std::atomic<bool> failed_{false};
+  std::vector<char> activations_;
+  struct InputRows {
+    uint64_t offset;
+    uint64_t row_bytes;
+    int64_t n_used;
+  };
+  std::vector<InputRows> inputs_;  // of each product
+  std::vector<const void*> x_rows_;  // [product][pair]
+  std::vector<float*> y_rows_;       // [thread][pair]
+  int64_t max_pairs_ = 0;
+};
+
+}  // namespace edgemoe
+#endif  // EDGEMOE_CORE_MOE_LAYER_H_

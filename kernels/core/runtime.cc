@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT
+#include "core/runtime.h"
+
+namespace edgemoe {
+
+Status OpenRuntime(const edgemoe_options& options, const FileOpener& opener, edgemoe_runtime** runtime) {
+  if (options.eviction != EDGEMOE_EVICT_LRU && options.eviction != EDGEMOE_EVICT_LFU_DECAY) {
+    return Status(EDGEMOE_INVALID_ARGUMENT, Format("eviction rule %d, expected 0 (LRU) or 1 (LFU with decay)", options.eviction));
+  }
+  if (options.n_tensors <= 0 || options.n_io_threads <= 0) {
+    return Status(EDGEMOE_INVALID_ARGUMENT, Format("%d tensors and %d reader threads, expected at least one of each",
+                                                   options.n_tensors, options.n_io_threads));
+  }
+  std::unique_ptr<ExpertFile> file;
+  if (Status s = ExpertFile::Open(options, opener, &file); !s.ok()) return s;
+  auto result = std::make_unique<edgemoe_runtime>(std::move(file), static_cast<edgemoe_eviction>(options.eviction));
+  if (Status s = result->cache.Start(options.slots_bytes, options.n_io_threads); !s.ok()) return s;
+  *runtime = result.release();
+  return Status();
+}
+
+Status Measure(const edgemoe_options& options, edgemoe_sizes* sizes) {
+  std::vector<ExpertTensor> tensors;
+  if (Status s = ExpertFile::Describe(options, &tensors); !s.ok()) return s;
+  std::vector<int> class_of_tensor;
+  std::vector<SlotClass> classes = SlotPool::Classes(tensors, &class_of_tensor);
+  *sizes = {};
+  sizes->slots_bytes = SlotPool::Distribute(options.slots_bytes, &classes);
+  for (const SlotClass& c : classes) {
+    sizes->bank_slot_bytes += static_cast<uint64_t>(c.n_slices) * c.slot_bytes;
+    sizes->cycle_slot_bytes += static_cast<uint64_t>(c.n_cycle_slices) * c.slot_bytes;
+    sizes->n_slots += c.n_slots;
+    sizes->n_slices += c.n_slices;
+  }
+  return Status();
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: MIT
+// runtime.h: what the C ABI calls a runtime and a session. A runtime owns the cache of one model; it lives as
+// long as anyone holds a reference: the Python object, the plug-in's buffers, every session. Thread-safe.
+#ifndef EDGEMOE_CORE_RUNTIME_H_
+#define EDGEMOE_CORE_RUNTIME_H_
+
+#include <memory>
+
+#include "core/expert_cache.h"
+#include "core/moe_layer.h"
+
+struct edgemoe_runtime {
+  explicit edgemoe_runtime(std::unique_ptr<edgemoe::ExpertFile> file, edgemoe_eviction rule)
+      : cache(std::move(file), rule) {}
+  edgemoe::ExpertCache cache;
+  std::atomic<int> n_references{1};
+};
+
+struct edgemoe_session {
+  edgemoe_session(edgemoe_runtime* runtime_in, const edgemoe_kernels& kernels)
+      : runtime(runtime_in), layer(&runtime_in->cache, kernels) {}
+  edgemoe_runtime* const runtime;
+  edgemoe::MoeLayer layer;
+};
+
+namespace edgemoe {
+
+Status OpenRuntime(const edgemoe_options& options, const FileOpener& opener, edgemoe_runtime** runtime);
+Status Measure(const edgemoe_options& options, edgemoe_sizes* sizes);
+
+}  // namespace edgemoe
+#endif  // EDGEMOE_CORE_RUNTIME_H_

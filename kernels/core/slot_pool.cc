@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: MIT
+#include "core/slot_pool.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace edgemoe {
+namespace {
+
+constexpr uint64_t kHugePageBytes = 2u << 20;
+
+}  // namespace
+
+SlotPool::~SlotPool() {
+  for (const SlotClass& c : classes_) {
+    if (c.base != nullptr) ::munmap(c.base, c.reserved_bytes);
+  }
+}
+
+std::vector<SlotClass> SlotPool::Classes(const std::vector<ExpertTensor>& tensors, std::vector<int>* class_of_tensor) {
+  std::vector<SlotClass> classes;
+  class_of_tensor->clear();
+  for (const ExpertTensor& t : tensors) {
+    const uint64_t bytes = SlotBytes(t);
+    auto it = std::find_if(classes.begin(), classes.end(), [&](const SlotClass& c) { return c.slot_bytes == bytes; });
+    if (it == classes.end()) {
+      classes.emplace_back();
+      it = classes.end() - 1;
+      it->slot_bytes = bytes;
+    }
+    it->n_slices += t.n_experts;
+    it->n_cycle_slices += t.n_experts_used;
+    class_of_tensor->push_back(static_cast<int>(it - classes.begin()));
+  }
+  return classes;
+}
+
+uint64_t SlotPool::Distribute(uint64_t slots_bytes, std::vector<SlotClass>* classes) {
+  long double bank_bytes = 0;
+  for (const SlotClass& c : *classes) bank_bytes += static_cast<long double>(c.slot_bytes) * c.n_slices;
+  const long double share = bank_bytes > 0 ? std::min<long double>(1.0L, slots_bytes / bank_bytes) : 0;
+  uint64_t taken = 0;
+  for (SlotClass& c : *classes) {
+    c.n_slots = std::min<int64_t>(c.n_slices, static_cast<int64_t>(share * c.n_slices));
+    taken += static_cast<uint64_t>(c.n_slots) * c.slot_bytes;
+  }
+  for (;;) {
+    SlotClass* poorest = nullptr;
+    for (SlotClass& c : *classes) {
+      if (c.n_slots >= c.n_slices || taken + c.slot_bytes > slots_bytes) continue;
+      if (poorest == nullptr || c.n_slots * poorest->n_slices < poorest->n_slots * c.n_slices) poorest = &c;
+    }
+    if (poorest == nullptr) return taken;
+    ++poorest->n_slots;
+    taken += poorest->slot_bytes;
+  }
+}
+
+Status SlotPool::Reserve(const std::vector<ExpertTensor>& tensors) {
+  classes_ = Classes(tensors, &class_of_tensor_);
+  for (SlotClass& c : classes_) {
+    c.reserved_bytes = RoundUp(c.slot_bytes * static_cast<uint64_t>(c.n_slices), kHugePageBytes) + kHugePageBytes;
+    void* p = ::mmap(nullptr, c.reserved_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+      return Status(EDGEMOE_NO_MEMORY, Format("cannot reserve %llu bytes of addresses for expert slots: %s",
+                                              static_cast<unsigned long long>(c.reserved_bytes), std::strerror(errno)));
+    }
+    c.base = static_cast<char*>(p);
+  }
+  return Status();
+}
+
+char* SlotPool::SlotAddress(int class_idx, int64_t slot) const {
+  const SlotClass& c = classes_[static_cast<size_t>(class_idx)];
+  return c.base + static_cast<uint64_t>(slot) * c.slot_bytes;
+}
+
+void SlotPool::SetSlots(const std::vector<SlotClass>& classes) {
+  for (size_t i = 0; i < classes_.size(); ++i) {
+    SlotClass& c = classes_[i];
+    c.n_slots = classes[i].n_slots;
+    // Huge pages only where every byte of them belongs to a slot in use, so that none is paid for twice.
+    const uint64_t begin = RoundUp(reinterpret_cast<uint64_t>(c.base), kHugePageBytes);
+    const uint64_t end = RoundDown(reinterpret_cast<uint64_t>(c.base) + static_cast<uint64_t>(c.n_slots) * c.slot_bytes,
+                                   kHugePageBytes);
+    if (end > begin) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+}
+
+void SlotPool::Discard(int class_idx, int64_t first_slot) {
+  const SlotClass& c = classes_[static_cast<size_t>(class_idx)];
+  const uint64_t begin = static_cast<uint64_t>(first_slot) * c.slot_bytes;
+  ::madvise(c.base + begin, c.reserved_bytes - begin, MADV_NOHUGEPAGE);
+  ::madvise(c.base + begin, c.reserved_bytes - begin, MADV_DONTNEED);
+}
+
+int64_t SlotPool::n_slots() const {
+  int64_t n = 0;
+  for (const SlotClass& c : classes_) n += c.n_slots;
+  return n;
+}
+
+uint64_t SlotPool::slots_bytes() const {
+  uint64_t bytes = 0;
+  for (const SlotClass& c : classes_) bytes += static_cast<uint64_t>(c.n_slots) * c.slot_bytes;
+  return bytes;
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT
+// slot_pool.h: the memory that holds resident experts. Slots of one size form a class; each class is one range
+// of addresses reserved for every slice there is, of which the first n_slots are in use, so a pool can shrink
+// and grow without moving its neighbours. Memory is taken from the system when a slot is first written.
+// Invariant: slots_bytes() never exceeds what Resize was given. Thread-compatible: ExpertCache locks.
+#ifndef EDGEMOE_CORE_SLOT_POOL_H_
+#define EDGEMOE_CORE_SLOT_POOL_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "core/expert_file.h"
+#include "core/status.h"
+#include "edgemoe/edgemoe.h"
+
+namespace edgemoe {
+
+struct SlotClass {
+  uint64_t slot_bytes = 0;
+  int64_t n_slices = 0;        // slices of this size in the model
+  int64_t n_cycle_slices = 0;  // of which one token uses so many
+  int64_t n_slots = 0;
+  char* base = nullptr;
+  uint64_t reserved_bytes = 0;
+};
+
+class SlotPool {
+ public:
+  SlotPool() = default;
+  ~SlotPool();
+  SlotPool(const SlotPool&) = delete;
+  SlotPool& operator=(const SlotPool&) = delete;
+
+  // One class per distinct slot size; class_of_tensor[i] is the class of tensor i.
+  static std::vector<SlotClass> Classes(const std::vector<ExpertTensor>& tensors, std::vector<int>* class_of_tensor);
+  // Give each class the same share of its slices, then the remainder to the class that is shortest of slots.
+  // Fills n_slots; returns the bytes taken, at most slots_bytes.
+  static uint64_t Distribute(uint64_t slots_bytes, std::vector<SlotClass>* classes);
+
+  Status Reserve(const std::vector<ExpertTensor>& tensors);
+  const std::vector<SlotClass>& classes() const { return classes_; }
+  int ClassOfTensor(int tensor_idx) const { return class_of_tensor_[static_cast<size_t>(tensor_idx)]; }
+  char* SlotAddress(int class_idx, int64_t slot) const;
+  void SetSlots(const std::vector<SlotClass>& classes);  // takes n_slots of each
+  // Return the memory of slots [first, n_slots reserved) of a class to the system.
+  void Discard(int class_idx, int64_t first_slot);
+  int64_t n_slots() const;
+  uint64_t slots_bytes() const;
+
+ private:
+  std::vector<SlotClass> classes_;
+  std::vector<int> class_of_tensor_;
+};
+
+}  // namespace edgemoe
+#endif  // EDGEMOE_CORE_SLOT_POOL_H_

@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: MIT */
+/* edgemoe.h: the C ABI of libedgemoe, and all that a plug-in may include.
+ *
+ * The library keeps the routed experts of one model on storage and the ones in use in a fixed amount of
+ * memory. It knows neither ggml nor ONNX nor Python: a plug-in tells it where the expert tensors lie, hands
+ * it a table of arithmetic (edgemoe_kernels), and asks it to multiply by the experts that a router chose.
+ *
+ * Functions return an edgemoe_code; a failing call fills `error` (may be NULL). No exception crosses.
+ * Thread promise: a runtime is thread-safe; a session is used by one calling thread at a time. */
+#ifndef EDGEMOE_EDGEMOE_H_
+#define EDGEMOE_EDGEMOE_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define EDGEMOE_API __attribute__((visibility("default")))
+#else
+#define EDGEMOE_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised whenever a struct or a function below changes its meaning. */
+#define EDGEMOE_ABI_VERSION 1
+
+typedef enum edgemoe_code {
+  EDGEMOE_OK = 0,
+  EDGEMOE_INVALID_ARGUMENT = 1,
+  EDGEMOE_BAD_FILE = 2,   /* an extent passes the end of its file */
+  EDGEMOE_IO = 3,         /* open or read failed, or the file shrank */
+  EDGEMOE_NO_MEMORY = 4,
+  EDGEMOE_BUDGET = 5,     /* the slots cannot hold what one layer needs */
+  EDGEMOE_INTERNAL = 6
+} edgemoe_code;
+
+typedef struct edgemoe_error {
+  int32_t code;
+  char message[508];
+} edgemoe_error;
+
+/* One expert projection of one layer, stacked over the experts: expert e occupies
+ * [offset + e * expert_bytes, offset + (e + 1) * expert_bytes) of file `file_idx`. */
+typedef struct edgemoe_tensor {
+  const char* name;
+  int32_t file_idx;
+  int32_t layer;
+  int32_t n_experts;
+  int32_t n_experts_used; /* experts that one token selects in this layer */
+  uint64_t offset;
+  uint64_t expert_bytes;
+} edgemoe_tensor;
+
+typedef enum edgemoe_eviction {
+  EDGEMOE_EVICT_LRU = 0,       /* least recently used */
+  EDGEMOE_EVICT_LFU_DECAY = 1  /* least frequently used, counts halving every 16 tokens */
+} edgemoe_eviction;
+
+typedef struct edgemoe_options {
+  uint32_t struct_size;
+  int32_t n_files;
+  const char* const* file_paths;
+  int32_t n_tensors;
+  int32_t n_io_threads;
+  const edgemoe_tensor* tensors;
+  uint64_t slots_bytes; /* memory for resident experts, now; see edgemoe_runtime_set_slots_bytes */
+  int32_t eviction;     /* edgemoe_eviction */
+  int32_t reserved;
+} edgemoe_options;
+
+/* What a set of tensors needs, computed without opening a file. Bytes are those of slots, which are
+ * whole pages and thus never smaller than the experts they hold. */
+typedef struct edgemoe_sizes {
+  uint64_t bank_slot_bytes;  /* every expert resident */
+  uint64_t cycle_slot_bytes; /* the experts of one token */
+  uint64_t slots_bytes;      /* what options.slots_bytes really takes */
+  int64_t n_slots;           /* slots in options.slots_bytes */
+  int64_t n_slices;          /* slots for every expert resident */
+} edgemoe_sizes;
+
+typedef struct edgemoe_stats {
+  uint64_t hits;       /* experts found resident */
+  uint64_t misses;     /* experts found absent */
+  uint64_t late_hits;  /* experts found still loading */
+  uint64_t bytes_read; /* from storage, whole pages */
+  uint64_t reads;
+  uint64_t stall_ns;   /* computing waited for storage with nothing else to do */
+  uint64_t evictions;
+  int64_t n_slots;
+  uint64_t slots_bytes;
+  int32_t direct_io;   /* 1: the files are read with O_DIRECT; 0: buffered, then dropped from the page cache */
+  int32_t reserved;
+} edgemoe_stats;
+
+typedef struct edgemoe_runtime edgemoe_runtime;
+typedef struct edgemoe_session edgemoe_session;
+
+/* Rows [first_row, first_row + n_rows) of one expert matrix times n_x quantized activation rows. */
+typedef struct edgemoe_product {
+  int32_t type;           /* the plug-in's weight type, as given in edgemoe_matmul */
+  int32_t n_x;
+  int64_t n_cols;         /* K, elements of a weight row and of an activation row */
+  int64_t n_rows;
+  const void* weights;    /* first row */
+  uint64_t row_bytes;
+  const void* const* x;   /* [n_x] activation rows in the type's activation format */
+  float* const* y;        /* [n_x] where the n_rows results of each activation row go, contiguous */
+  uint64_t x_key;         /* equal for equal lists x within one call of edgemoe_session_matmul */
+} edgemoe_product;
+
+/* Arithmetic and threads, provided by the plug-in. All functions are called from several threads at once. */
+typedef struct edgemoe_kernels {
+  uint32_t struct_size;
+  uint32_t reserved;
+  void* context;
+  /* Run fn(arg, thread_idx, n_threads) once on each of up to n_threads threads, the caller's among them. */
+  void (*parallel)(void* context, int32_t n_threads, void (*fn)(void*, int32_t, int32_t), void* arg);
+  /* Bytes of an activation row of n_cols elements in the format that `type` multiplies with. */
+  uint64_t (*activation_row_bytes)(void* context, int32_t type, int64_t n_cols);
+  /* x: [n_cols] f32 -> y: one activation row. */
+  void (*quantize_row)(void* context, int32_t type, const float* x, void* y, int64_t n_cols);
+  void (*multiply)(void* context, int32_t thread_idx, const edgemoe_product* product);
+} edgemoe_kernels;
+
+/* y[token][used] = experts[ids[token][used]] * x[token][used % x_n_used], for every token and used slot. */
+typedef struct edgemoe_matmul {
+  int32_t tensor_idx;
+  int32_t type;
+  int64_t n_cols;
+  int64_t n_rows;
+  uint64_t row_bytes;
+  const float* x;
+  int64_t x_n_used;      /* 1: the same activation for every used expert */
+  uint64_t x_used_bytes; /* strides */
+  uint64_t x_token_bytes;
+  float* y;
+  uint64_t y_used_bytes;
+  uint64_t y_token_bytes;
+} edgemoe_matmul;
+
+EDGEMOE_API int32_t edgemoe_abi_version(void);
+EDGEMOE_API const char* edgemoe_version(void);
+/* An address that is the same for every user of this copy of the library in the process. */
+EDGEMOE_API const void* edgemoe_instance_id(void);
+
+/* Sizes of slots for options->tensors; options->file_paths is not read. */
+EDGEMOE_API int32_t edgemoe_measure(const edgemoe_options* options, edgemoe_sizes* sizes, edgemoe_error* error);
+
+/* Open the files and check every extent against them. The runtime starts with one reference. */
+EDGEMOE_API int32_t edgemoe_runtime_open(const edgemoe_options* options, edgemoe_runtime** runtime,
+                                         edgemoe_error* error);
+EDGEMOE_API void edgemoe_runtime_retain(edgemoe_runtime* runtime);
+EDGEMOE_API void edgemoe_runtime_release(edgemoe_runtime* runtime);
+/* Index of the tensor of that name, or -1. */
+EDGEMOE_API int32_t edgemoe_runtime_find_tensor(const edgemoe_runtime* runtime, const char* name);
+/* Grow or shrink the slots; what no longer fits is evicted, coldest first. Waits for a layer in progress. */
+EDGEMOE_API int32_t edgemoe_runtime_set_slots_bytes(edgemoe_runtime* runtime, uint64_t slots_bytes,
+                                                    edgemoe_error* error);
+EDGEMOE_API void edgemoe_runtime_stats(edgemoe_runtime* runtime, edgemoe_stats* stats);
+EDGEMOE_API void edgemoe_runtime_reset_stats(edgemoe_runtime* runtime);
+/* The error of the last failed read, taken away; code EDGEMOE_OK when there was none. */
+EDGEMOE_API void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error);
+
+/* Bytes [offset, offset + length) of a file, read to `to`; all three are multiples of 4096, and the file may end
+ * inside the last page of the range. */
+typedef struct edgemoe_range {
+  uint64_t offset;
+  uint64_t length;
+  void* to;
+} edgemoe_range;
+/* Read ranges with the same direct reads as experts, n_threads at a time. */
+EDGEMOE_API int32_t edgemoe_read_ranges(const char* path, const edgemoe_range* ranges, int32_t n_ranges,
+                                        int32_t n_threads, edgemoe_error* error);
+
+EDGEMOE_API int32_t edgemoe_session_create(edgemoe_runtime* runtime, const edgemoe_kernels* kernels,
+                                           edgemoe_session** session, edgemoe_error* error);
+EDGEMOE_API void edgemoe_session_destroy(edgemoe_session* session);
+EDGEMOE_API void edgemoe_session_set_threads(edgemoe_session* session, int32_t n_threads);
+/* One layer of one batch: which experts the router chose, and the tensors that will multiply, in the order of
+ * use. ids: [n_tokens][n_used], a token's row `ids_token_bytes` after the one before. Reads begin here. */
+EDGEMOE_API int32_t edgemoe_session_begin_layer(edgemoe_session* session, const int32_t* ids, int64_t n_tokens,
+                                                int64_t n_used, uint64_t ids_token_bytes,
+                                                const int32_t* tensor_idxs, int32_t n_tensors,
+                                                edgemoe_error* error);
+/* Products that do not depend on each other; experts already resident are computed while others load. */
+EDGEMOE_API int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls,
+                                           int32_t n_matmuls, edgemoe_error* error);
+EDGEMOE_API void edgemoe_session_end_layer(edgemoe_session* session);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* EDGEMOE_EDGEMOE_H_ */

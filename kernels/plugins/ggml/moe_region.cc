@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: MIT
+#include "plugins/ggml/moe_region.h"
+
+#include "ggml-cpu.h"
+#include "plugins/ggml/buffers.h"
+
+namespace edgemoe_ggml {
+namespace {
+
+// Elements of output below which one thread computes a range of small nodes: 32768 floats are about 10 us of
+// work, what starting the other threads and meeting them at each node's barrier costs.
+constexpr int64_t kSerialElements = 32768;
+
+bool IsView(const ggml_tensor* t) {
+  return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
+         t->op == GGML_OP_TRANSPOSE;
+}
+
+bool Overlap(const ggml_tensor* a, const ggml_tensor* b) {
+  const char* a0 = static_cast<const char*>(a->data);
+  const char* b0 = static_cast<const char*>(b->data);
+  return a0 < b0 + ggml_nbytes(b) && b0 < a0 + ggml_nbytes(a);
+}
+
+// May `node` run before `other`, which precedes it in the graph? Not if one writes what the other touches.
+bool Independent(const ggml_tensor* node, const ggml_tensor* other) {
+  if (IsView(other)) return true;
+  if (Overlap(node, other)) return false;
+  for (int i = 0; i < GGML_MAX_SRC; ++i) {
+    if (other->src[i] != nullptr && Overlap(node, other->src[i])) return false;
+    // Expert weights are never written, and their address says nothing.
+    if (i > 0 && node->src[i] != nullptr && Overlap(node->src[i], other)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool MoeRegion::IsExpertProduct(const ggml_tensor* node) {
+  return node->op == GGML_OP_MUL_MAT_ID && (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 &&
+         FindExpertWeights(node->src[0]).runtime != nullptr;
+}
+
+MoeRegion::MoeRegion() : cpu_(ggml_backend_cpu_init()) {}
+
+MoeRegion::~MoeRegion() {
+  for (auto& entry : sessions_) edgemoe_session_destroy(entry.second);
+  ggml_backend_free(cpu_);
+}
+
+void MoeRegion::SetThreads(int n_threads) {
+  n_threads_ = n_threads > 0 ? n_threads : 1;
+  kernels_.SetThreads(n_threads_);
+  for (auto& entry : sessions_) edgemoe_session_set_threads(entry.second, n_threads_);
+}
+
+edgemoe_session* MoeRegion::SessionOf(edgemoe_runtime* runtime) {
+  for (auto& entry : sessions_) {
+    if (entry.first == runtime) return entry.second;
+  }
+  const edgemoe_kernels table = kernels_.Table();
+  edgemoe_session* session = nullptr;
+  if (edgemoe_session_create(runtime, &table, &session, nullptr) != EDGEMOE_OK) return nullptr;
+  edgemoe_session_set_threads(session, n_threads_);
+  sessions_.emplace_back(runtime, session);
+  return session;
+}
+
+ggml_status MoeRegion::Compute(ggml_cgraph* graph) {
+  const int n = ggml_graph_n_nodes(graph);
+  done_.assign(static_cast<size_t>(n), 0);
+  ggml_status status = GGML_STATUS_SUCCESS;
+  for (int i = 0; i < n && status == GGML_STATUS_SUCCESS;) {
+    if (IsExpertProduct(graph->nodes[i])) {
+      if (!done_[static_cast<size_t>(i)]) status = ComputeProducts(graph, i);
+      ++i;
+      continue;
+    }
+    int end = i + 1;
+    while (end < n && !IsExpertProduct(graph->nodes[end])) ++end;
+    status = ComputeOthers(graph, i, end);
+    i = end;
+  }
+  EndLayer();
+  return status;
+}
+
+ggml_status MoeRegion::ComputeOthers(ggml_cgraph* graph, int begin, int end) {
+  int64_t n_elements = 0;
+  for (int i = begin; i < end; ++i) {
+    if (!IsView(graph->nodes[i])) n_elements += ggml_nelements(graph->nodes[i]);
+  }
+  if (n_elements == 0) return GGML_STATUS_SUCCESS;
+  ggml_backend_cpu_set_n_threads(cpu_, n_elements <= kSerialElements ? 1 : n_threads_);
+  ggml_cgraph view = ggml_graph_view(graph, begin, end);
+  return ggml_backend_graph_compute(cpu_, &view);
+}
+
+bool MoeRegion::BeginLayer(ggml_cgraph* graph, int first) {
+  EndLayer();
+  const ggml_tensor* ids = graph->nodes[first]->src[2];
+  edgemoe_runtime* runtime = FindExpertWeights(graph->nodes[first]->src[0]).runtime;
+  tensor_idxs_.clear();
+  for (int i = first; i < ggml_graph_n_nodes(graph); ++i) {
+    const ggml_tensor* node = graph->nodes[i];
+    if (IsExpertProduct(node) && node->src[2] == ids) {
+      const ExpertWeights weights = FindExpertWeights(node->src[0]);
+      if (weights.runtime == runtime) tensor_idxs_.push_back(weights.tensor_idx);
+    }
+  }
+  layer_session_ = SessionOf(runtime);
+  if (layer_session_ == nullptr) return false;
+  layer_ids_ = ids;
+  return edgemoe_session_begin_layer(layer_session_, static_cast<const int32_t*>(ids->data), ids->ne[1], ids->ne[0], ids->nb[1],
+                                     tensor_idxs_.data(), static_cast<int32_t>(tensor_idxs_.size()), nullptr) == EDGEMOE_OK;
+}
+
+void MoeRegion::EndLayer() {
+  if (layer_session_ != nullptr) edgemoe_session_end_layer(layer_session_);
+  layer_session_ = nullptr;
+  layer_ids_ = nullptr;
+}
+
+ggml_status MoeRegion::ComputeProducts(ggml_cgraph* graph, int first) {
+  const ggml_tensor* head = graph->nodes[first];
+  edgemoe_runtime* runtime = FindExpertWeights(head->src[0]).runtime;
+  if (layer_ids_ != head->src[2] || SessionOf(runtime) != layer_session_) {
+    if (!BeginLayer(graph, first)) return GGML_STATUS_FAILED;
+  }
+  matmuls_.clear();
+  for (int i = first; i < ggml_graph_n_nodes(graph); ++i) {
+    const ggml_tensor* node = graph->nodes[i];
+    if (done_[static_cast<size_t>(i)] || !IsExpertProduct(node) || node->src[2] != layer_ids_) continue;
+    const ExpertWeights weights = FindExpertWeights(node->src[0]);
+    if (weights.runtime != runtime) continue;
+    bool movable = true;
+    for (int k = first; k < i && movable; ++k) {
+      if (!done_[static_cast<size_t>(k)]) movable = Independent(node, graph->nodes[k]);
+    }
+    if (!movable) break;
+    const ggml_tensor* w = node->src[0];
+    const ggml_tensor* x = node->src[1];
+    edgemoe_matmul m = {};
+    m.tensor_idx = weights.tensor_idx;
+    m.type = w->type;
+    m.n_cols = w->ne[0];
+    m.n_rows = w->ne[1];
+    m.row_bytes = w->nb[1];
+    m.x = static_cast<const float*>(x->data);
+    m.x_n_used = x->ne[1];
+    m.x_used_bytes = x->nb[1];
+    m.x_token_bytes = x->nb[2];
+    m.y = static_cast<float*>(node->data);
+    m.y_used_bytes = node->nb[1];
+    m.y_token_bytes = node->nb[2];
+    matmuls_.push_back(m);
+    done_[static_cast<size_t>(i)] = 1;
+  }
+  kernels_.Forget();
+  const int32_t code = edgemoe_session_matmul(layer_session_, matmuls_.data(), static_cast<int32_t>(matmuls_.size()), nullptr);
+  return code == EDGEMOE_OK ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
+}
+
+}  // namespace edgemoe_ggml

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: MIT
+// core_ext.cc: the Python module edgemoe._core: libedgemoe's runtime, and the ggml plug-in's loading calls, which
+// are looked up in the plug-in after llama_cpp has been imported. Only edgemoe/_native.py imports it.
+// The GIL is released around everything that can block; no Python object is kept in native code.
+#include <dlfcn.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "edgemoe/edgemoe.h"
+#include "plugins/ggml/edgemoe_ggml.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// Becomes _core.CoreError(code, message) in Python.
+class CoreError : public std::runtime_error {
+ public:
+  CoreError(int32_t code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  int32_t code() const { return code_; }
+
+ private:
+  int32_t code_;
+};
+
+void Check(int32_t code, const edgemoe_error& error) {
+  if (code != EDGEMOE_OK) throw CoreError{code, error.message};
+}
+
+// (name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes)
+using TensorTuple = std::tuple<std::string, int, int, int, int, uint64_t, uint64_t>;
+
+struct Options {
+  std::vector<const char*> paths;
+  std::vector<edgemoe_tensor> tensors;
+  edgemoe_options options = {};
+
+  Options(const std::vector<std::string>& files, const std::vector<TensorTuple>& tuples, uint64_t slots_bytes, int n_io_threads,
+          int eviction) {
+    for (const std::string& f : files) paths.push_back(f.c_str());
+    for (const auto& [name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes] : tuples) {
+      tensors.push_back({name.c_str(), file_idx, layer, n_experts, n_experts_used, offset, expert_bytes});
+    }
+    options.struct_size = sizeof(options);
+    options.n_files = static_cast<int32_t>(paths.size());
+    options.file_paths = paths.data();
+    options.n_tensors = static_cast<int32_t>(tensors.size());
+    options.tensors = tensors.data();
+    options.n_io_threads = n_io_threads;
+    options.slots_bytes = slots_bytes;
+    options.eviction = eviction;
+  }
+};
+
+edgemoe_sizes Measure(const std::vector<TensorTuple>& tensors, uint64_t slots_bytes) {
+  const Options options({}, tensors, slots_bytes, 1, EDGEMOE_EVICT_LRU);
+  edgemoe_sizes sizes = {};
+  edgemoe_error error = {};
+  Check(edgemoe_measure(&options.options, &sizes, &error), error);
+  return sizes;
+}
+
+class Runtime {
+ public:
+  Runtime(const std::vector<std::string>& files, const std::vector<TensorTuple>& tensors, uint64_t slots_bytes, int n_io_threads,
+          int eviction) {
+    const Options options(files, tensors, slots_bytes, n_io_threads, eviction);
+    edgemoe_error error = {};
+    int32_t code;
+    {
+      nb::gil_scoped_release release;
+      code = edgemoe_runtime_open(&options.options, &runtime_, &error);
+    }
+    Check(code, error);
+  }
+  ~Runtime() { Close(); }
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  void Close() {
+    nb::gil_scoped_release release;
+    if (runtime_ != nullptr) edgemoe_runtime_release(runtime_);
+    runtime_ = nullptr;
+  }
+  void SetSlotsBytes(uint64_t slots_bytes) {
+    edgemoe_error error = {};
+    int32_t code;
+    {
+      nb::gil_scoped_release release;
+      code = edgemoe_runtime_set_slots_bytes(get(), slots_bytes, &error);
+    }
+    Check(code, error);
+  }
+  edgemoe_stats Stats() {
+    edgemoe_stats stats;
+    nb::gil_scoped_release release;
+    edgemoe_runtime_stats(get(), &stats);
+    return stats;
+  }
+  void ResetStats() { edgemoe_runtime_reset_stats(get()); }
+  // (code, message) of the last failed read, taken away; code 0 when there was none.
+  std::tuple<int, std::string> TakeError() {
+    edgemoe_error error = {};
+    edgemoe_runtime_take_error(get(), &error);
+    return {error.code, error.message};
+  }
+  edgemoe_runtime* get() {
+    if (runtime_ == nullptr) throw CoreError{EDGEMOE_INVALID_ARGUMENT, "the runtime is closed"};
+    return runtime_;
+  }
+
+ private:
+  edgemoe_runtime* runtime_ = nullptr;
+};
+
+// The loaded ggml plug-in. It stays loaded: ggml keeps pointers into it for the life of the process.
+class GgmlPlugin {
+ public:
+  explicit GgmlPlugin(const std::string& path) {
+    handle_ = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle_ == nullptr) throw CoreError{EDGEMOE_INTERNAL, std::string("cannot load the ggml plug-in: ") + ::dlerror()};
+    Find("edgemoe_ggml_begin_load", &begin_load_);
+    Find("edgemoe_ggml_end_load", &end_load_);
+    Find("edgemoe_ggml_populate", &populate_);
+    Find("edgemoe_ggml_built_against", &built_against_);
+    Find("edgemoe_ggml_llama_cpp_python", &llama_cpp_python_);
+    Find("edgemoe_ggml_loaded", &loaded_);
+    Find("edgemoe_ggml_instance_id", &instance_id_);
+  }
+
+  bool BeginLoad(Runtime& runtime) { return begin_load_(runtime.get()) != 0; }
+  int EndLoad() { return end_load_(); }
+  // ranges: (file offset, length, address)
+  void Populate(const std::string& path, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& ranges, int n_threads) {
+    std::vector<edgemoe_range> native;
+    for (const auto& [offset, length, address] : ranges) native.push_back({offset, length, reinterpret_cast<void*>(address)});
+    edgemoe_error error = {};
+    int32_t code;
+    {
+      nb::gil_scoped_release release;
+      code = populate_(path.c_str(), native.data(), static_cast<int32_t>(native.size()), n_threads, &error);
+    }
+    Check(code, error);
+  }
+  std::string BuiltAgainst() const { return built_against_(); }
+  std::string LlamaCppPython() const { return llama_cpp_python_(); }
+  std::string Loaded() const { return loaded_(); }
+  bool SharesLibrary() const { return instance_id_() == edgemoe_instance_id(); }
+
+ private:
+  template <typename Function>
+  void Find(const char* name, Function* function) {
+    void* const symbol = ::dlsym(handle_, name);
+    if (symbol == nullptr) throw CoreError{EDGEMOE_INTERNAL, std::string("the ggml plug-in lacks ") + name};
+    std::memcpy(function, &symbol, sizeof(symbol));
+  }
+
+  void* handle_ = nullptr;
+  decltype(&edgemoe_ggml_begin_load) begin_load_ = nullptr;
+  decltype(&edgemoe_ggml_end_load) end_load_ = nullptr;
+  decltype(&edgemoe_ggml_populate) populate_ = nullptr;
+  decltype(&edgemoe_ggml_built_against) built_against_ = nullptr;
+  decltype(&edgemoe_ggml_llama_cpp_python) llama_cpp_python_ = nullptr;
+  decltype(&edgemoe_ggml_loaded) loaded_ = nullptr;
+  decltype(&edgemoe_ggml_instance_id) instance_id_ = nullptr;
+};
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "libedgemoe for Python; use edgemoe._native.";
+  nb::object core_error = nb::steal(PyErr_NewException("edgemoe._core.CoreError", PyExc_RuntimeError, nullptr));
+  m.attr("CoreError") = core_error;
+  nb::register_exception_translator(
+      [](const std::exception_ptr& p, void* type) {
+        try {
+          std::rethrow_exception(p);
+        } catch (const CoreError& e) {
+          PyErr_SetObject(static_cast<PyObject*>(type), nb::make_tuple(e.code(), e.what()).ptr());
+        }
+      },
+      core_error.ptr());
+
+  m.def("version", [] { return std::string(edgemoe_version()); });
+  m.def("abi_version", &edgemoe_abi_version);
+  m.def("measure", &Measure, nb::arg("tensors"), nb::arg("slots_bytes"));
+
+  nb::class_<edgemoe_sizes>(m, "Sizes")
+      .def_ro("bank_slot_bytes", &edgemoe_sizes::bank_slot_bytes)
+      .def_ro("cycle_slot_bytes", &edgemoe_sizes::cycle_slot_bytes)
+      .def_ro("slots_bytes", &edgemoe_sizes::slots_bytes)
+      .def_ro("n_slots", &edgemoe_sizes::n_slots)
+      .def_ro("n_slices", &edgemoe_sizes::n_slices);
+
+  nb::class_<edgemoe_stats>(m, "RuntimeStats")
+      .def_ro("hits", &edgemoe_stats::hits)
+      .def_ro("misses", &edgemoe_stats::misses)
+      .def_ro("late_hits", &edgemoe_stats::late_hits)
+      .def_ro("bytes_read", &edgemoe_stats::bytes_read)
+      .def_ro("reads", &edgemoe_stats::reads)
+      .def_ro("stall_ns", &edgemoe_stats::stall_ns)
+      .def_ro("evictions", &edgemoe_stats::evictions)
+      .def_ro("n_slots", &edgemoe_stats::n_slots)
+      .def_ro("slots_bytes", &edgemoe_stats::slots_bytes)
+      .def_ro("direct_io", &edgemoe_stats::direct_io);
+
+  nb::class_<Runtime>(m, "Runtime")
+      .def(nb::init<const std::vector<std::string>&, const std::vector<TensorTuple>&, uint64_t, int, int>(), nb::arg("files"),
+           nb::arg("tensors"), nb::arg("slots_bytes"), nb::arg("n_io_threads"), nb::arg("eviction"))
+      .def("close", &Runtime::Close)
+      .def("set_slots_bytes", &Runtime::SetSlotsBytes, nb::arg("slots_bytes"))
+      .def("stats", &Runtime::Stats)
+      .def("reset_stats", &Runtime::ResetStats)
+      .def("take_error", &Runtime::TakeError);
+
+  nb::class_<GgmlPlugin>(m, "GgmlPlugin")
+      .def(nb::init<const std::string&>(), nb::arg("path"))
+      .def("begin_load", &GgmlPlugin::BeginLoad, nb::arg("runtime"))
+      .def("end_load", &GgmlPlugin::EndLoad)
+      .def("populate", &GgmlPlugin::Populate, nb::arg("path"), nb::arg("ranges"), nb::arg("n_threads"))
+      .def("built_against", &GgmlPlugin::BuiltAgainst)
+      .def("llama_cpp_python", &GgmlPlugin::LlamaCppPython)
+      .def("loaded", &GgmlPlugin::Loaded)
+      .def("shares_library", &GgmlPlugin::SharesLibrary);
+}
