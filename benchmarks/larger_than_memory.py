@@ -37,6 +37,7 @@ RESIDENT = "resident"
 RESIDENT_HEADROOM_BYTES = 1024 * MIB
 RESIDENT_PAIRS = 3
 MIN_CLEAN_PAIRS = 3
+DISTURBED_DISK_RATIO = 1.5  # between the readings of one pair
 Record = dict[str, Any]
 Options = argparse.Namespace
 
@@ -101,15 +102,13 @@ def run_child() -> None:
             "decode_read_bytes_per_token": (_read_bytes() - decode_read) / n_decoded,
             "best_ids_sha256": hashlib.sha256(repr(best_ids).encode()).hexdigest()[:16],
         }
-        spent = {name: value - counters[name] for name, value in _expert_counters(llm).items()}
-        if spent:
+        if spent := {name: value - counters[name] for name, value in _expert_counters(llm).items()}:
             asked = spent["expert_hits"] + spent["expert_misses"] + spent["expert_late_hits"]
             record["decode_hit_rate"] = spent["expert_hits"] / asked if asked else 0.0
             record["decode_stall_s"] = spent["stall_s"]
             record["decode_expert_bytes_per_token"] = spent["expert_bytes_read"] / n_decoded
         passes.append(record)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak_rss_bytes = int(status["VmHWM"].split()[0]) * 1024
+    peak_rss_bytes = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     load = {"load_s": load_s, "load_read_bytes": load_read, "peak_rss_bytes": peak_rss_bytes}
     print(json.dumps({"load": load, "passes": passes}))
 
@@ -135,8 +134,7 @@ def _expert_counters(llm: Any) -> dict[str, float]:
 
 def _read_bytes() -> int:
     """Bytes that this process had read from storage, page faults and read-ahead included."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+    return int(Path("/proc/self/io").read_text().split("\nread_bytes:")[1].split()[0])
 
 
 def measure_sizes(model: Path) -> ModelSizes:
@@ -152,7 +150,7 @@ def measure_sizes(model: Path) -> ModelSizes:
 
 
 def plan_limit_bytes(model: Path, n_ctx: int, experts_bytes: int) -> int:
-    """Find the budget that edgemoe divides into its fixed parts and `experts_bytes`; its slack grows with the budget."""
+    """Find the budget that leaves `experts_bytes` beside the fixed parts of edgemoe's plan."""
     import edgemoe
 
     limit_bytes = model.stat().st_size
@@ -189,17 +187,18 @@ def run_pair(scenario: Scenario, pair: int, model: Path, sizes: ModelSizes, opti
     engines = list(options.engines)
     random.Random(f"{options.seed}/{scenario.name}/{scenario.routing}/{pair}").shuffle(engines)
     command = [sys.executable, "-m", "benchmarks.larger_than_memory", "--child"]
-    cgroup.wait_until_idle(options.idle_wait_s)
-    disk_bytes_per_s = loopdev.random_read_bytes_per_s(model, sizes.expert_slice_bytes)
     records: list[Record] = []
     for engine in engines:
-        task = {"engine": engine, "model": str(model), "limit_bytes": scenario.limit_bytes, "threads": options.threads}
-        task |= {"n_ctx": options.n_ctx, "n_passes": scenario.n_passes}
+        task = {"engine": engine, "model": str(model), "n_ctx": options.n_ctx, "threads": options.threads}
+        task |= {"limit_bytes": scenario.limit_bytes, "n_passes": scenario.n_passes}
         task |= {"prompt": tokens[:n_prompt], "decode": tokens[n_prompt:]}
         limits = (scenario.limit_bytes, options.run_timeout_s, options.idle_wait_s)
+        cgroup.wait_until_idle(options.idle_wait_s)
+        disk = [loopdev.random_read_bytes_per_s(model, sizes.expert_slice_bytes)]
         result = cgroup.run_cold(command, json.dumps(task), *limits)
+        disk.append(loopdev.random_read_bytes_per_s(model, sizes.expert_slice_bytes))
         run = {"scenario": scenario.name, "routing": scenario.routing, "pair": pair, "engine": engine, "order": engines}
-        run |= {"disk_bytes_per_s": disk_bytes_per_s, **result.to_dict()}
+        run |= {**result.to_dict(), "disk_bytes_per_s": disk}
         if result.exit_code == 0:
             child = json.loads(result.stdout.strip().splitlines()[-1])
             records += [{**run, **child["load"], **one_pass} for one_pass in child["passes"]]
@@ -209,22 +208,21 @@ def run_pair(scenario: Scenario, pair: int, model: Path, sizes: ModelSizes, opti
         speed = ", ".join(f"{one.get('decode_tok_per_s', math.nan):.2f}" for one in records if one["engine"] == engine)
         note = " DISTURBED" * result.disturbed + " FAILED" * (result.exit_code != 0)
         print(f"{scenario.name} {scenario.routing} pair {pair} {engine}: {speed} tok/s{note}", file=sys.stderr)
-    return records
+    readings = [reading for one in records for reading in one["disk_bytes_per_s"]]
+    moved = max(readings) > DISTURBED_DISK_RATIO * min(readings)
+    return [{**one, "disk_moved": moved, "disturbed": one["disturbed"] or moved} for one in records]
 
 
 def add_roofline(records: list[Record]) -> None:
-    """Add `roofline_fraction`: decode speed over what the disk measured beside it and the fastest engine allow."""
-    for record in records:
-        if "error" in record:
-            continue
-        same_routing = [one for one in records if one["routing"] == record["routing"] and "error" not in one]
-        warm = clean_pairs([one for one in same_routing if (one["scenario"], one["pass"]) == (RESIDENT, "warm")])
+    """Add `roofline_fraction`: decode speed over what the disk measured around it and the fastest engine allow."""
+    for record in (one for one in records if "error" not in one):
+        same = [one for one in records if one["routing"] == record["routing"] and "error" not in one]
+        warm = clean_pairs([one for one in same if (one["scenario"], one["pass"]) == (RESIDENT, "warm")])
         speeds = [[one["decode_tok_per_s"] for one in warm if one["engine"] == name] for name in ("ours", "stock")]
-        roof_tok_per_s = max((statistics.median(speed) for speed in speeds if speed), default=math.inf)
+        roofs = [max((statistics.median(speed) for speed in speeds if speed), default=math.inf)]
         if record["decode_read_bytes_per_token"] > 0:
-            roof_tok_per_s = min(roof_tok_per_s, record["disk_bytes_per_s"] / record["decode_read_bytes_per_token"])
-        if roof_tok_per_s < math.inf:
-            record["roofline_fraction"] = record["decode_tok_per_s"] / roof_tok_per_s
+            roofs.append(max(record["disk_bytes_per_s"]) / record["decode_read_bytes_per_token"])
+        record["roofline_fraction"] = record["decode_tok_per_s"] / min(roofs)
 
 
 def clean_pairs(records: list[Record]) -> list[Record]:
@@ -282,8 +280,10 @@ def print_table(records: list[Record], scenarios: list[Scenario]) -> None:
             if decode:
                 prefill = spread(1 / ratio for ratio in ttft)  # the prompt is the same, so speeds divide like this
                 print(f"{label}ours / stock: decode {spread(decode)}, prefill {prefill}")
-    n_disturbed = sum(one["disturbed"] for one in records if one["pass"] == "cold")
-    print(f"disturbed runs: {n_disturbed}; their pairs are left out where {MIN_CLEAN_PAIRS} clean ones remain")
+    n_disturbed = len({(one["scenario"], one["routing"], one["pair"]) for one in records if one["disturbed"]})
+    print(
+        f"pairs disturbed by others or by the disk: {n_disturbed}; left out where {MIN_CLEAN_PAIRS} clean ones remain"
+    )
 
 
 def find_faults(records: list[Record]) -> list[str]:
@@ -307,6 +307,7 @@ def find_faults(records: list[Record]) -> list[str]:
 def describe_session(model: Path, sizes: ModelSizes, options: Options) -> Record:
     """Machine, commit, versions, model and settings: what a number means nothing without."""
     cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")), None)
     memory_kib = Path("/proc/meminfo").read_text().split()[1]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     git = subprocess.run(describe, cwd=REPO_ROOT, capture_output=True, text=True, check=False)
@@ -317,11 +318,7 @@ def describe_session(model: Path, sizes: ModelSizes, options: Options) -> Record
         head_sha256 = hashlib.sha256(file.read(MIB)).hexdigest()
     return {
         "benchmark": "larger_than_memory",
-        "machine": {
-            "cpu": next((line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")), None),
-            "n_cpus": os.cpu_count(),
-            "memory_bytes": int(memory_kib) * 1024,
-        },
+        "machine": {"cpu": cpu, "n_cpus": os.cpu_count(), "memory_bytes": int(memory_kib) * 1024},
         "commit": git.stdout.strip() if git.returncode == 0 else None,
         "versions": versions,
         "model": {"name": model.name, "size_bytes": model.stat().st_size, "first_mib_sha256": head_sha256},
@@ -354,8 +351,7 @@ def parse_options(arguments: list[str] | None) -> Options:
     if options.quick:
         options.fractions, options.routing, options.pairs = [0.25], ["local"], 1
         options.prompt_tokens, options.decode_tokens, options.idle_wait_s = 32, 8, 5.0
-    n_tokens = options.prompt_tokens + options.decode_tokens
-    options.n_ctx = max(N_BATCH, math.ceil(n_tokens / 256) * 256)
+    options.n_ctx = max(N_BATCH, math.ceil((options.prompt_tokens + options.decode_tokens) / 256) * 256)
     return options
 
 
@@ -369,8 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cgroup.MemoryCgroup(f"edgemoe-bench-{os.getpid()}", 64 * MIB).close()  # fail before gigabytes are written
         model = options.model or options.work_dir / "olmoe.gguf"
+        options.work_dir.mkdir(parents=True, exist_ok=True)
         if options.model is None and not model.exists():
-            options.work_dir.mkdir(parents=True, exist_ok=True)
             synthetic.write_preset(model, "olmoe")
         sizes = measure_sizes(model)
         scenarios = make_scenarios(model, sizes, options)
@@ -388,9 +384,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_roofline(records)
     print_table(records, scenarios)
     faults = find_faults(records)
+    print("".join(f"FAULT {fault}\n" for fault in faults), end="", file=sys.stderr)
     line = json.dumps({**describe_session(model, sizes, options), "faults": faults, "runs": records})
-    for fault in faults:
-        print(f"FAULT {fault}", file=sys.stderr)
     print(line)
     if options.json is not None:
         options.json.write_text(line + "\n")

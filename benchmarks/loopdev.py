@@ -111,7 +111,7 @@ def image_with(model: Path, work_dir: Path) -> Path:
     return image
 
 
-def random_read_bytes_per_s(path: Path, read_bytes: int, *, n_threads: int = 4, seconds: float = 3.0) -> float:
+def random_read_bytes_per_s(path: Path, read_bytes: int, *, n_threads: int = 4, seconds: float = 2.0) -> float:
     """Bytes per second of random O_DIRECT reads of `read_bytes` each, by `n_threads` at a time."""
     n_bytes = -(-read_bytes // DIRECT_IO_ALIGNMENT_BYTES) * DIRECT_IO_ALIGNMENT_BYTES
     n_offsets = (path.stat().st_size - n_bytes) // DIRECT_IO_ALIGNMENT_BYTES

@@ -25,7 +25,9 @@ __version__ = "0.1.0"
 _LAZY = {"Llama": "edgemoe.llama", "plan": "edgemoe.planner", "demo_model": "edgemoe.demo"}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'edgemoe' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+if not TYPE_CHECKING:  # a checker would take every name, even a mistyped one, for an attribute
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'edgemoe' has no attribute {name!r}")
+        return getattr(importlib.import_module(_LAZY[name]), name)

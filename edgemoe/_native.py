@@ -85,7 +85,7 @@ def raise_read_error(runtime: Runtime) -> None:
         raise _ERRORS.get(code, BackendError)(message)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def plugin() -> _core.GgmlPlugin:
     """The ggml plug-in, registered with the ggml that llama_cpp has loaded.
 
@@ -147,9 +147,7 @@ def isa() -> str:
 
 def _check_abi() -> None:
     if _core.abi_version() != _ABI_VERSION:
-        raise BackendError(
-            f"libedgemoe has ABI {_core.abi_version()}, expected {_ABI_VERSION}; reinstall edgemoe"
-        )
+        raise BackendError(f"libedgemoe has ABI {_core.abi_version()}, expected {_ABI_VERSION}; reinstall edgemoe")
 
 
 _check_abi()

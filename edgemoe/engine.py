@@ -23,7 +23,10 @@ from edgemoe.formats.gguf import GgufModel
 _PAGE_BYTES = 4096
 _MIB = 1 << 20
 # llama.cpp 0.3.36's own report of what its context takes; tests compare it with the buffers themselves.
-_KV_SIZE = re.compile(r"(?:llama_kv_cache|llama_memory_recurrent|dsv4)[^\n]*: size = +([\d.]+) MiB|DSV4 .* state buffer size = +([\d.]+) MiB")
+_KV_SIZE = re.compile(
+    r"(?:llama_kv_cache|llama_memory_recurrent|dsv4)[^\n]*: size = +([\d.]+) MiB"
+    r"|DSV4 .* state buffer size = +([\d.]+) MiB"
+)
 _COMPUTE_SIZE = re.compile(r"compute buffer size = +([\d.]+) MiB")
 _OUTPUT_SIZE = re.compile(r"output buffer size = +([\d.]+) MiB")
 
@@ -104,7 +107,6 @@ def rehearse(model: GgufModel, runtime: _native.Runtime | None, llama_kwargs: di
     kwargs = dict(llama_kwargs, use_mmap=False, use_mlock=False, lora_path=None, verbose=False, draft_model=None)
     with loading(runtime), engine_log(echo=False) as log:
         try:
-            # verbose=True only keeps llama_cpp from closing the standard streams around the load.
             rehearsal = _Rehearsal(str(model.path), **kwargs)
         except (ValueError, RuntimeError) as error:
             raise BackendError(f"llama.cpp cannot load {model.path}: {log.last_error()}") from error
@@ -141,11 +143,11 @@ class Mapping:
 
 def mappings(path: Path) -> list[Mapping]:
     """Where `path` is mapped into this process."""
-    wanted, inode = str(path.resolve()), path.stat().st_ino
+    wanted = str(path.resolve())
     found = []
     for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         fields = line.split(None, 5)
-        if len(fields) < 6 or int(fields[4]) != inode or fields[5] != wanted:
+        if len(fields) < 6 or fields[5] != wanted:
             continue
         begin, end = (int(x, 16) for x in fields[0].split("-"))
         found.append(Mapping(begin, end - begin, int(fields[2], 16)))
@@ -156,7 +158,8 @@ def dense_ranges(model: GgufModel, file_idx: int, mapped: list[Mapping]) -> list
     """Pages of a file's mappings that hold dense weights, as (file offset, length, address)."""
     experts = {t.name for t in model.expert_tensors}
     spans: list[list[int]] = []
-    for t in sorted((t for t in model.tensors if t.file_idx == file_idx and t.name not in experts), key=lambda t: t.offset):
+    dense = [t for t in model.tensors if t.file_idx == file_idx and t.name not in experts]
+    for t in sorted(dense, key=lambda t: t.offset):
         begin = t.offset // _PAGE_BYTES * _PAGE_BYTES
         end = -(-(t.offset + t.n_bytes) // _PAGE_BYTES) * _PAGE_BYTES
         if spans and begin <= spans[-1][1]:

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._runtime: _native.Runtime | None = None
         self._counters = _Counters()
         self._memory = memory
+        self._eviction = eviction
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         n_cores = psutil.cpu_count(logical=False) or 1
         kwargs = dict(
@@ -107,9 +108,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
             report("loading", 0, model.dense_bytes)
-            self._load(kwargs, eviction, lock_memory, verbose)
-        if lora_path is not None:
-            self._add_adapter(str(lora_path), lora_scale)
+            try:
+                self._load(kwargs, eviction, lock_memory, verbose)
+                if lora_path is not None:
+                    self._add_adapter(str(lora_path), lora_scale)
+            except BaseException:
+                self.close()
+                raise
         self._load_s = time.perf_counter() - begin_s
         self._load_bytes_read = host.storage_bytes_read() - begin_read
         report("loading", model.dense_bytes, model.dense_bytes)
@@ -146,6 +151,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         for i, path in enumerate(model.files):
             mapped = [m for m in engine.mappings(path) if m.address not in before]
             ranges = engine.dense_ranges(model, i, mapped)
+            if not mapped:
+                _log.warning("cannot find where llama.cpp mapped %s: its dense weights stay in the page cache", path)
             if not hooked:
                 engine.drop_experts(mapped)
             _native.populate(path, ranges, runtime.N_IO_THREADS)
@@ -230,7 +237,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._counters.completion_tokens += len(tokens)
             self._counters.decode_s += elapsed_s
 
-    def generate(self, *args: Any, **kwargs: Any) -> Iterator[int]:
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, None, None]:
         """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""
         begin_s = time.perf_counter()
         is_first = True
@@ -245,6 +252,23 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Embed text, as `llama_cpp.Llama.embed`."""
         with self._read_errors():
             return super().embed(*args, **kwargs)
+
+    def detokenize(
+        self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
+    ) -> bytes:
+        """The text of tokens, as `llama_cpp.Llama.detokenize`, which loses pieces of more than 32 bytes."""
+        longest = max((self._piece_bytes(token, special) for token in tokens), default=0)
+        if longest <= 32:
+            return bytes(super().detokenize(tokens, prev_tokens, special))
+        return b"".join(self._piece(token, special) for token in tokens)
+
+    def _piece_bytes(self, token: int, special: bool) -> int:
+        return abs(llama.llama_token_to_piece(self._model.vocab, token, None, 0, 0, special))
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        buffer = ctypes.create_string_buffer(self._piece_bytes(token, special) + 1)
+        n_bytes = llama.llama_token_to_piece(self._model.vocab, token, buffer, len(buffer), 0, special)
+        return buffer.raw[: max(0, n_bytes)]
 
     def reset(self) -> None:
         """Forget the conversation, as `llama_cpp.Llama.reset`."""
@@ -297,7 +321,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return dict(state, memory=self._memory)
+        return dict(state, memory=self._memory, eviction=self._eviction)
 
 
 def _check_adapter(path: str | Path, model: GgufModel) -> None:

@@ -113,8 +113,8 @@ def refusal(plan: Plan, model: GgufModel, n_ctx: int) -> BudgetError:
     return BudgetError(
         f"budget {format_size(plan.budget_bytes)} is below the floor {format_size(plan.floor_bytes)} for "
         f"{model.path.name} (GiB: dense {gib(plan.dense_bytes)}, KV {gib(plan.kv_bytes)}, buffers "
-        f"{gib(plan.buffers_bytes)}, one token's experts {gib(plan.token_cycle_bytes)}, slack {gib(plan.slack_bytes)}); "
-        f"use {shorter}--memory {enough}MiB"
+        f"{gib(plan.buffers_bytes)}, one token's experts {gib(plan.token_cycle_bytes)}, slack {gib(plan.slack_bytes)})"
+        f"; use {shorter}--memory {enough}MiB"
     )
 
 

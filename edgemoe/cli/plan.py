@@ -52,7 +52,7 @@ def plan_table(plan: Plan) -> str:
     parts = [
         ("dense weights", plan.dense_bytes),
         ("KV cache", plan.kv_bytes),
-        ("compute buffers", plan.buffers_bytes),
+        ("buffers, process", plan.buffers_bytes),
         ("expert slots", plan.slots_bytes),
         ("slack", plan.slack_bytes),
     ]

@@ -25,8 +25,20 @@ _DEFAULT_ALIGNMENT = 32
 _READ_BYTES = 1 << 16
 # Longer strings and arrays than any model has; a corrupt length must not become an allocation.
 _MAX_LENGTH = 1 << 30
+# Longer arrays are vocabularies; they are skipped, as only their length matters here.
+_MAX_KEPT = 4096
 _EXPERT_TENSOR = re.compile(r"blk\.(\d+)\..*exps\.weight")
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedArray:
+    """A long array of the metadata, of which only the length was kept."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +197,12 @@ class _Reader:
                 code = _SCALAR_FORMATS[kind]
                 if length * struct.calcsize(code) > _MAX_LENGTH:
                     self.take(_MAX_LENGTH + 1)
-                return list(struct.unpack(f"<{length}{code}", self.take(length * struct.calcsize("<" + code))))
+                packed = self.take(length * struct.calcsize("<" + code))
+                return SkippedArray(length) if length > _MAX_KEPT else list(struct.unpack(f"<{length}{code}", packed))
+            if kind == _STRING and length > _MAX_KEPT:
+                for _ in range(length):
+                    self.take(self.unpack("Q"))
+                return SkippedArray(length)
             return [self.value(kind) for _ in range(length)]
         if kind not in _SCALAR_FORMATS:
             raise ModelFormatError(

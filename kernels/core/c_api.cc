@@ -79,10 +79,14 @@ void edgemoe_runtime_stats(edgemoe_runtime* runtime, edgemoe_stats* stats) {
 
 void edgemoe_runtime_reset_stats(edgemoe_runtime* runtime) {
   edgemoe::CacheCounters& c = runtime->cache.counters();
-  for (auto* counter : {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.evictions}) counter->store(0);
+  for (auto* counter : {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.evictions}) {
+    counter->store(0);
+  }
 }
 
-void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error) { Report(runtime->cache.TakeError(), error); }
+void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error) {
+  Report(runtime->cache.TakeError(), error);
+}
 
 int32_t edgemoe_read_ranges(const char* path, const edgemoe_range* ranges, int32_t n_ranges, int32_t n_threads,
                             edgemoe_error* error) {
@@ -97,8 +101,9 @@ int32_t edgemoe_session_create(edgemoe_runtime* runtime, const edgemoe_kernels* 
                                edgemoe_error* error) {
   return Guard(error, [&] {
     if (kernels->struct_size != sizeof(edgemoe_kernels)) {
-      return Status(EDGEMOE_INVALID_ARGUMENT, edgemoe::Format("edgemoe_kernels has %u bytes, expected %zu; rebuild the plug-in",
-                                                              kernels->struct_size, sizeof(edgemoe_kernels)));
+      return Status(EDGEMOE_INVALID_ARGUMENT,
+                    edgemoe::Format("edgemoe_kernels has %u bytes, expected %zu; rebuild the plug-in",
+                                    kernels->struct_size, sizeof(edgemoe_kernels)));
     }
     *session = new edgemoe_session(runtime, *kernels);
     edgemoe_runtime_retain(runtime);
@@ -117,10 +122,12 @@ void edgemoe_session_set_threads(edgemoe_session* session, int32_t n_threads) { 
 int32_t edgemoe_session_begin_layer(edgemoe_session* session, const int32_t* ids, int64_t n_tokens, int64_t n_used,
                                     uint64_t ids_token_bytes, const int32_t* tensor_idxs, int32_t n_tensors,
                                     edgemoe_error* error) {
-  return Guard(error, [&] { return session->layer.Begin(ids, n_tokens, n_used, ids_token_bytes, tensor_idxs, n_tensors); });
+  return Guard(error,
+               [&] { return session->layer.Begin(ids, n_tokens, n_used, ids_token_bytes, tensor_idxs, n_tensors); });
 }
 
-int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls, int32_t n_matmuls, edgemoe_error* error) {
+int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls, int32_t n_matmuls,
+                               edgemoe_error* error) {
   return Guard(error, [&] { return session->layer.Multiply(matmuls, n_matmuls); });
 }
 

@@ -32,7 +32,8 @@ Status ExpertCache::Start(uint64_t slots_bytes, int n_io_threads) {
   try {
     for (int i = 0; i < n_io_threads; ++i) readers_.emplace_back([this] { ReaderLoop(); });
   } catch (const std::system_error& e) {
-    return Status(EDGEMOE_NO_MEMORY, Format("cannot start reader thread %zu of %d: %s", readers_.size() + 1, n_io_threads, e.what()));
+    return Status(EDGEMOE_NO_MEMORY,
+                  Format("cannot start reader thread %zu of %d: %s", readers_.size() + 1, n_io_threads, e.what()));
   }
   return Status();
 }
@@ -56,10 +57,11 @@ Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
   for (const SlotClass& c : classes) {
     // Two slots let one slice load while another is computed.
     if (c.n_slots < std::min<int64_t>(2, c.n_slices)) {
-      return Status(EDGEMOE_BUDGET, Format("%llu bytes of slots hold %lld experts' tensors of %llu bytes, expected at least 2; "
-                                           "raise the memory budget",
-                                           static_cast<unsigned long long>(slots_bytes), static_cast<long long>(c.n_slots),
-                                           static_cast<unsigned long long>(c.slot_bytes)));
+      return Status(EDGEMOE_BUDGET,
+                    Format("%llu bytes of slots hold %lld experts' tensors of %llu bytes, expected at least 2; "
+                           "raise the memory budget",
+                           static_cast<unsigned long long>(slots_bytes), static_cast<long long>(c.n_slots),
+                           static_cast<unsigned long long>(c.slot_bytes)));
     }
   }
   std::unique_lock<std::mutex> lock(mutex_);
@@ -84,7 +86,8 @@ bool ExpertCache::TrimClass(int class_idx, int64_t n_slots) {
   ClassState& c = classes_[static_cast<size_t>(class_idx)];
   const int64_t n_now = pool_.classes()[static_cast<size_t>(class_idx)].n_slots;
   auto& free_slots = c.free_slots;
-  free_slots.erase(std::remove_if(free_slots.begin(), free_slots.end(), [&](int32_t s) { return s >= n_slots; }), free_slots.end());
+  free_slots.erase(std::remove_if(free_slots.begin(), free_slots.end(), [&](int32_t s) { return s >= n_slots; }),
+                   free_slots.end());
   for (int64_t slot = n_slots; slot < n_now; ++slot) {
     const int64_t slice = c.slice_of_slot[static_cast<size_t>(slot)];
     if (slice < 0) continue;

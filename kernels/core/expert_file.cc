@@ -31,12 +31,14 @@ Status ExpertFile::Describe(const edgemoe_options& options, std::vector<ExpertTe
   for (int32_t i = 0; i < options.n_tensors; ++i) {
     const edgemoe_tensor& t = options.tensors[i];
     if (t.n_experts <= 0 || t.expert_bytes == 0 || t.n_experts_used <= 0 || t.n_experts_used > t.n_experts) {
-      return Status(EDGEMOE_BAD_FILE,
-                    Format("tensor %s: %d experts of %llu bytes with %d used, expected positive counts and used <= experts",
-                           t.name, t.n_experts, static_cast<unsigned long long>(t.expert_bytes), t.n_experts_used));
+      return Status(
+          EDGEMOE_BAD_FILE,
+          Format("tensor %s: %d experts of %llu bytes with %d used, expected positive counts and used <= experts",
+                 t.name, t.n_experts, static_cast<unsigned long long>(t.expert_bytes), t.n_experts_used));
     }
     if (t.expert_bytes > UINT64_MAX / 2 / static_cast<uint64_t>(t.n_experts) || t.offset > UINT64_MAX / 2) {
-      return Status(EDGEMOE_BAD_FILE, Format("tensor %s: size overflows 64 bits; the file's header is corrupt", t.name));
+      return Status(EDGEMOE_BAD_FILE,
+                    Format("tensor %s: size overflows 64 bits; the file's header is corrupt", t.name));
     }
     ExpertTensor tensor;
     tensor.name = t.name;
@@ -64,23 +66,24 @@ Status ExpertFile::Open(const edgemoe_options& options, const FileOpener& opener
   for (size_t i = 0; i < result->tensors_.size(); ++i) {
     const ExpertTensor& t = result->tensors_[i];
     if (t.file_idx < 0 || t.file_idx >= options.n_files) {
-      return Status(EDGEMOE_INVALID_ARGUMENT, Format("tensor %s: file index %d, expected 0..%d", t.name.c_str(), t.file_idx,
-                                                     options.n_files - 1));
+      return Status(EDGEMOE_INVALID_ARGUMENT, Format("tensor %s: file index %d, expected 0..%d", t.name.c_str(),
+                                                     t.file_idx, options.n_files - 1));
     }
     const File& f = *result->files_[static_cast<size_t>(t.file_idx)];
     const uint64_t end = t.offset + t.expert_bytes * static_cast<uint64_t>(t.n_experts);
     if (end > f.size_bytes()) {
-      return Status(EDGEMOE_BAD_FILE,
-                    Format("tensor %s: ends at byte %llu, the file has %llu (%s, offset %llu); the file is truncated: "
-                           "download or convert it again",
-                           t.name.c_str(), static_cast<unsigned long long>(end),
-                           static_cast<unsigned long long>(f.size_bytes()), f.path().c_str(),
-                           static_cast<unsigned long long>(t.offset)));
+      return Status(
+          EDGEMOE_BAD_FILE,
+          Format("tensor %s: ends at byte %llu, the file has %llu (%s, offset %llu); the file is truncated: "
+                 "download or convert it again",
+                 t.name.c_str(), static_cast<unsigned long long>(end), static_cast<unsigned long long>(f.size_bytes()),
+                 f.path().c_str(), static_cast<unsigned long long>(t.offset)));
     }
     if (!result->index_of_name_.emplace(t.name, static_cast<int>(i)).second) {
       return Status(EDGEMOE_BAD_FILE, Format("tensor %s: named twice (%s)", t.name.c_str(), f.path().c_str()));
     }
-    result->slice_tensor_.insert(result->slice_tensor_.end(), static_cast<size_t>(t.n_experts), static_cast<int32_t>(i));
+    result->slice_tensor_.insert(result->slice_tensor_.end(), static_cast<size_t>(t.n_experts),
+                                 static_cast<int32_t>(i));
   }
   result->n_slices_ = static_cast<int64_t>(result->slice_tensor_.size());
   *file = std::move(result);
@@ -100,7 +103,8 @@ SliceExtent ExpertFile::Extent(int64_t slice) const {
 Status ExpertFile::ReadSlice(int64_t slice, void* to) const {
   const ExpertTensor& t = tensors_[static_cast<size_t>(TensorOf(slice))];
   const SliceExtent extent = Extent(slice);
-  Status status = files_[static_cast<size_t>(t.file_idx)]->ReadAt(extent.offset, extent.length, extent.needed_bytes, to);
+  Status status =
+      files_[static_cast<size_t>(t.file_idx)]->ReadAt(extent.offset, extent.length, extent.needed_bytes, to);
   if (status.ok()) return status;
   return Status(status.code(), Format("expert %lld of tensor %s: %s", static_cast<long long>(slice - t.first_slice),
                                       t.name.c_str(), status.message().c_str()));

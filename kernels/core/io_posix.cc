@@ -52,10 +52,11 @@ class PosixFile final : public File {
     }
     if (!direct()) ::posix_fadvise(fd_, static_cast<off_t>(offset), static_cast<off_t>(length), POSIX_FADV_DONTNEED);
     if (done >= needed) return Status();
-    return Status(EDGEMOE_IO, Format("read failed: %llu bytes at offset %llu, expected %llu (%s); the file shrank since "
-                                     "it was opened: restore it and load the model again",
-                                     static_cast<unsigned long long>(done), static_cast<unsigned long long>(offset),
-                                     static_cast<unsigned long long>(needed), path_.c_str()));
+    return Status(EDGEMOE_IO,
+                  Format("read failed: %llu bytes at offset %llu, expected %llu (%s); the file shrank since "
+                         "it was opened: restore it and load the model again",
+                         static_cast<unsigned long long>(done), static_cast<unsigned long long>(offset),
+                         static_cast<unsigned long long>(needed), path_.c_str()));
   }
 
  private:

@@ -8,9 +8,11 @@ namespace edgemoe {
 namespace {
 
 // Matrix rows of one unit of work. Decode: 128 rows of a 2048-column Q4_K matrix are 144 KiB, 5-10 us of work;
-// smaller units cost more in counting than they gain in balance. Prefill: 256 rows is ggml's own tile.
+// smaller units cost more in counting than they gain in balance. Prefill: a unit is a whole call of the engine's
+// product (5-8 us of its own), so units are as large as leaves each thread 16 of them, in steps of its 256-row tile.
 constexpr int kDecodeRows = 128;
 constexpr int kPrefillRows = 256;
+constexpr int64_t kPrefillUnitsPerThread = 16;
 constexpr int kPrefillPairs = 4;
 // Rows of activations above which quantizing them is worth a second start of the threads.
 constexpr int64_t kParallelQuantizeRows = 32;
@@ -61,7 +63,8 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
   const int64_t n_pairs = n_tokens * n_used;
   if (pairs_.size() < static_cast<size_t>(n_pairs)) pairs_.resize(static_cast<size_t>(n_pairs));
   const auto id_at = [&](int64_t token, int64_t used) {
-    return reinterpret_cast<const int32_t*>(reinterpret_cast<const char*>(ids) + static_cast<uint64_t>(token) * ids_token_bytes)[used];
+    return reinterpret_cast<const int32_t*>(reinterpret_cast<const char*>(ids) +
+                                            static_cast<uint64_t>(token) * ids_token_bytes)[used];
   };
   for (int64_t token = 0; token < n_tokens; ++token) {
     for (int64_t used = 0; used < n_used; ++used) {
@@ -91,7 +94,8 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
   for (int64_t token = 0; token < n_tokens; ++token) {
     for (int64_t used = 0; used < n_used; ++used) {
       ChosenExpert& c = chosen_[static_cast<size_t>(chosen_of_expert_[static_cast<size_t>(id_at(token, used))])];
-      pairs_[static_cast<size_t>(c.first_pair + c.n_pairs++)] = {static_cast<int32_t>(token), static_cast<int32_t>(used)};
+      pairs_[static_cast<size_t>(c.first_pair + c.n_pairs++)] = {static_cast<int32_t>(token),
+                                                                 static_cast<int32_t>(used)};
     }
   }
   return Status();
@@ -236,7 +240,8 @@ void MoeLayer::QuantizeInputs() {
     }
   }
   const size_t n_pairs = static_cast<size_t>(chosen_.empty() ? 0 : chosen_.back().first_pair + chosen_.back().n_pairs);
-  if (x_rows_.size() < n_pairs * static_cast<size_t>(n_matmuls_)) x_rows_.resize(n_pairs * static_cast<size_t>(n_matmuls_));
+  if (x_rows_.size() < n_pairs * static_cast<size_t>(n_matmuls_))
+    x_rows_.resize(n_pairs * static_cast<size_t>(n_matmuls_));
   for (int i = 0; i < n_matmuls_; ++i) {
     const InputRows& in = inputs_[static_cast<size_t>(i)];
     for (size_t p = 0; p < n_pairs; ++p) {
@@ -262,7 +267,11 @@ void MoeLayer::PrepareTasks() {
       task.slice = Slice(matmuls_[i].tensor_idx, chosen_[c].expert);
       task.matmul = i;
       task.chosen = static_cast<int32_t>(c);
-      task.rows_per_chunk = chosen_[c].n_pairs >= kPrefillPairs ? kPrefillRows : kDecodeRows;
+      task.rows_per_chunk = kDecodeRows;
+      if (chosen_[c].n_pairs >= kPrefillPairs) {
+        const int64_t units = std::max<int64_t>(1, n_threads_ * kPrefillUnitsPerThread / n_tasks_);
+        task.rows_per_chunk = static_cast<int32_t>(RoundUp(static_cast<uint64_t>(matmuls_[i].n_rows / units), kPrefillRows));
+      }
       task.n_chunks = static_cast<int32_t>((matmuls_[i].n_rows + task.rows_per_chunk - 1) / task.rows_per_chunk);
       task.next_chunk.store(0, std::memory_order_relaxed);
       task.n_done.store(0, std::memory_order_relaxed);
@@ -365,7 +374,8 @@ void MoeLayer::WaitForReady(int thread_idx, int n_ready_seen) {
   if (thread_idx == 0) {
     const auto waited = std::chrono::steady_clock::now() - begin;
     cache_->counters().stall_ns.fetch_add(
-        static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count()), std::memory_order_relaxed);
+        static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count()),
+        std::memory_order_relaxed);
   }
 }
 

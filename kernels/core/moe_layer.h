@@ -28,8 +28,8 @@ class MoeLayer {
   MoeLayer& operator=(const MoeLayer&) = delete;
 
   void set_threads(int n_threads) { n_threads_ = n_threads > 0 ? n_threads : 1; }
-  Status Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes, const int32_t* tensor_idxs,
-               int n_tensors);
+  Status Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes,
+               const int32_t* tensor_idxs, int n_tensors);
   Status Multiply(const edgemoe_matmul* matmuls, int n_matmuls);
   void End();
 
@@ -93,7 +93,7 @@ class MoeLayer {
     bool fits = false;       // all of them
   };
   std::vector<ClassShare> shares_;  // [class]
-  std::vector<int64_t> ahead_;  // slices of later products, in order of use
+  std::vector<int64_t> ahead_;      // slices of later products, in order of use
   size_t next_ahead_ = 0;
 
   // The products in progress.
@@ -104,7 +104,7 @@ class MoeLayer {
   int n_tasks_ = 0;
   std::vector<int32_t> pending_;  // tasks not yet acquired, from next_pending_ on
   size_t next_pending_ = 0;
-  std::vector<int32_t> loading_;  // tasks acquired, not yet resident
+  std::vector<int32_t> loading_;                   // tasks acquired, not yet resident
   std::unique_ptr<std::atomic<int32_t>[]> ready_;  // tasks in the order in which they may run
   std::atomic<int> n_ready_{0};
   std::atomic<int> cursor_{0};
@@ -115,7 +115,7 @@ class MoeLayer {
     uint64_t row_bytes;
     int64_t n_used;
   };
-  std::vector<InputRows> inputs_;  // of each product
+  std::vector<InputRows> inputs_;    // of each product
   std::vector<const void*> x_rows_;  // [product][pair]
   std::vector<float*> y_rows_;       // [thread][pair]
   int64_t max_pairs_ = 0;

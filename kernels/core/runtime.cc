@@ -5,7 +5,8 @@ namespace edgemoe {
 
 Status OpenRuntime(const edgemoe_options& options, const FileOpener& opener, edgemoe_runtime** runtime) {
   if (options.eviction != EDGEMOE_EVICT_LRU && options.eviction != EDGEMOE_EVICT_LFU_DECAY) {
-    return Status(EDGEMOE_INVALID_ARGUMENT, Format("eviction rule %d, expected 0 (LRU) or 1 (LFU with decay)", options.eviction));
+    return Status(EDGEMOE_INVALID_ARGUMENT,
+                  Format("eviction rule %d, expected 0 (LRU) or 1 (LFU with decay)", options.eviction));
   }
   if (options.n_tensors <= 0 || options.n_io_threads <= 0) {
     return Status(EDGEMOE_INVALID_ARGUMENT, Format("%d tensors and %d reader threads, expected at least one of each",

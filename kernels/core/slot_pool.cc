@@ -63,7 +63,8 @@ Status SlotPool::Reserve(const std::vector<ExpertTensor>& tensors) {
   classes_ = Classes(tensors, &class_of_tensor_);
   for (SlotClass& c : classes_) {
     c.reserved_bytes = RoundUp(c.slot_bytes * static_cast<uint64_t>(c.n_slices), kHugePageBytes) + kHugePageBytes;
-    void* p = ::mmap(nullptr, c.reserved_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p =
+        ::mmap(nullptr, c.reserved_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
       return Status(EDGEMOE_NO_MEMORY, Format("cannot reserve %llu bytes of addresses for expert slots: %s",
                                               static_cast<unsigned long long>(c.reserved_bytes), std::strerror(errno)));
@@ -84,8 +85,8 @@ void SlotPool::SetSlots(const std::vector<SlotClass>& classes) {
     c.n_slots = classes[i].n_slots;
     // Huge pages only where every byte of them belongs to a slot in use, so that none is paid for twice.
     const uint64_t begin = RoundUp(reinterpret_cast<uint64_t>(c.base), kHugePageBytes);
-    const uint64_t end = RoundDown(reinterpret_cast<uint64_t>(c.base) + static_cast<uint64_t>(c.n_slots) * c.slot_bytes,
-                                   kHugePageBytes);
+    const uint64_t end =
+        RoundDown(reinterpret_cast<uint64_t>(c.base) + static_cast<uint64_t>(c.n_slots) * c.slot_bytes, kHugePageBytes);
     if (end > begin) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 }

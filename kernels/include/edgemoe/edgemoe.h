@@ -29,10 +29,10 @@ extern "C" {
 typedef enum edgemoe_code {
   EDGEMOE_OK = 0,
   EDGEMOE_INVALID_ARGUMENT = 1,
-  EDGEMOE_BAD_FILE = 2,   /* an extent passes the end of its file */
-  EDGEMOE_IO = 3,         /* open or read failed, or the file shrank */
+  EDGEMOE_BAD_FILE = 2, /* an extent passes the end of its file */
+  EDGEMOE_IO = 3,       /* open or read failed, or the file shrank */
   EDGEMOE_NO_MEMORY = 4,
-  EDGEMOE_BUDGET = 5,     /* the slots cannot hold what one layer needs */
+  EDGEMOE_BUDGET = 5, /* the slots cannot hold what one layer needs */
   EDGEMOE_INTERNAL = 6
 } edgemoe_code;
 
@@ -54,8 +54,8 @@ typedef struct edgemoe_tensor {
 } edgemoe_tensor;
 
 typedef enum edgemoe_eviction {
-  EDGEMOE_EVICT_LRU = 0,       /* least recently used */
-  EDGEMOE_EVICT_LFU_DECAY = 1  /* least frequently used, counts halving every 16 tokens */
+  EDGEMOE_EVICT_LRU = 0,      /* least recently used */
+  EDGEMOE_EVICT_LFU_DECAY = 1 /* least frequently used, counts halving every 16 tokens */
 } edgemoe_eviction;
 
 typedef struct edgemoe_options {
@@ -86,11 +86,11 @@ typedef struct edgemoe_stats {
   uint64_t late_hits;  /* experts found still loading */
   uint64_t bytes_read; /* from storage, whole pages */
   uint64_t reads;
-  uint64_t stall_ns;   /* computing waited for storage with nothing else to do */
+  uint64_t stall_ns; /* computing waited for storage with nothing else to do */
   uint64_t evictions;
   int64_t n_slots;
   uint64_t slots_bytes;
-  int32_t direct_io;   /* 1: the files are read with O_DIRECT; 0: buffered, then dropped from the page cache */
+  int32_t direct_io; /* 1: the files are read with O_DIRECT; 0: buffered, then dropped from the page cache */
   int32_t reserved;
 } edgemoe_stats;
 
@@ -99,15 +99,15 @@ typedef struct edgemoe_session edgemoe_session;
 
 /* Rows [first_row, first_row + n_rows) of one expert matrix times n_x quantized activation rows. */
 typedef struct edgemoe_product {
-  int32_t type;           /* the plug-in's weight type, as given in edgemoe_matmul */
+  int32_t type; /* the plug-in's weight type, as given in edgemoe_matmul */
   int32_t n_x;
-  int64_t n_cols;         /* K, elements of a weight row and of an activation row */
+  int64_t n_cols; /* K, elements of a weight row and of an activation row */
   int64_t n_rows;
-  const void* weights;    /* first row */
+  const void* weights; /* first row */
   uint64_t row_bytes;
-  const void* const* x;   /* [n_x] activation rows in the type's activation format */
-  float* const* y;        /* [n_x] where the n_rows results of each activation row go, contiguous */
-  uint64_t x_key;         /* equal for equal lists x within one call of edgemoe_session_matmul */
+  const void* const* x; /* [n_x] activation rows in the type's activation format */
+  float* const* y;      /* [n_x] where the n_rows results of each activation row go, contiguous */
+  uint64_t x_key;       /* equal for equal lists x within one call of edgemoe_session_matmul */
 } edgemoe_product;
 
 /* Arithmetic and threads, provided by the plug-in. All functions are called from several threads at once. */
@@ -181,12 +181,11 @@ EDGEMOE_API void edgemoe_session_set_threads(edgemoe_session* session, int32_t n
 /* One layer of one batch: which experts the router chose, and the tensors that will multiply, in the order of
  * use. ids: [n_tokens][n_used], a token's row `ids_token_bytes` after the one before. Reads begin here. */
 EDGEMOE_API int32_t edgemoe_session_begin_layer(edgemoe_session* session, const int32_t* ids, int64_t n_tokens,
-                                                int64_t n_used, uint64_t ids_token_bytes,
-                                                const int32_t* tensor_idxs, int32_t n_tensors,
-                                                edgemoe_error* error);
+                                                int64_t n_used, uint64_t ids_token_bytes, const int32_t* tensor_idxs,
+                                                int32_t n_tensors, edgemoe_error* error);
 /* Products that do not depend on each other; experts already resident are computed while others load. */
-EDGEMOE_API int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls,
-                                           int32_t n_matmuls, edgemoe_error* error);
+EDGEMOE_API int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls, int32_t n_matmuls,
+                                           edgemoe_error* error);
 EDGEMOE_API void edgemoe_session_end_layer(edgemoe_session* session);
 
 #ifdef __cplusplus

@@ -64,11 +64,14 @@ ggml_status GraphCompute(ggml_backend_t backend, ggml_cgraph* graph) {
 }
 
 ggml_guid_t Guid() {
-  static ggml_guid guid = {0x65, 0x64, 0x67, 0x65, 0x6d, 0x6f, 0x65, 0x2d, 0x67, 0x67, 0x6d, 0x6c, 0x2d, 0x30, 0x30, 0x31};
+  static ggml_guid guid = {0x65, 0x64, 0x67, 0x65, 0x6d, 0x6f, 0x65, 0x2d,
+                           0x67, 0x67, 0x6d, 0x6c, 0x2d, 0x30, 0x30, 0x31};
   return &guid;
 }
 
-void SetThreads(ggml_backend_t backend, int n_threads) { static_cast<MoeRegion*>(backend->context)->SetThreads(n_threads); }
+void SetThreads(ggml_backend_t backend, int n_threads) {
+  static_cast<MoeRegion*>(backend->context)->SetThreads(n_threads);
+}
 
 // --- device ---
 
@@ -121,8 +124,8 @@ void* GetProcAddress(ggml_backend_reg_t, const char* name) {
 }
 
 ggml_backend_reg_t Registry() {
-  static ggml_backend_reg registry = {EDGEMOE_GGML_BACKEND_API_VERSION, {RegistryName, DeviceCount, GetDevice, GetProcAddress},
-                                      nullptr};
+  static ggml_backend_reg registry = {
+      EDGEMOE_GGML_BACKEND_API_VERSION, {RegistryName, DeviceCount, GetDevice, GetProcAddress}, nullptr};
   return &registry;
 }
 

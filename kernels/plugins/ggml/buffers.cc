@@ -55,12 +55,14 @@ bool IsHost(ggml_backend_buffer_type_t) { return true; }
 }  // namespace
 
 ggml_backend_buffer_type_t BufferType(ggml_backend_dev_t device) {
-  static ggml_backend_buffer_type type = {{Name, AllocateHostMemory, Alignment, nullptr, nullptr, IsHost}, nullptr, nullptr};
+  static ggml_backend_buffer_type type = {
+      {Name, AllocateHostMemory, Alignment, nullptr, nullptr, IsHost}, nullptr, nullptr};
   type.device = device;
   return &type;
 }
 
-ggml_backend_buffer_t NewExpertBuffer(ggml_backend_buffer_type_t type, edgemoe_runtime* runtime, void* base, size_t size) {
+ggml_backend_buffer_t NewExpertBuffer(ggml_backend_buffer_type_t type, edgemoe_runtime* runtime, void* base,
+                                      size_t size) {
   ggml_backend_buffer_i iface = {};
   iface.free_buffer = FreeExpertBuffer;
   iface.get_base = Base;

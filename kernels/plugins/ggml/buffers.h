@@ -12,7 +12,8 @@
 namespace edgemoe_ggml {
 
 ggml_backend_buffer_type_t BufferType(ggml_backend_dev_t device);
-ggml_backend_buffer_t NewExpertBuffer(ggml_backend_buffer_type_t type, edgemoe_runtime* runtime, void* base, size_t size);
+ggml_backend_buffer_t NewExpertBuffer(ggml_backend_buffer_type_t type, edgemoe_runtime* runtime, void* base,
+                                      size_t size);
 
 struct ExpertWeights {
   edgemoe_runtime* runtime = nullptr;

@@ -15,7 +15,8 @@ namespace {
 // itself uses those dot products for fewer than 8 rows, so either way gives its bits.
 constexpr int kManyRows = 4;
 
-void SetShape(ggml_tensor* t, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1, size_t nb2, void* data) {
+void SetShape(ggml_tensor* t, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1, size_t nb2,
+              void* data) {
   t->type = type;
   t->ne[0] = ne0;
   t->ne[1] = ne1;
@@ -129,7 +130,8 @@ GgmlKernels::GgmlKernels() { SetThreads(1); }
 GgmlKernels::~GgmlKernels() = default;
 
 void GgmlKernels::SetThreads(int n_threads) {
-  while (per_thread_.size() < static_cast<size_t>(n_threads)) per_thread_.push_back(std::make_unique<ExpertMultiplier>());
+  while (per_thread_.size() < static_cast<size_t>(n_threads))
+    per_thread_.push_back(std::make_unique<ExpertMultiplier>());
 }
 
 void GgmlKernels::Forget() {

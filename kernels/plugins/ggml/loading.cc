@@ -105,7 +105,8 @@ int32_t edgemoe_ggml_end_load(void) {
 int32_t edgemoe_ggml_populate(const char* path, const edgemoe_range* ranges, int32_t n_ranges, int32_t n_threads,
                               edgemoe_error* error) {
   for (int32_t i = 0; i < n_ranges; ++i) {
-    void* p = ::mmap(ranges[i].to, ranges[i].length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    void* p =
+        ::mmap(ranges[i].to, ranges[i].length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     if (p == MAP_FAILED) {
       if (error != nullptr) {
         error->code = EDGEMOE_NO_MEMORY;

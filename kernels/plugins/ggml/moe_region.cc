@@ -111,8 +111,9 @@ bool MoeRegion::BeginLayer(ggml_cgraph* graph, int first) {
   layer_session_ = SessionOf(runtime);
   if (layer_session_ == nullptr) return false;
   layer_ids_ = ids;
-  return edgemoe_session_begin_layer(layer_session_, static_cast<const int32_t*>(ids->data), ids->ne[1], ids->ne[0], ids->nb[1],
-                                     tensor_idxs_.data(), static_cast<int32_t>(tensor_idxs_.size()), nullptr) == EDGEMOE_OK;
+  return edgemoe_session_begin_layer(layer_session_, static_cast<const int32_t*>(ids->data), ids->ne[1], ids->ne[0],
+                                     ids->nb[1], tensor_idxs_.data(), static_cast<int32_t>(tensor_idxs_.size()),
+                                     nullptr) == EDGEMOE_OK;
 }
 
 void MoeRegion::EndLayer() {
@@ -157,7 +158,8 @@ ggml_status MoeRegion::ComputeProducts(ggml_cgraph* graph, int first) {
     done_[static_cast<size_t>(i)] = 1;
   }
   kernels_.Forget();
-  const int32_t code = edgemoe_session_matmul(layer_session_, matmuls_.data(), static_cast<int32_t>(matmuls_.size()), nullptr);
+  const int32_t code =
+      edgemoe_session_matmul(layer_session_, matmuls_.data(), static_cast<int32_t>(matmuls_.size()), nullptr);
   return code == EDGEMOE_OK ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
 

@@ -43,8 +43,8 @@ struct Options {
   std::vector<edgemoe_tensor> tensors;
   edgemoe_options options = {};
 
-  Options(const std::vector<std::string>& files, const std::vector<TensorTuple>& tuples, uint64_t slots_bytes, int n_io_threads,
-          int eviction) {
+  Options(const std::vector<std::string>& files, const std::vector<TensorTuple>& tuples, uint64_t slots_bytes,
+          int n_io_threads, int eviction) {
     for (const std::string& f : files) paths.push_back(f.c_str());
     for (const auto& [name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes] : tuples) {
       tensors.push_back({name.c_str(), file_idx, layer, n_experts, n_experts_used, offset, expert_bytes});
@@ -70,8 +70,8 @@ edgemoe_sizes Measure(const std::vector<TensorTuple>& tensors, uint64_t slots_by
 
 class Runtime {
  public:
-  Runtime(const std::vector<std::string>& files, const std::vector<TensorTuple>& tensors, uint64_t slots_bytes, int n_io_threads,
-          int eviction) {
+  Runtime(const std::vector<std::string>& files, const std::vector<TensorTuple>& tensors, uint64_t slots_bytes,
+          int n_io_threads, int eviction) {
     const Options options(files, tensors, slots_bytes, n_io_threads, eviction);
     edgemoe_error error = {};
     int32_t code;
@@ -126,7 +126,8 @@ class GgmlPlugin {
  public:
   explicit GgmlPlugin(const std::string& path) {
     handle_ = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (handle_ == nullptr) throw CoreError{EDGEMOE_INTERNAL, std::string("cannot load the ggml plug-in: ") + ::dlerror()};
+    if (handle_ == nullptr)
+      throw CoreError{EDGEMOE_INTERNAL, std::string("cannot load the ggml plug-in: ") + ::dlerror()};
     Find("edgemoe_ggml_begin_load", &begin_load_);
     Find("edgemoe_ggml_end_load", &end_load_);
     Find("edgemoe_ggml_populate", &populate_);
@@ -139,9 +140,11 @@ class GgmlPlugin {
   bool BeginLoad(Runtime& runtime) { return begin_load_(runtime.get()) != 0; }
   int EndLoad() { return end_load_(); }
   // ranges: (file offset, length, address)
-  void Populate(const std::string& path, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& ranges, int n_threads) {
+  void Populate(const std::string& path, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& ranges,
+                int n_threads) {
     std::vector<edgemoe_range> native;
-    for (const auto& [offset, length, address] : ranges) native.push_back({offset, length, reinterpret_cast<void*>(address)});
+    for (const auto& [offset, length, address] : ranges)
+      native.push_back({offset, length, reinterpret_cast<void*>(address)});
     edgemoe_error error = {};
     int32_t code;
     {
@@ -213,8 +216,8 @@ NB_MODULE(_core, m) {
       .def_ro("direct_io", &edgemoe_stats::direct_io);
 
   nb::class_<Runtime>(m, "Runtime")
-      .def(nb::init<const std::vector<std::string>&, const std::vector<TensorTuple>&, uint64_t, int, int>(), nb::arg("files"),
-           nb::arg("tensors"), nb::arg("slots_bytes"), nb::arg("n_io_threads"), nb::arg("eviction"))
+      .def(nb::init<const std::vector<std::string>&, const std::vector<TensorTuple>&, uint64_t, int, int>(),
+           nb::arg("files"), nb::arg("tensors"), nb::arg("slots_bytes"), nb::arg("n_io_threads"), nb::arg("eviction"))
       .def("close", &Runtime::Close)
       .def("set_slots_bytes", &Runtime::SetSlotsBytes, nb::arg("slots_bytes"))
       .def("stats", &Runtime::Stats)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: MIT
+"""Models that several test files share, each written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import synthetic
+
+ModelWriter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_model(tmp_path_factory: pytest.TempPathFactory) -> ModelWriter:
+    """Writes a tiny model as `benchmarks.synthetic.write_model`; equal arguments give the same file. Do not change it."""
+    folder = tmp_path_factory.mktemp("models")
+    written: dict[str, Path] = {}
+
+    def write(arch: str = "olmoe", **options: Any) -> Path:
+        key = f"{arch} {sorted(options.items())}"
+        if key not in written:
+            written[key] = synthetic.write_model(folder / f"{arch}-{len(written)}.gguf", arch, **options)
+        return written[key]
+
+    return write

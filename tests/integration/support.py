@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""What the integration tests share: the reference (stock llama.cpp without repacking) and slots of a given size."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+import edgemoe
+from edgemoe import _native, runtime
+from edgemoe.errors import BudgetError
+
+ROOT = Path(__file__).parents[2]
+N_VOCAB = 512
+CONTEXT = {"n_ctx": 256, "n_batch": 64, "logits_all": True, "verbose": False}
+Logits = npt.NDArray[np.single]
+
+
+class StockLlama(llama_cpp.Llama):
+    """llama.cpp as it is, without weight repacking: the bits that edgemoe has to give."""
+
+    @property
+    def model_params(self) -> Any:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.use_extra_bufts = False
+        self._model_params = params
+
+
+def stock(path: Path, **options: Any) -> StockLlama:
+    """The reference with a small context; two threads if not told otherwise."""
+    return StockLlama(str(path), **{"n_threads": 2, "n_threads_batch": 2, **CONTEXT, **options})
+
+
+def streamed(path: Path, **options: Any) -> edgemoe.Llama:
+    """The same as `stock`, streamed; everything resident if not told otherwise."""
+    return edgemoe.Llama(path, **{"n_threads": 2, "n_threads_batch": 2, **CONTEXT, **options})
+
+
+def logits(llm: llama_cpp.Llama, prompt: list[int], steps: list[int]) -> Logits:
+    """Logits of every position: the prompt in batches, then `steps` one by one; from an empty context."""
+    llm.reset()
+    llm.eval(prompt)
+    for token in steps:
+        llm.eval([token])
+    result: Logits = llm.scores[: llm.n_tokens].copy()
+    assert len(result) == len(prompt) + len(steps)
+    return result
+
+
+def sampled(llm: llama_cpp.Llama, prompt: list[int], n: int, seed: int, temperature: float) -> list[int]:
+    """`n` generated token ids."""
+    llm.reset()
+    llm.set_seed(seed)
+    return list(itertools.islice(llm.generate(prompt, temp=temperature, top_k=50, top_p=0.98), n))
+
+
+def set_slots(llm: edgemoe.Llama, slots_bytes: int) -> None:
+    """Slots of that many bytes, whatever the budget: tiny models are smaller than a process, a budget cannot say it."""
+    _native.set_slots_bytes(llm._runtime, slots_bytes)
+
+
+def slot_bytes(llm: edgemoe.Llama) -> list[int]:
+    """The distinct sizes of the model's slots."""
+    extents = runtime.extents(llm._gguf)
+    return sorted({_native.measure([t], 0).bank_slot_bytes // t.n_experts for t in extents})
+
+
+def set_fewest_slots(llm: edgemoe.Llama) -> None:
+    """The fewest slots that the core accepts: two of each size, or a little more where sizes share unevenly."""
+    sizes = slot_bytes(llm)
+    for extra in range(200):
+        try:
+            set_slots(llm, 2 * sum(sizes) + extra * sizes[0])
+            return
+        except BudgetError:
+            continue
+    raise AssertionError(f"no small number of slots is accepted (sizes {sizes})")
+
+
+def set_residency(llm: edgemoe.Llama, residency: str) -> None:
+    """One of `RESIDENCIES`."""
+    sizes = runtime.slot_sizes(llm._gguf, 0)
+    if residency == "fewest":
+        set_fewest_slots(llm)
+    else:
+        share = {"all": sizes.bank_slot_bytes, "third": 3 * sizes.bank_slot_bytes // 10, "cycle": sizes.cycle_slot_bytes}
+        set_slots(llm, max(share[residency], sizes.cycle_slot_bytes))
+
+
+RESIDENCIES = ("all", "third", "cycle", "fewest")
+
+
+def set_threads(llm: llama_cpp.Llama, n_threads: int) -> None:
+    """Threads of a context that exists."""
+    llama_cpp.llama_set_n_threads(llm._ctx.ctx, n_threads, n_threads)
+
+
+def python(script: str, *arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, warnings as errors left out; its working directory is the repository's."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
