@@ -21,6 +21,8 @@ from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadEr
 _ABI_VERSION = 1
 _ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadError, 4: BudgetError, 5: BudgetError}
 
+EVICTION_RULES = {"lru": 0, "lfu": 1}
+
 Runtime = _core.Runtime
 Sizes = _core.Sizes
 
@@ -68,7 +70,7 @@ def open_runtime(
             [dataclasses.astuple(t) for t in tensors],
             slots_bytes,
             n_io_threads,
-            {"lru": 0, "lfu": 1}[eviction],
+            EVICTION_RULES[eviction],
         )
 
 
@@ -78,8 +80,8 @@ def set_slots_bytes(runtime: Runtime, slots_bytes: int) -> None:
         runtime.set_slots_bytes(slots_bytes)
 
 
-def raise_read_error(runtime: Runtime) -> None:
-    """Raise the failed read that stopped a computation, if there was one."""
+def raise_error(runtime: Runtime) -> None:
+    """Raise what stopped a computation, if it was the runtime: most often a failed read."""
     code, message = runtime.take_error()
     if code:
         raise _ERRORS.get(code, BackendError)(message)

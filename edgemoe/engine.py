@@ -115,21 +115,28 @@ def rehearse(model: GgufModel, runtime: _native.Runtime | None, llama_kwargs: di
     return log.sizes(process_bytes)
 
 
-@contextlib.contextmanager
-def loading(runtime: _native.Runtime | None) -> Iterator[bool]:
-    """Within: a model that this thread loads has its experts served by `runtime`.
+@dataclasses.dataclass
+class Load:
+    """How llama.cpp took a model: whether its loader could be kept from reading the whole file ahead, and, after
+    the load, how many expert tensors it left to the runtime."""
 
-    Yields whether llama.cpp's loader could be kept from reading the whole file ahead.
-    """
+    is_hooked: bool = True
+    n_placed: int = 0
+
+
+@contextlib.contextmanager
+def loading(runtime: _native.Runtime | None) -> Iterator[Load]:
+    """Within: a model that this thread loads has its experts served by `runtime`."""
+    load = Load()
     if runtime is None:
-        yield True
+        yield load
         return
     plugin = _native.plugin()
-    hooked = plugin.begin_load(runtime)
+    load.is_hooked = plugin.begin_load(runtime)
     try:
-        yield hooked
+        yield load
     finally:
-        plugin.end_load()
+        load.n_placed = plugin.end_load()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +183,7 @@ def dense_ranges(model: GgufModel, file_idx: int, mapped: list[Mapping]) -> list
 
 
 def drop_experts(mapped: list[Mapping]) -> None:
-    """Forget file pages that a loader read ahead; reading them again would give the same bytes."""
+    """Take file pages that a loader read ahead out of this process; the kernel may then drop them."""
     libc = ctypes.CDLL(None, use_errno=True)
     for m in mapped:
         libc.madvise(ctypes.c_void_p(m.address), ctypes.c_size_t(m.length), 4)  # MADV_DONTNEED

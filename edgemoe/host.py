@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 _CGROUP = Path("/sys/fs/cgroup")
 _PAGE_BYTES = 4096
 # A cgroup v1 without a limit reports a number close to 2**63.
@@ -89,6 +91,12 @@ def _meminfo_bytes(key: str) -> int:
 def default_budget_bytes() -> int:
     """The budget when none is given: most of what is free, and what this process holds already."""
     return int(_DEFAULT_SHARE * available_memory_bytes()) + process_rss_bytes()
+
+
+def default_threads() -> int:
+    """Physical cores that this process may run on: a second thread on a core has no arithmetic of its own."""
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def process_rss_bytes() -> int:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import psutil
 from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native, engine, host, planner, runtime
 from edgemoe.demo import demo_model
-from edgemoe.errors import AdapterError, BackendError, BudgetError
+from edgemoe.errors import AdapterError, BackendError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.sizes import parse_size
 from edgemoe.types import Plan, Stats
@@ -70,7 +69,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             memory: budget for everything this process holds: bytes, or a size such as "1.5GiB"; None for what
                 the machine and its cgroup have free.
             n_ctx: context length in tokens, rounded up to a multiple of 256; 0 for the model's own.
-            n_threads, n_threads_batch: threads for decode and prefill; None for the physical cores.
+            n_threads, n_threads_batch: threads for decode and prefill; None for the physical cores it may use.
             eviction: which expert goes first, `lru` or `lfu`.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
@@ -79,16 +78,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             ModelFormatError: a file is missing, truncated or no GGUF.
             BudgetError: the budget is below the model's floor, or cannot be parsed.
             BackendError: llama.cpp refused the model.
+            ValueError: `eviction` is unknown.
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
+        if eviction not in _native.EVICTION_RULES:
+            raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.EVICTION_RULES)}")
         report = progress or (lambda _stage, _done, _total: None)
         self._runtime: _native.Runtime | None = None
         self._counters = _Counters()
         self._memory = memory
         self._eviction = eviction
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
-        n_cores = psutil.cpu_count(logical=False) or 1
+        n_cores = host.default_threads()
         kwargs = dict(
             llama_cpp_kwargs,
             n_ctx=planner.context_size(n_ctx, model),
@@ -138,22 +140,31 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         else:
             _log.warning("%s has no routed experts: it runs as plain llama.cpp", model.path)
         before = {m.address for path in model.files for m in engine.mappings(path)}
-        with engine.loading(self._runtime) as hooked, engine.engine_log(echo=verbose) as log:
+        with engine.loading(self._runtime) as load, engine.engine_log(echo=verbose) as log:
             try:
                 super().__init__(str(model.path), use_mmap=True, verbose=verbose, **kwargs)
             except (ValueError, RuntimeError) as error:
                 raise BackendError(f"llama.cpp cannot load {model.path}: {log.last_error()}") from error
         if self._runtime is None:
             return
-        if not hooked:
+        if not load.is_hooked:
             _log.warning("llama.cpp's loader could not be kept from reading %s whole: loading is slower", model.path)
+        n_tensors = len(model.expert_tensors)
+        if load.n_placed < n_tensors:
+            _log.warning(
+                "llama.cpp uses %d of the %d expert tensors of %s as experts; it reads the rest by itself, outside of "
+                "the budget, if at all",
+                load.n_placed,
+                n_tensors,
+                model.path,
+            )
         libc = ctypes.CDLL(None, use_errno=True)
         for i, path in enumerate(model.files):
             mapped = [m for m in engine.mappings(path) if m.address not in before]
             ranges = engine.dense_ranges(model, i, mapped)
             if not mapped:
                 _log.warning("cannot find where llama.cpp mapped %s: its dense weights stay in the page cache", path)
-            if not hooked:
+            if not load.is_hooked:
                 engine.drop_experts(mapped)
             _native.populate(path, ranges, runtime.N_IO_THREADS)
             for _, length, address in ranges if lock_memory else ():
@@ -164,6 +175,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         sizes = log.sizes(host.process_rss_bytes())
         self._fixed_bytes = sizes.process_bytes + sizes.compute_bytes + self._footprint.batch_bytes
         self._fit_slots(self.plan)
+        if not self._runtime.stats().direct_io:
+            _log.warning("the file system of %s has no O_DIRECT: reads are buffered, and slower", model.path)
 
     def _fit_slots(self, plan: Plan) -> None:
         assert self._runtime is not None
@@ -197,7 +210,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _add_adapter(self, path: str, scale: float) -> None:
         adapter = llama.llama_adapter_lora_init(self._model.model, path.encode())
-        if adapter is None:
+        if not adapter:  # a null pointer, which is an object
             raise AdapterError(f"llama.cpp cannot load the LoRA adapter {path}; is it made for {self._gguf.path}?")
         self._stack.callback(llama.llama_adapter_lora_free, adapter)
         adapters = (llama.llama_adapter_lora_p_ctypes * 1)(adapter)
@@ -211,7 +224,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             yield
         except RuntimeError:
             if self._runtime is not None:
-                _native.raise_read_error(self._runtime)
+                _native.raise_error(self._runtime)
             raise
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -253,17 +266,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         with self._read_errors():
             return super().embed(*args, **kwargs)
 
-    def detokenize(
-        self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
-    ) -> bytes:
+    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
         """The text of tokens, as `llama_cpp.Llama.detokenize`, which loses pieces of more than 32 bytes."""
         longest = max((self._piece_bytes(token, special) for token in tokens), default=0)
         if longest <= 32:
             return bytes(super().detokenize(tokens, prev_tokens, special))
-        return b"".join(self._piece(token, special) for token in tokens)
+        text = b"".join(self._piece(token, special) for token in tokens)
+        # As llama_cpp: Llama 1 tokenizers put a space before the prompt.
+        return text[1:] if tokens[0] == self.token_bos() and text[:1] == b" " else text
 
     def _piece_bytes(self, token: int, special: bool) -> int:
-        return abs(llama.llama_token_to_piece(self._model.vocab, token, None, 0, 0, special))
+        return abs(int(llama.llama_token_to_piece(self._model.vocab, token, None, 0, 0, special)))
 
     def _piece(self, token: int, special: bool) -> bytes:
         buffer = ctypes.create_string_buffer(self._piece_bytes(token, special) + 1)
@@ -312,6 +325,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if getattr(self, "_runtime", None) is not None:
             self._runtime.close()  # type: ignore[union-attr]
             self._runtime = None
+        # llama_cpp would hand null pointers to llama.cpp, which does not check them.
+        self._model = self._ctx = self._batch = self.tokenizer_ = _Closed()
 
     def __enter__(self) -> Llama:
         return self
@@ -324,6 +339,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         return dict(state, memory=self._memory, eviction=self._eviction)
 
 
+class _Closed:
+    """Stands in the place of what a closed model no longer has."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise BackendError("cannot use the model: it is closed; load it again")
+
+
 def _check_adapter(path: str | Path, model: GgufModel) -> None:
     experts = {t.name for t in model.expert_tensors}
     changed = [t.name for t in read_model(path).tensors if t.name.removesuffix(".lora_a") in experts]
@@ -333,5 +355,3 @@ def _check_adapter(path: str | Path, model: GgufModel) -> None:
             f"{changed[0]}; merge it into the model, or train one for the dense part only"
         )
 
-
-__all__ = ["BudgetError", "Llama"]

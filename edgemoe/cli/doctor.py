@@ -100,18 +100,13 @@ class Examination:
             )
 
     def _examine_processor(self) -> None:
+        from edgemoe import host
+
         n_logical = os.cpu_count() or 1
-        n_usable = _usable_cpus(n_logical)
         self.facts["cores_physical"] = _physical_cores(n_logical)
         self.facts["cores_logical"] = n_logical
-        self.facts["cores_usable"] = n_usable
-        n_default_threads = max(n_logical // 2, 1)
-        if n_default_threads > n_usable:
-            self.find(
-                "warning",
-                f"llama.cpp would start {n_default_threads} threads on {n_usable} usable cores, which then wait for "
-                f"each other; use --threads {n_usable}",
-            )
+        self.facts["cores_usable"] = _usable_cpus(n_logical)
+        self.facts["threads_default"] = host.default_threads()
 
     def _examine_memory(self) -> None:
         from edgemoe import host

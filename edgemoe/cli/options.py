@@ -71,7 +71,7 @@ threads_option = click.option(
     "n_threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Threads that compute.  [default: llama.cpp's choice]",
+    help="Threads that compute.  [default: the physical cores]",
 )
 temperature_option = click.option(
     "--temperature",

@@ -33,6 +33,17 @@ int32_t Guard(edgemoe_error* error, Function function) {
   }
 }
 
+// As Guard, and remembered for edgemoe_runtime_take_error: between a session's caller and the one who reports
+// there is an engine that passes on no more than failure.
+template <typename Function>
+int32_t GuardSession(edgemoe_session* session, edgemoe_error* error, Function function) {
+  edgemoe_error own = {};
+  const int32_t code = Guard(&own, function);
+  if (code != EDGEMOE_OK) session->runtime->cache.NoteError(Status(static_cast<edgemoe_code>(code), own.message));
+  if (error != nullptr) *error = own;
+  return code;
+}
+
 const char kInstance = 0;
 
 }  // namespace
@@ -128,7 +139,7 @@ int32_t edgemoe_session_begin_layer(edgemoe_session* session, const int32_t* ids
 
 int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls, int32_t n_matmuls,
                                edgemoe_error* error) {
-  return Guard(error, [&] { return session->layer.Multiply(matmuls, n_matmuls); });
+  return GuardSession(session, error, [&] { return session->layer.Multiply(matmuls, n_matmuls); });
 }
 
 void edgemoe_session_end_layer(edgemoe_session* session) { session->layer.End(); }

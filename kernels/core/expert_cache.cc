@@ -44,6 +44,11 @@ void ExpertCache::SlotTotals(int64_t* n_slots, uint64_t* slots_bytes) {
   *slots_bytes = pool_.slots_bytes();
 }
 
+void ExpertCache::NoteError(Status error) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (last_error_.ok()) last_error_ = std::move(error);
+}
+
 Status ExpertCache::TakeError() {
   std::lock_guard<std::mutex> lock(mutex_);
   Status error = last_error_;

@@ -41,6 +41,8 @@ class ExpertCache {
   const ExpertFile& file() const { return *file_; }
   CacheCounters& counters() { return counters_; }
   void SlotTotals(int64_t* n_slots, uint64_t* slots_bytes);
+  // The first failure since the last TakeError, whoever met it.
+  void NoteError(Status error);
   Status TakeError();
 
   // --- used by MoeLayer, which holds `mutex()` for all of them ---

@@ -31,10 +31,11 @@ class PosixFile final : public File {
   Status ReadAt(uint64_t offset, uint64_t length, uint64_t needed, void* to) override {
     uint64_t done = 0;
     while (done < needed) {
+      const bool was_direct = direct();
       const ssize_t n = ::pread(fd_, static_cast<char*>(to) + done, length - done, static_cast<off_t>(offset + done));
       if (n < 0) {
         if (errno == EINTR) continue;
-        if (errno == EINVAL && direct()) {
+        if (errno == EINVAL && was_direct) {
           // Some file systems accept O_DIRECT at open and refuse it at the first read.
           if (::fcntl(fd_, F_SETFL, ::fcntl(fd_, F_GETFL) & ~O_DIRECT) == 0) {
             direct_.store(false, std::memory_order_relaxed);

@@ -270,7 +270,8 @@ void MoeLayer::PrepareTasks() {
       task.rows_per_chunk = kDecodeRows;
       if (chosen_[c].n_pairs >= kPrefillPairs) {
         const int64_t units = std::max<int64_t>(1, n_threads_ * kPrefillUnitsPerThread / n_tasks_);
-        task.rows_per_chunk = static_cast<int32_t>(RoundUp(static_cast<uint64_t>(matmuls_[i].n_rows / units), kPrefillRows));
+        task.rows_per_chunk =
+            static_cast<int32_t>(RoundUp(static_cast<uint64_t>(matmuls_[i].n_rows / units), kPrefillRows));
       }
       task.n_chunks = static_cast<int32_t>((matmuls_[i].n_rows + task.rows_per_chunk - 1) / task.rows_per_chunk);
       task.next_chunk.store(0, std::memory_order_relaxed);

@@ -161,8 +161,13 @@ uint64_t ToyModel::SlotsBytes(int64_t n) {
   std::vector<ExpertTensor> tensors;
   (void)ExpertFile::Describe(Options(0), &tensors).ok();
   std::vector<int> class_of_tensor;
+  const std::vector<SlotClass> classes = SlotPool::Classes(tensors, &class_of_tensor);
+  int64_t fewest_slices = INT64_MAX;
+  for (const SlotClass& c : classes) fewest_slices = std::min(fewest_slices, c.n_slices);
   uint64_t bytes = 0;
-  for (const SlotClass& c : SlotPool::Classes(tensors, &class_of_tensor)) bytes += c.slot_bytes * static_cast<uint64_t>(n);
+  for (const SlotClass& c : classes) {
+    bytes += c.slot_bytes * static_cast<uint64_t>((n * c.n_slices + fewest_slices - 1) / fewest_slices);
+  }
   return bytes;
 }
 

@@ -59,7 +59,7 @@ class ToyModel {
   FakeStorage& storage() { return *storage_; }
   const std::vector<edgemoe_tensor>& tensors() const { return tensors_; }
   edgemoe_options Options(uint64_t slots_bytes, int n_io_threads = 2, edgemoe_eviction rule = EDGEMOE_EVICT_LRU);
-  // Bytes for `n` slots of every class.
+  // Bytes for `n` slots of the class with the fewest slices and the same share of every other class.
   uint64_t SlotsBytes(int64_t n);
   edgemoe_runtime* Open(uint64_t slots_bytes, int n_io_threads = 2, edgemoe_eviction rule = EDGEMOE_EVICT_LRU);
 

@@ -160,7 +160,7 @@ EDGEMOE_API int32_t edgemoe_runtime_set_slots_bytes(edgemoe_runtime* runtime, ui
                                                     edgemoe_error* error);
 EDGEMOE_API void edgemoe_runtime_stats(edgemoe_runtime* runtime, edgemoe_stats* stats);
 EDGEMOE_API void edgemoe_runtime_reset_stats(edgemoe_runtime* runtime);
-/* The error of the last failed read, taken away; code EDGEMOE_OK when there was none. */
+/* The first failed read or session call since the last time, taken away; code EDGEMOE_OK when there was none. */
 EDGEMOE_API void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error);
 
 /* Bytes [offset, offset + length) of a file, read to `to`; all three are multiples of 4096, and the file may end

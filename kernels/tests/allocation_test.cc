@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MIT
+// A decode step must not allocate: an allocator's lock or a page fault between the router and its experts is a stall
+// that no profile shows. This binary counts every operator new of the process, the reading threads' among them.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "tests/fakes.h"
+
+namespace {
+std::atomic<bool> g_counting{false};
+std::atomic<int64_t> g_n_allocations{0};
+
+void* CountedAllocate(std::size_t size) {
+  if (g_counting.load(std::memory_order_relaxed)) g_n_allocations.fetch_add(1, std::memory_order_relaxed);
+  void* const p = std::malloc(size > 0 ? size : 1);
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+}  // namespace
+
+void* operator new(std::size_t size) { return CountedAllocate(size); }
+void* operator new[](std::size_t size) { return CountedAllocate(size); }
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+
+namespace edgemoe::test {
+namespace {
+
+struct Step {
+  int32_t ids[4];
+  float x[16];
+};
+
+class AllocationTest : public testing::TestWithParam<std::tuple<int, edgemoe_eviction>> {};
+
+// Guards against: growth of a vector, a message or a map node in each token.
+TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
+  const auto [n_slots, rule] = GetParam();
+  ToyShape shape;
+  shape.mixed = true;
+  ToyModel model(shape);
+  RuntimePtr runtime(model.Open(model.SlotsBytes(n_slots), 2, rule));
+  const edgemoe_kernels kernels = SerialToyKernels();
+  edgemoe_session* session = nullptr;
+  ASSERT_EQ(edgemoe_session_create(runtime.get(), &kernels, &session, nullptr), EDGEMOE_OK);
+  std::vector<float> gate(4 * 300), up(4 * 300), y(4 * 16);
+  const auto product = [&](int32_t tensor_idx, const float* x, int64_t x_n_used, float* to) {
+    edgemoe_matmul m = {};
+    m.tensor_idx = tensor_idx;
+    m.type = model.Type(tensor_idx);
+    m.n_cols = model.Cols(tensor_idx);
+    m.n_rows = model.Rows(tensor_idx);
+    m.row_bytes = model.RowBytes(tensor_idx);
+    m.x = x;
+    m.x_n_used = x_n_used;
+    m.x_used_bytes = static_cast<uint64_t>(m.n_cols) * sizeof(float);
+    m.x_token_bytes = m.x_used_bytes * static_cast<uint64_t>(x_n_used);
+    m.y = to;
+    m.y_used_bytes = static_cast<uint64_t>(m.n_rows) * sizeof(float);
+    m.y_token_bytes = 4 * m.y_used_bytes;
+    return m;
+  };
+  const auto run = [&](int layer, const Step& step) {
+    const int32_t tensor_idxs[] = {model.Gate(layer), model.Up(layer), model.Down(layer)};
+    const edgemoe_matmul gate_up[] = {product(tensor_idxs[0], step.x, 1, gate.data()), product(tensor_idxs[1], step.x, 1, up.data())};
+    const edgemoe_matmul down = product(tensor_idxs[2], gate.data(), 4, y.data());
+    int32_t failed = edgemoe_session_begin_layer(session, step.ids, 1, 4, sizeof(step.ids), tensor_idxs, 3, nullptr);
+    failed |= edgemoe_session_matmul(session, gate_up, 2, nullptr);
+    failed |= edgemoe_session_matmul(session, &down, 1, nullptr);
+    edgemoe_session_end_layer(session);
+    return failed;
+  };
+  std::mt19937 rng(1);
+  std::vector<Step> steps(300);
+  for (Step& step : steps) {
+    const std::vector<int32_t> ids = RandomIds(&rng, 1, 4, 16);
+    std::copy(ids.begin(), ids.end(), step.ids);
+    for (float& v : step.x) v = static_cast<float>(rng() % 100) / 64.0f;
+  }
+  // Warm-up: one token, nothing of which is resident.
+  for (int layer = 0; layer < 3; ++layer) ASSERT_EQ(run(layer, steps[0]), 0);
+  g_n_allocations = 0;
+  g_counting = true;
+  int32_t failed = 0;
+  for (size_t i = 1; i < steps.size(); ++i) {
+    for (int layer = 0; layer < 3; ++layer) failed |= run(layer, steps[i]);
+  }
+  // Everything resident, if there is room: the most pins that a layer can take.
+  for (int layer = 0; layer < 3; ++layer) failed |= run(layer, steps.back());
+  g_counting = false;
+  EXPECT_EQ(failed, 0);
+  EXPECT_EQ(g_n_allocations.load(), 0);
+  edgemoe_stats stats;
+  edgemoe_runtime_stats(runtime.get(), &stats);
+  EXPECT_TRUE(n_slots == 144 || stats.evictions > 1000) << stats.evictions << " evictions";
+  edgemoe_session_destroy(session);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, AllocationTest,
+                         testing::Combine(testing::Values(2, 13, 40, 144), testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY)));
+
+// Guards against: a guard that counts nothing.
+TEST(AllocationCounterTest, CountsAllocations) {
+  g_n_allocations = 0;
+  g_counting = true;
+  std::vector<char>* volatile v = new std::vector<char>(1000);
+  g_counting = false;
+  delete v;
+  EXPECT_EQ(g_n_allocations.load(), 2);
+}
+
+}  // namespace
+}  // namespace edgemoe::test

@@ -1,0 +1,625 @@
+# SPDX-License-Identifier: MIT
+"""`edgemoe.Llama` is a `llama_cpp.Llama`: what works there works here and gives the same."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
+import os
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+import edgemoe
+from benchmarks import synthetic
+from edgemoe import host, runtime
+from edgemoe.errors import AdapterError, BudgetError, ModelFormatError
+from tests.conftest import ModelWriter
+from tests.integration.support import (
+    N_VOCAB,
+    Logits,
+    logits,
+    python,
+    set_fewest_slots,
+    set_residency,
+    stock,
+    streamed,
+)
+
+TOKENS = synthetic.uniform_tokens(60, N_VOCAB, seed=4)
+PROMPT, STEPS = TOKENS[:50], TOKENS[50:]
+ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
+
+STATS_FIELDS = """prompt_tokens, completion_tokens, prefill_tokens_per_s, decode_tokens_per_s, ttft_s, load_s,
+    load_bytes_read, expert_hits, expert_misses, expert_late_hits, expert_bytes_read, stall_s, n_slots, slots_bytes,
+    peak_rss_bytes, budget_bytes, kernels"""
+PLAN_FIELDS = """fits, budget_bytes, floor_bytes, dense_bytes, kv_bytes, buffers_bytes, slots_bytes, slack_bytes,
+    token_cycle_bytes, expert_bank_bytes, n_experts, n_experts_used, n_moe_layers"""
+
+
+def _names(fields: str) -> list[str]:
+    return [name.strip() for name in fields.split(",")]
+
+
+@pytest.fixture
+def pair(write_model: ModelWriter) -> Any:
+    """The reference and the streamed model of one file, without logits_all and with few slots."""
+    path = write_model("olmoe", n_experts=16, n_experts_used=4)
+    options = {"logits_all": False, **ONE_THREAD}
+    with contextlib.closing(stock(path, **options)) as reference, streamed(path, **options) as llm:
+        set_residency(llm, "cycle")
+        yield reference, llm
+
+
+# ---------------------------------------------------------------- completion
+
+
+def test_is_a_llama(pair: Any) -> None:
+    """Guards against code that checks for llama_cpp.Llama, and against a model whose description differs."""
+    reference, llm = pair
+    assert isinstance(llm, llama_cpp.Llama)
+    assert llm.metadata == reference.metadata
+    assert (llm.n_ctx(), llm.n_vocab(), llm.n_embd()) == (reference.n_ctx(), reference.n_vocab(), reference.n_embd())
+    tokens = llm.tokenize(b" w5 w6 hello")
+    assert tokens == reference.tokenize(b" w5 w6 hello")
+    assert llm.detokenize(tokens) == reference.detokenize(tokens)
+
+
+def test_completion_streams_what_it_returns(pair: Any) -> None:
+    """Guards against a stream that loses tokens, or a completion other than stock's."""
+    reference, llm = pair
+    options = {"max_tokens": 16, "temperature": 0.0}
+    whole = llm.create_completion("w5 w6", **options)
+    assert whole["choices"] == reference.create_completion("w5 w6", **options)["choices"]
+    pieces = [chunk["choices"][0]["text"] for chunk in llm.create_completion("w5 w6", stream=True, **options)]
+    assert "".join(pieces) == whole["choices"][0]["text"]
+    assert llm("w5 w6", **options)["choices"] == whole["choices"]
+
+
+def test_stream_can_be_left(pair: Any) -> None:
+    """Guards against a stream that is abandoned and breaks the next call."""
+    reference, llm = pair
+    stream = llm.create_completion("w5 w6", max_tokens=16, temperature=0.0, stream=True)
+    next(stream)
+    stream.close()
+    expected = reference.create_completion("w7", max_tokens=8, temperature=0.0)["choices"]
+    assert llm.create_completion("w7", max_tokens=8, temperature=0.0)["choices"] == expected
+
+
+def test_chat_completion(write_model: ModelWriter) -> None:
+    """Guards against a chat handler that is not called as by llama_cpp."""
+    path = write_model("olmoe")
+    messages = [{"role": "system", "content": "Be w7."}, {"role": "user", "content": "w5?"}]
+    options = {"logits_all": False, "chat_format": "chatml", **ONE_THREAD}
+    with contextlib.closing(stock(path, **options)) as reference, streamed(path, **options) as llm:
+        asked = {"messages": messages, "max_tokens": 8, "temperature": 0.7, "seed": 3}
+        expected = reference.create_chat_completion(**asked)["choices"][0]["message"]
+        assert llm.create_chat_completion(**asked)["choices"][0]["message"] == expected
+        deltas = [chunk["choices"][0]["delta"] for chunk in llm.create_chat_completion(stream=True, **asked)]
+        assert "".join(delta.get("content") or "" for delta in deltas) == expected["content"]
+
+
+def test_grammar_and_json_schema(pair: Any) -> None:
+    """Guards against a sampler that the grammar does not reach."""
+    _, llm = pair
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)
+    assert llm.create_completion("w5", max_tokens=8, grammar=grammar)["choices"][0]["text"] in ("yes", "no")
+    schema = {"type": "object", "properties": {"found": {"type": "boolean"}}, "required": ["found"]}
+    answer = llm.create_chat_completion(
+        [{"role": "user", "content": "w5?"}],
+        response_format={"type": "json_object", "schema": schema},
+        max_tokens=80,
+        seed=1,
+    )
+    assert isinstance(json.loads(answer["choices"][0]["message"]["content"])["found"], bool)
+
+
+def test_logits_processor(pair: Any) -> None:
+    """Guards against a logits processor that is ignored."""
+    _, llm = pair
+    forced = 300
+
+    def force(_tokens: Any, scores: Any) -> Any:
+        scores[:] = -1e9
+        scores[forced] = 0.0
+        return scores
+
+    processors = llama_cpp.LogitsProcessorList([force])
+    text = llm.create_completion("w5", max_tokens=3, logits_processor=processors)["choices"][0]["text"]
+    assert text.split() == [llm.detokenize([forced]).decode().strip()] * 3
+
+
+def test_speculative_decoding(write_model: ModelWriter) -> None:
+    """Guards against a draft model that is lost on the way, or batches of a few tokens with other bits."""
+    path = write_model("olmoe")
+    prompt = TOKENS[:12] * 3
+
+    def generate(llm: llama_cpp.Llama) -> list[int]:
+        return [token for token, _ in zip(llm.generate(prompt, temp=0.0), range(30))]
+
+    with (
+        contextlib.closing(stock(path, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))) as reference,
+        streamed(path, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4)) as llm,
+    ):
+        assert llm.draft_model is not None
+        set_residency(llm, "cycle")
+        assert generate(llm) == generate(reference)
+
+
+def test_embeddings(write_model: ModelWriter) -> None:
+    """Guards against embedding mode, which decodes without `eval`, giving other numbers."""
+    path = write_model("olmoe", n_experts=16, n_experts_used=4)
+    options = {"logits_all": False, "embedding": True, **ONE_THREAD}
+    texts = ["w5 w6 w7", "w9"]
+    with contextlib.closing(stock(path, **options)) as reference, streamed(path, **options) as llm:
+        set_residency(llm, "cycle")
+        expected = reference.embed(texts)
+        assert [np.array(e).tolist() for e in llm.embed(texts)] == [np.array(e).tolist() for e in expected]
+        assert llm.create_embedding("w5")["data"][0]["embedding"] == reference.create_embedding("w5")["data"][0]["embedding"]
+
+
+def test_state_round_trip(write_model: ModelWriter) -> None:
+    """Guards against a state that does not bring back the conversation."""
+    with streamed(write_model("olmoe"), **ONE_THREAD) as llm:
+        set_residency(llm, "cycle")
+        llm.eval(PROMPT)
+        state = llm.save_state()
+        llm.eval(STEPS[:1])
+        expected = llm.scores[len(PROMPT)].copy()
+        llm.reset()
+        llm.eval(STEPS)
+        llm.load_state(state)
+        assert llm.n_tokens == len(PROMPT)
+        llm.eval(STEPS[:1])
+        assert np.array_equal(llm.scores[len(PROMPT)], expected)
+
+
+def test_prompt_cache(pair: Any) -> None:
+    """Guards against llama_cpp's prompt cache, which saves and loads states, losing the answer."""
+    reference, llm = pair
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    prompts = ("w5 w6 w7 w8", "w9 w10", "w5 w6 w7 w8")
+    for prompt in prompts:
+        expected = reference.create_completion(prompt, max_tokens=8, temperature=0.0)["choices"]
+        assert llm.create_completion(prompt, max_tokens=8, temperature=0.0)["choices"] == expected
+
+
+def test_context_is_rounded_up(write_model: ModelWriter) -> None:
+    """Guards against arrays sized for the context that was asked for while llama.cpp makes a longer one."""
+    with streamed(write_model("olmoe"), n_ctx=300, **ONE_THREAD) as llm:
+        assert llm.n_ctx() == 512
+        llm.eval(synthetic.uniform_tokens(500, N_VOCAB))
+        assert llm.scores.shape[0] >= 500
+    with streamed(write_model("olmoe"), n_ctx=0, logits_all=False) as llm:
+        assert llm.n_ctx() == 4096  # the model's own
+
+
+def test_options_of_the_context(write_model: ModelWriter) -> None:
+    """Guards against keyword arguments of llama_cpp.Llama that do not arrive."""
+    path = write_model("qwen3moe")
+    options: dict[str, Any] = {"type_k": 8, "type_v": 8, "flash_attn": True, "n_ubatch": 16, **ONE_THREAD}
+    with contextlib.closing(stock(path, **options)) as reference, streamed(path, **options) as llm:
+        set_residency(llm, "cycle")
+        assert np.array_equal(logits(llm, PROMPT, STEPS), logits(reference, PROMPT, STEPS))
+    with streamed(path, use_mmap=False, use_mlock=True, **ONE_THREAD) as llm:
+        llm.eval(PROMPT)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_field_names_are_stable(write_model: ModelWriter) -> None:
+    """Guards against a renamed field: scripts read these."""
+    assert [field.name for field in dataclasses.fields(edgemoe.Stats)] == _names(STATS_FIELDS)
+    assert [field.name for field in dataclasses.fields(edgemoe.Plan)] == _names(PLAN_FIELDS)
+    with streamed(write_model("olmoe")) as llm:
+        assert list(llm.stats().to_dict()) == _names(STATS_FIELDS)
+        assert list(llm.plan.to_dict()) == _names(PLAN_FIELDS)
+        json.dumps([llm.stats().to_dict(), llm.plan.to_dict()])
+
+
+def test_counters_add_up(write_model: ModelWriter) -> None:
+    """Guards against experts counted twice or not at all, and bytes that do not match the misses."""
+    n_layers, n_used, n_experts = 3, 4, 16
+    path = write_model("olmoe", n_experts=n_experts, n_experts_used=n_used, n_layers=n_layers)
+    with streamed(path, **ONE_THREAD) as llm:
+        model, sizes = llm._gguf, runtime.slot_sizes(llm._gguf, 0)
+        for tokens in STEPS:
+            llm.eval([tokens])
+        cold = llm.stats()
+        asked = cold.expert_hits + cold.expert_misses + cold.expert_late_hits
+        assert asked == len(STEPS) * n_layers * n_used
+        # Everything fits: each expert is read once, in whole pages.
+        assert cold.expert_bytes_read >= cold.expert_misses * model.expert_bytes
+        assert cold.expert_bytes_read <= cold.expert_misses * (model.expert_bytes + 3 * 2 * 4096)
+        assert (cold.completion_tokens, cold.prompt_tokens) == (len(STEPS), 0)
+        assert cold.decode_tokens_per_s > 0
+        assert (cold.n_slots, cold.slots_bytes) == (sizes.n_slices, sizes.bank_slot_bytes)
+
+        llm.reset_stats()
+        zero = llm.stats()
+        assert (zero.expert_hits, zero.expert_misses, zero.expert_bytes_read, zero.completion_tokens) == (0, 0, 0, 0)
+        assert (zero.load_s, zero.n_slots, zero.budget_bytes) == (cold.load_s, cold.n_slots, cold.budget_bytes)
+
+        llm.reset()
+        llm.eval(PROMPT)
+        prefill = llm.stats()
+        assert (prefill.prompt_tokens, prefill.completion_tokens) == (len(PROMPT), 0)
+        assert prefill.prefill_tokens_per_s > 0 and prefill.ttft_s > 0
+        asked = prefill.expert_hits + prefill.expert_misses + prefill.expert_late_hits
+        assert n_layers * n_used < asked <= n_layers * n_experts  # one batch: each distinct expert once
+
+        llm.reset_stats()
+        llm.reset()
+        llm.eval(PROMPT)
+        again = llm.stats()
+        assert (again.expert_misses, again.expert_bytes_read) == (0, 0)
+        assert again.expert_hit_rate == 1.0
+
+
+def test_an_expert_is_read_once_per_batch(write_model: ModelWriter) -> None:
+    """Guards against waves of a prompt that read an expert again because slots are few."""
+    with streamed(write_model("olmoe", n_experts=32, n_experts_used=4), **ONE_THREAD) as llm:
+        for residency in ("third", "cycle", "fewest"):
+            set_residency(llm, residency)
+            llm.reset()
+            llm.reset_stats()
+            llm.eval(PROMPT)  # one micro-batch
+            stats = llm.stats()
+            asked = stats.expert_hits + stats.expert_misses + stats.expert_late_hits
+            assert llm._runtime.stats().reads <= 3 * asked, residency
+
+
+def test_completion_drives_the_counters(pair: Any) -> None:
+    """Guards against statistics that only `eval` keeps, and a time to the first token that is not measured."""
+    _, llm = pair
+    n_prompt = llm.create_completion(" w5 w6 w7", max_tokens=6, temperature=0.0)["usage"]["prompt_tokens"]
+    stats = llm.stats()
+    assert stats.prompt_tokens == n_prompt
+    assert stats.completion_tokens == 5  # the last token is not evaluated
+    assert 0 < stats.ttft_s < 60
+    assert stats.kernels == "ggml"
+    assert stats.peak_rss_bytes > stats.slots_bytes
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_set_memory_shrinks_and_grows(write_model: ModelWriter) -> None:
+    """Guards against slots that move while they hold experts, and a budget that does not take effect."""
+    path = write_model("olmoe", n_experts=64, n_experts_used=4, n_layers=4)
+    with streamed(path, memory="2GiB", **ONE_THREAD) as llm:
+        expected = logits(llm, PROMPT, STEPS)
+        everything = llm.stats()
+        small = llm.plan.floor_bytes + (20 << 20)
+        for memory in (small, "2GiB", small + (3 << 20), small, "2GiB"):
+            llm.set_memory(memory)
+            stats = llm.stats()
+            assert stats.slots_bytes == llm.plan.slots_bytes
+            assert (stats.slots_bytes < everything.slots_bytes) == (memory != "2GiB")
+            assert stats.budget_bytes == (2 << 30 if memory == "2GiB" else memory)
+            assert np.array_equal(logits(llm, PROMPT, STEPS), expected), memory
+
+
+def test_slots_shrink_between_tokens(write_model: ModelWriter) -> None:
+    """Guards against experts that are lost or mixed up when slots shrink and grow in the middle of a text."""
+    path = write_model("gpt-oss", n_experts=16, down_quant="Q8_0")
+    with contextlib.closing(stock(path, **ONE_THREAD)) as reference, streamed(path, **ONE_THREAD) as llm:
+        expected = logits(reference, PROMPT, STEPS)
+        llm.eval(PROMPT)
+        for i, token in enumerate(STEPS):
+            set_residency(llm, ("third", "fewest", "all", "cycle")[i % 4])
+            llm.eval([token])
+        assert np.array_equal(llm.scores[: llm.n_tokens], expected)
+
+
+def test_refused_memory_leaves_the_old_in_force(write_model: ModelWriter) -> None:
+    """Guards against a refused budget that changes something."""
+    with streamed(write_model("olmoe"), memory="1GiB", **ONE_THREAD) as llm:
+        expected = logits(llm, PROMPT, STEPS)
+        before = llm.stats()
+        for memory in (llm.plan.floor_bytes // 2, "1MiB"):
+            with pytest.raises(BudgetError, match="below the floor"):
+                llm.set_memory(memory)
+        with pytest.raises(BudgetError, match="cannot parse"):
+            llm.set_memory("lots")
+        after = llm.stats()
+        assert (after.budget_bytes, after.n_slots) == (before.budget_bytes, before.n_slots)
+        assert np.array_equal(logits(llm, PROMPT, STEPS), expected)
+
+
+def test_close_is_final_and_may_be_repeated(write_model: ModelWriter) -> None:
+    """Guards against a crash at the second close, when a closed model is used, or when it is collected."""
+    script = """
+        import gc, sys
+        from tests.integration.support import streamed
+        llm = streamed(sys.argv[1], n_threads=1)
+        llm.eval([5, 6])
+        llm.close()
+        llm.close()
+        assert llm.stats().n_slots == 0
+        for use in (lambda: llm.eval([5, 6]), lambda: llm.create_completion("w5"), lambda: llm.embed("w5")):
+            try:
+                use()
+            except Exception as error:
+                assert "closed" in str(error), repr(error)
+            else:
+                raise AssertionError("a closed model answers")
+        del llm
+        gc.collect()
+    """
+    done = python(script, write_model("olmoe"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_loading_and_closing_leaves_nothing_behind(write_model: ModelWriter) -> None:
+    """Guards against leaked memory, threads, file descriptors or mappings."""
+    path = write_model("olmoe", n_experts=32)
+
+    def cycle() -> None:
+        with streamed(path, **ONE_THREAD) as llm:
+            set_residency(llm, "cycle")
+            llm.eval(PROMPT)
+
+    def held() -> tuple[int, int, int]:
+        maps = Path("/proc/self/maps").read_text()
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), maps.count(str(path))
+
+    for _ in range(3):
+        cycle()
+    gc.collect()
+    before, rss_before = held(), host.process_rss_bytes()
+    for _ in range(10):
+        cycle()
+    gc.collect()
+    assert held() == before
+    assert host.process_rss_bytes() - rss_before < 8 << 20
+
+
+def test_pickling_loads_the_model_again(write_model: ModelWriter) -> None:
+    """Guards against a pickled model that forgets its budget."""
+    with streamed(write_model("olmoe"), memory="1GiB", **ONE_THREAD) as llm:
+        expected = logits(llm, PROMPT, STEPS)
+        with pickle.loads(pickle.dumps(llm)) as copy:
+            assert copy.stats().budget_bytes == 1 << 30
+            assert np.array_equal(logits(copy, PROMPT, STEPS), expected)
+
+
+# ---------------------------------------------------------------- several models and contexts
+
+
+def test_two_models_take_turns(write_model: ModelWriter) -> None:
+    """Guards against two runtimes in one process that serve each other's experts."""
+    paths = [write_model("olmoe"), write_model("gpt-oss")]
+    expected = []
+    for path in paths:
+        with contextlib.closing(stock(path, **ONE_THREAD)) as reference:
+            expected.append(logits(reference, PROMPT, STEPS))
+    with streamed(paths[0], **ONE_THREAD) as first, streamed(paths[1], **ONE_THREAD) as second:
+        for llm in (first, second):
+            set_residency(llm, "cycle")
+            llm.eval(PROMPT)
+        for token in STEPS:
+            first.eval([token])
+            second.eval([token])
+        for llm, bits in zip((first, second), expected):
+            assert np.array_equal(llm.scores[: llm.n_tokens], bits)
+    # The same file twice, and one of them closed in between.
+    with streamed(paths[0], **ONE_THREAD) as first:
+        with streamed(paths[0], **ONE_THREAD) as second:
+            assert np.array_equal(logits(second, PROMPT, STEPS), expected[0])
+        assert np.array_equal(logits(first, PROMPT, STEPS), expected[0])
+
+
+def test_stock_models_do_not_notice(write_model: ModelWriter, tmp_path: Path) -> None:
+    """Guards against a plug-in that claims the experts of models that are not ours."""
+    path = write_model("olmoe")
+    script = """
+        import sys
+        import numpy as np
+        from benchmarks import synthetic
+        from tests.integration.support import logits, stock
+        tokens = synthetic.uniform_tokens(60, 512, seed=4)
+        with_edgemoe = sys.argv[3] == "with"
+        if with_edgemoe:
+            from tests.integration.support import streamed
+            ours = streamed(sys.argv[1], n_threads=1)
+            ours.eval(tokens)
+            before = ours.stats()
+        reference = stock(sys.argv[1], n_threads=1, n_threads_batch=1)
+        np.save(sys.argv[2], logits(reference, tokens[:50], tokens[50:]))
+        if with_edgemoe:
+            after = ours.stats()
+            assert after == __import__("dataclasses").replace(before, peak_rss_bytes=after.peak_rss_bytes)
+            ours.close()
+            reference.reset()
+            reference.eval(tokens)  # outlives ours
+        reference.close()
+    """
+    for mode in ("without", "with"):
+        done = python(script, path, tmp_path / f"{mode}.npy", mode)
+        assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.load(tmp_path / "with.npy"), np.load(tmp_path / "without.npy"))
+
+
+class _Context:
+    """A further context of a loaded model, through llama.cpp's own functions."""
+
+    def __init__(self, model: Any, n_threads: int = 1) -> None:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = 256, 64, 64
+        params.n_threads = params.n_threads_batch = n_threads
+        self._ctx = llama_cpp.llama_init_from_model(model, params)
+        assert self._ctx
+
+    def logits(self, tokens: list[int]) -> Logits:
+        """Logits after the first 40 tokens and after each further one."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._ctx), True)
+        rows = []
+        for batch in (tokens[:40], *([t] for t in tokens[40:])):
+            array = (llama_cpp.llama_token * len(batch))(*batch)
+            code = llama_cpp.llama_decode(self._ctx, llama_cpp.llama_batch_get_one(array, len(batch)))
+            assert code == 0
+            pointer = llama_cpp.llama_get_logits_ith(self._ctx, -1)
+            rows.append(np.ctypeslib.as_array(pointer, shape=(N_VOCAB,)).copy())
+        return np.stack(rows)
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self._ctx)
+
+
+@pytest.mark.parametrize("arch", ["olmoe", "gpt-oss"])
+def test_two_contexts_share_one_model(arch: str, write_model: ModelWriter) -> None:
+    """Guards against contexts that wait for each other's slots for ever, or take each other's experts."""
+    n_contexts, n_rounds = 3, 4
+    path = write_model(arch, n_experts=16, n_experts_used=4)
+    prompts = [synthetic.uniform_tokens(60, N_VOCAB, seed=10 + i) for i in range(n_contexts)]
+    with contextlib.closing(stock(path, **ONE_THREAD)) as reference:
+        with contextlib.closing(_Context(reference._model.model)) as context:
+            expected = [context.logits(tokens) for tokens in prompts]
+    found: dict[tuple[int, int], Logits] = {}
+    with streamed(path, **ONE_THREAD) as llm:
+        set_fewest_slots(llm)
+        contexts = [_Context(llm._model.model) for _ in range(n_contexts)]
+
+        def work(i: int) -> None:
+            for n in range(n_rounds):
+                found[i, n] = contexts[i].logits(prompts[i])
+
+        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(n_contexts)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert not any(thread.is_alive() for thread in threads), "contexts wait for each other"
+        for context in contexts:
+            context.close()
+    assert len(found) == n_contexts * n_rounds
+    for (i, _), bits in found.items():
+        assert np.array_equal(bits, expected[i])
+
+
+def test_slots_change_while_a_context_computes(write_model: ModelWriter) -> None:
+    """Guards against a resize that takes a slot which another thread reads."""
+    path = write_model("olmoe", n_experts=16, n_experts_used=4)
+    tokens = synthetic.uniform_tokens(60, N_VOCAB, seed=1)
+    with streamed(path, **ONE_THREAD) as llm:
+        context = _Context(llm._model.model)
+        expected = context.logits(tokens)
+        found: list[Logits] = []
+        thread = threading.Thread(target=lambda: found.extend(context.logits(tokens) for _ in range(8)), daemon=True)
+        thread.start()
+        i = 0
+        while thread.is_alive() and i < 20_000:
+            set_residency(llm, ("all", "cycle", "third")[i % 3])
+            i += 1
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "a resize and a layer wait for each other"
+        context.close()
+    assert len(found) == 8 and i > 3
+    for bits in found:
+        assert np.array_equal(bits, expected)
+
+
+# ---------------------------------------------------------------- files: split, dense, adapters
+
+
+def test_split_model(write_model: ModelWriter) -> None:
+    """Guards against an expert that is looked for in the wrong file."""
+    whole, split = write_model("qwen2moe", n_layers=4), write_model("qwen2moe", n_layers=4, n_splits=3)
+    assert split.name.endswith("-00001-of-00003.gguf")
+    with contextlib.closing(stock(whole, **ONE_THREAD)) as reference, streamed(split, **ONE_THREAD) as llm:
+        expected = logits(reference, PROMPT, STEPS)
+        for residency in ("all", "cycle"):
+            set_residency(llm, residency)
+            assert np.array_equal(logits(llm, PROMPT, STEPS), expected)
+        assert len({t.file_idx for t in llm._gguf.expert_tensors}) == 2
+
+
+def test_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against a model without experts that is refused, or streamed in silence."""
+    monkeypatch.setattr(synthetic, "_check_shape", lambda shape: None)  # it wants a layer with experts
+    path = synthetic.write_model(tmp_path / "dense.gguf", "deepseek2", n_dense_layers=3)
+    with caplog.at_level(logging.WARNING, logger="edgemoe"):
+        llm = streamed(path, **ONE_THREAD)
+    assert [r.getMessage() for r in caplog.records] == [f"{path} has no routed experts: it runs as plain llama.cpp"]
+    with llm, contextlib.closing(stock(path, **ONE_THREAD)) as reference:
+        assert np.array_equal(logits(llm, PROMPT, STEPS), logits(reference, PROMPT, STEPS))
+        assert (llm.stats().n_slots, llm.stats().expert_misses, llm.plan.slots_bytes, llm.plan.n_experts) == (0, 0, 0, 0)
+        llm.set_memory("2GiB")
+        assert llm.stats().budget_bytes == 2 << 30
+        llm.reset_stats()
+    assert edgemoe.plan(path, n_ctx=256).expert_bank_bytes == 0
+
+
+def _write_adapter(path: Path, tensors: dict[str, tuple[int, ...]], rank: int = 4) -> Path:
+    """A LoRA adapter for tensors of these shapes (…, rows, values)."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "olmoe")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for name, (*outer, rows, values) in tensors.items():
+        writer.add_tensor(f"{name}.lora_a", rng.normal(0, 0.3, (*outer, rank, values)).astype(np.float32))
+        writer.add_tensor(f"{name}.lora_b", rng.normal(0, 0.3, (*outer, rows, rank)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_adapter_of_the_dense_part(write_model: ModelWriter, tmp_path: Path) -> None:
+    """Guards against an adapter that is lost because experts are streamed."""
+    path = write_model("olmoe")
+    adapter = _write_adapter(
+        tmp_path / "lora.gguf", {"blk.0.attn_q.weight": (256, 256), "blk.1.attn_output.weight": (256, 256)}
+    )
+    with contextlib.closing(stock(path, **ONE_THREAD)) as plain:
+        without = logits(plain, PROMPT, STEPS)
+    options = {"lora_path": str(adapter), **ONE_THREAD}
+    with contextlib.closing(stock(path, **options)) as reference:
+        expected = logits(reference, PROMPT, STEPS)
+    assert not np.array_equal(expected, without)
+    with streamed(path, **options) as llm:
+        set_residency(llm, "cycle")
+        assert np.array_equal(logits(llm, PROMPT, STEPS), expected)
+    with contextlib.closing(stock(path, lora_scale=0.5, **options)) as reference, streamed(
+        path, lora_scale=0.5, **options
+    ) as llm:
+        assert np.array_equal(logits(llm, PROMPT, STEPS), logits(reference, PROMPT, STEPS))
+
+
+def test_adapter_of_experts_is_refused(write_model: ModelWriter, tmp_path: Path) -> None:
+    """Guards against an adapter that changes experts which are read from the file as they are."""
+    adapter = _write_adapter(tmp_path / "experts.gguf", {"blk.1.ffn_down_exps.weight": (8, 256, 256)})
+    with pytest.raises(AdapterError, match=r"experts\.gguf.*blk\.1\.ffn_down_exps\.weight"):
+        streamed(write_model("olmoe"), lora_path=str(adapter))
+
+
+def test_adapter_that_does_not_fit(write_model: ModelWriter, tmp_path: Path) -> None:
+    """Guards against an adapter of another model, or a missing one, that is ignored or crashes."""
+    other = _write_adapter(tmp_path / "other.gguf", {"blk.0.attn_q.weight": (64, 64)})
+    with pytest.raises(AdapterError, match=r"other\.gguf"):
+        streamed(write_model("olmoe"), lora_path=str(other))
+    with pytest.raises(ModelFormatError, match=r"missing\.gguf"):
+        streamed(write_model("olmoe"), lora_path=str(tmp_path / "missing.gguf"))
+
+
+def test_progress_is_reported(write_model: ModelWriter) -> None:
+    """Guards against a progress bar that never ends."""
+    calls: list[tuple[str, int, int]] = []
+    streamed(write_model("olmoe"), progress=lambda *call: calls.append(call)).close()
+    stages = [stage for stage, _, _ in calls]
+    assert stages[0] == "planning" and stages[-1] == "loading"
+    assert calls[-1][1] == calls[-1][2] > 0
