@@ -57,9 +57,11 @@ class EngineLog:
             print(line, end="", file=sys.stderr)
 
     def last_error(self) -> str:
-        """The last line in which llama.cpp says what failed."""
-        lines = [line for line in self.text.splitlines() if "error" in line.lower() or "fail" in line.lower()]
-        return lines[-1] if lines else "no reason given"
+        """The last line in which llama.cpp says what failed; the ones that only say that it did come after it."""
+        lines = self.text.splitlines()
+        errors = [line for line in lines if "error" in line.lower()]
+        failures = [line for line in lines if "fail" in line.lower()]
+        return (errors or failures or ["no reason given"])[-1]
 
     def sizes(self, process_bytes: int) -> EngineSizes:
         """The sizes that llama.cpp reported."""

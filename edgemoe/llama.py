@@ -180,16 +180,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _fit_slots(self, plan: Plan) -> None:
         assert self._runtime is not None
-        slots = plan.budget_bytes - self._fixed_bytes - self._footprint.slack_bytes(plan.budget_bytes)
-        sizes = runtime.slot_sizes(self._gguf, slots)
-        if slots < sizes.cycle_slot_bytes:
+        slots = self._footprint.slots_bytes(plan.budget_bytes, self._fixed_bytes)
+        if slots is None:
+            short = self._fixed_bytes - (plan.dense_bytes + plan.kv_bytes + plan.buffers_bytes)
             raise planner.refusal(
-                dataclasses.replace(
-                    plan, fits=False, floor_bytes=plan.budget_bytes + int(sizes.cycle_slot_bytes) - max(0, slots)
-                ),
-                self._gguf,
-                self.n_ctx(),
+                dataclasses.replace(plan, fits=False, floor_bytes=plan.floor_bytes + short), self._gguf, self.n_ctx()
             )
+        sizes = runtime.slot_sizes(self._gguf, slots)
         _native.set_slots_bytes(self._runtime, slots)
         self.plan = dataclasses.replace(plan, slots_bytes=int(sizes.slots_bytes))
 
@@ -354,4 +351,3 @@ def _check_adapter(path: str | Path, model: GgufModel) -> None:
             f"cannot use the LoRA adapter {path}: it changes {len(changed)} tensors of routed experts, the first is "
             f"{changed[0]}; merge it into the model, or train one for the dense part only"
         )
-

@@ -20,6 +20,9 @@ _CONTEXT_MULTIPLE = 256
 # backend's work buffers, Python modules imported later. Measured: 8-20 MiB on OLMoE at 25-100 % (docs/experiments.md).
 _SLACK_BYTES = 32 << 20
 _SLACK_SHARE = 1 / 128
+# A process's resident set, measured twice, differs by up to 1.1 MiB. What one measurement finds to be the floor must
+# run after the next one: a budget that is short by no more than this is served from the slack.
+_TOLERANCE_BYTES = 4 << 20
 
 
 def context_size(n_ctx: int, model: GgufModel) -> int:
@@ -59,6 +62,12 @@ class Footprint:
         """Set aside for what cannot be counted."""
         return _SLACK_BYTES + int(budget_bytes * _SLACK_SHARE)
 
+    def slots_bytes(self, budget_bytes: int, fixed_bytes: int) -> int | None:
+        """Memory for expert slots beside `fixed_bytes` and the slack; None when it cannot hold a token's experts."""
+        cycle_bytes = int(runtime.slot_sizes(self.model, 0).cycle_slot_bytes)
+        slots = budget_bytes - fixed_bytes - self.slack_bytes(budget_bytes)
+        return max(slots, cycle_bytes) if slots + _TOLERANCE_BYTES >= cycle_bytes else None
+
     def plan(self, budget_bytes: int | None) -> Plan:
         """Divide a budget; None: what this machine has, and no more than the model can use."""
         model = self.model
@@ -66,12 +75,13 @@ class Footprint:
         sizes = runtime.slot_sizes(model, 0)
         floor = int((fixed + sizes.cycle_slot_bytes) / (1 - _SLACK_SHARE))
         if budget_bytes is None:
-            everything = int((fixed + sizes.bank_slot_bytes) / (1 - _SLACK_SHARE)) + 1
+            everything = int((fixed + sizes.bank_slot_bytes) / (1 - _SLACK_SHARE)) + _SLACK_BYTES
             budget_bytes = min(everything, host.default_budget_bytes())
         slack = self.slack_bytes(budget_bytes)
-        sizes = runtime.slot_sizes(model, budget_bytes - (fixed - _SLACK_BYTES) - slack)
+        slots = self.slots_bytes(budget_bytes, fixed - _SLACK_BYTES)
+        sizes = runtime.slot_sizes(model, slots if slots is not None else 0)
         return Plan(
-            fits=budget_bytes >= floor,
+            fits=slots is not None,
             budget_bytes=budget_bytes,
             floor_bytes=floor,
             dense_bytes=model.dense_bytes,

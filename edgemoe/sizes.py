@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from edgemoe.errors import BudgetError
@@ -33,7 +34,7 @@ def parse_size(size: int | float | str) -> int:
         BudgetError: the text is not a size, or is not positive.
     """
     if isinstance(size, (int, float)) and not isinstance(size, bool):
-        n_bytes = int(size)
+        value: int | float = size
     else:
         match = _SIZE.fullmatch(str(size))
         unit = _UNITS.get(match.group(2).lower()) if match else None
@@ -42,9 +43,10 @@ def parse_size(size: int | float | str) -> int:
                 f"cannot parse the size {size!r}: expected a number with an optional unit; "
                 "write it as 1.5GiB, 1500MB or an integer of bytes"
             )
-        n_bytes = int(float(match.group(1)) * unit)
+        value = float(match.group(1)) * unit
+    n_bytes = int(value) if isinstance(value, int) or math.isfinite(value) else 0
     if n_bytes <= 0:
-        raise BudgetError(f"size {size!r} is not positive; write it as 1.5GiB, 1500MB or an integer of bytes")
+        raise BudgetError(f"size {size!r} is not a positive number; write it as 1.5GiB, 1500MB or an integer of bytes")
     return n_bytes
 
 

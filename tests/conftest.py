@@ -16,7 +16,7 @@ ModelWriter = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def write_model(tmp_path_factory: pytest.TempPathFactory) -> ModelWriter:
-    """Writes a tiny model as `benchmarks.synthetic.write_model`; equal arguments give the same file. Do not change it."""
+    """Writes a tiny model as `synthetic.write_model`; equal arguments give the same file, to be left as it is."""
     folder = tmp_path_factory.mktemp("models")
     written: dict[str, Path] = {}
 

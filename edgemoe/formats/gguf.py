@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 import struct
 from pathlib import Path
@@ -75,7 +76,9 @@ class GgufModel:
 
     def _count(self, key: str) -> int:
         value = self.metadata.get(f"{self.architecture}.{key}", 0)
-        return max(value, default=0) if isinstance(value, list) else int(value)
+        counts = value if isinstance(value, list) else [value]
+        # What is no number makes a model without experts; llama.cpp then says what it expects.
+        return max((n for n in counts if isinstance(n, int)), default=0)
 
     @property
     def n_experts(self) -> int:
@@ -138,7 +141,7 @@ def read_model(path: str | Path) -> GgufModel:
     first = Path(path)
     metadata, tensors = _read_header(first, 0)
     files = [first]
-    n_files = int(metadata.get("split.count", 1) or 1)
+    n_files = _whole_number(first, metadata, "split.count", 0)
     if n_files > 1:
         match = _SPLIT_NAME.fullmatch(first.name)
         if match is None or int(match.group(2)) != 1 or int(match.group(3)) != n_files:
@@ -193,6 +196,11 @@ class _Reader:
             return self.string()
         if kind == _ARRAY:
             kind, length = self.unpack("I"), self.unpack("Q")
+            if kind == _ARRAY:
+                raise ModelFormatError(
+                    f"cannot read {self.path}: an array of arrays at byte {self.offset}, which GGUF readers do not "
+                    "know; it is corrupt: download or convert it again"
+                )
             if kind in _SCALAR_FORMATS:
                 code = _SCALAR_FORMATS[kind]
                 if length * struct.calcsize(code) > _MAX_LENGTH:
@@ -217,6 +225,8 @@ def _read_header(path: Path, file_idx: int) -> tuple[dict[str, Any], list[GgufTe
         with path.open("rb") as file:
             file_bytes = file.seek(0, 2)
             file.seek(0)
+            # Read ahead behind the header would be experts: megabytes that nobody asked for.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             return _parse(_Reader(path, file), file_idx, file_bytes)
     except OSError as error:
         raise ModelFormatError(f"cannot open {path}: {error.strerror or error}; check the path") from error
@@ -240,7 +250,7 @@ def _parse(reader: _Reader, file_idx: int, file_bytes: int) -> tuple[dict[str, A
         name = reader.string()
         shape = tuple(reader.unpack("Q") for _ in range(min(reader.unpack("I"), 8)))
         infos.append((name, shape, reader.unpack("I"), reader.unpack("Q")))
-    alignment = int(metadata.get("general.alignment", _DEFAULT_ALIGNMENT)) or _DEFAULT_ALIGNMENT
+    alignment = _whole_number(reader.path, metadata, "general.alignment", 0) or _DEFAULT_ALIGNMENT
     data_offset = -(-reader.offset // alignment) * alignment
     tensors = []
     for name, shape, kind, offset in infos:
@@ -254,6 +264,16 @@ def _parse(reader: _Reader, file_idx: int, file_bytes: int) -> tuple[dict[str, A
     return metadata, tensors
 
 
+def _whole_number(path: Path, metadata: dict[str, Any], key: str, default: int) -> int:
+    value = metadata.get(key, default)
+    if not isinstance(value, int) or value < 0:
+        raise ModelFormatError(
+            f"cannot read {path}: {key} is {value!r:.40}, expected a whole number; it is corrupt: download or convert "
+            "it again"
+        )
+    return value
+
+
 def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, file_idx: int, offset: int) -> GgufTensor:
     try:
         quantization = GGMLQuantizationType(kind)
@@ -265,6 +285,11 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, file_idx: 
     n_elements = 1
     for n in shape:
         n_elements *= n
+    if n_elements == 0:
+        raise ModelFormatError(
+            f"cannot use {path}: tensor {name} has the shape {list(shape)}, expected dimensions of 1 or more; it is "
+            "corrupt: download or convert it again"
+        )
     if not shape or shape[0] % block:
         raise ModelFormatError(
             f"cannot use {path}: tensor {name} has rows of {shape[0] if shape else 0} elements, expected a multiple of "

@@ -57,6 +57,8 @@ Status ExpertCache::TakeError() {
 }
 
 Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (resizing_) WaitForEvent(&lock);
   std::vector<SlotClass> classes = pool_.classes();
   SlotPool::Distribute(slots_bytes, &classes);
   for (const SlotClass& c : classes) {
@@ -69,7 +71,10 @@ Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
                            static_cast<unsigned long long>(c.slot_bytes)));
     }
   }
-  std::unique_lock<std::mutex> lock(mutex_);
+  bool shrinks = false;
+  for (size_t i = 0; i < classes.size(); ++i) shrinks |= classes[i].n_slots < pool_.classes()[i].n_slots;
+  resizing_ = true;
+  while (shrinks && n_layers_ > 0) WaitForEvent(&lock);
   for (size_t i = 0; i < classes.size(); ++i) {
     const int class_idx = static_cast<int>(i);
     const int64_t before = pool_.classes()[i].n_slots;
@@ -82,6 +87,7 @@ Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
     }
   }
   pool_.SetSlots(classes);
+  resizing_ = false;
   NotifyEvent();
   return Status();
 }
@@ -115,6 +121,16 @@ bool ExpertCache::TrimClass(int class_idx, int64_t n_slots) {
     At(slice).slot = to;
   }
   return true;
+}
+
+void ExpertCache::BeginLayer(std::unique_lock<std::mutex>* lock) {
+  while (resizing_) WaitForEvent(lock);
+  ++n_layers_;
+}
+
+void ExpertCache::EndLayer() {
+  --n_layers_;
+  NotifyEvent();
 }
 
 double ExpertCache::AdvanceClock(int64_t n_tokens) {

@@ -49,6 +49,10 @@ class ExpertCache {
   std::mutex& mutex() { return mutex_; }
   bool Resident(int64_t slice) const { return At(slice).state == State::kResident; }
   bool Absent(int64_t slice) const { return At(slice).state == State::kAbsent; }
+  // A session begins and ends a layer. Shrinking waits for the layers in progress and lets no other begin, so that
+  // neither pins nor promises of slots outlive the slots.
+  void BeginLayer(std::unique_lock<std::mutex>* lock);
+  void EndLayer();
   // Begin a batch of n_tokens; returns the time of its first token.
   double AdvanceClock(int64_t n_tokens);
   void TouchSlice(int64_t slice, double time, int n_uses);
@@ -101,6 +105,8 @@ class ExpertCache {
   std::vector<Slice> slices_;
   std::vector<ClassState> classes_;
   std::vector<int64_t> promised_;
+  int n_layers_ = 0;       // in progress
+  bool resizing_ = false;  // one SetSlotsBytes at a time
   double clock_tokens_ = 0.0;
   Status last_error_;
 

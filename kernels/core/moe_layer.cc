@@ -36,6 +36,12 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   End();
   const auto& tensors = cache_->file().tensors();
   tensor_idxs_.assign(tensor_idxs, tensor_idxs + n_tensors);
+  const bool known = std::all_of(tensor_idxs_.begin(), tensor_idxs_.end(),
+                                 [&](int32_t t) { return t >= 0 && static_cast<size_t>(t) < tensors.size(); });
+  if (tensor_idxs_.empty() || !known) {
+    return Status(EDGEMOE_INVALID_ARGUMENT, Format("layer of %d tensors: expected at least one, each of index 0..%zu",
+                                                   n_tensors, tensors.size() - 1));
+  }
   const ExpertTensor& first = tensors[static_cast<size_t>(tensor_idxs_[0])];
   for (int32_t t : tensor_idxs_) {
     if (tensors[static_cast<size_t>(t)].n_experts != first.n_experts) {
@@ -45,7 +51,13 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
     }
   }
   if (Status s = Choose(ids, n_tokens, n_used, ids_token_bytes, first.n_experts); !s.ok()) return s;
-  std::lock_guard<std::mutex> lock(cache_->mutex());
+  // Room for the most pins and reads that this many experts can take, so that decoding never allocates.
+  pinned_.reserve(tensor_idxs_.size() * chosen_.size());
+  ahead_.reserve(tensor_idxs_.size() * chosen_.size());
+  pending_.reserve(tensor_idxs_.size() * chosen_.size());
+  loading_.reserve(tensor_idxs_.size() * chosen_.size());
+  std::unique_lock<std::mutex> lock(cache_->mutex());
+  cache_->BeginLayer(&lock);
   if (first.layer <= last_layer_ || n_tokens != last_n_tokens_ || last_layer_ < 0) {
     batch_time_ = cache_->AdvanceClock(n_tokens);
   }
@@ -135,19 +147,24 @@ void MoeLayer::CountAndPin() {
 }
 
 // Set slots aside so that several sessions never wait for each other's pins: a layer that fits beside what
-// others were promised gets all it needs; one that does not pins a part and streams through the rest.
+// others were promised gets all it needs; one that does not pins a part and streams through the rest. A layer fits in
+// all classes or in none: two that each fit in another class could wait for each other's pins forever.
 void MoeLayer::Promise() {
   shares_.assign(static_cast<size_t>(cache_->n_classes()), ClassShare());
   for (int32_t t : tensor_idxs_) {
     shares_[static_cast<size_t>(cache_->ClassIdx(Slice(t, 0)))].n_needed += static_cast<int64_t>(chosen_.size());
   }
+  bool fits = true;
+  for (size_t i = 0; i < shares_.size(); ++i) {
+    fits &= shares_[i].n_needed <= cache_->n_slots(static_cast<int>(i)) - cache_->Promised(static_cast<int>(i));
+  }
   for (size_t i = 0; i < shares_.size(); ++i) {
     ClassShare& share = shares_[i];
     const int64_t n_slots = cache_->n_slots(static_cast<int>(i));
     int64_t& promised = cache_->Promised(static_cast<int>(i));
-    share.fits = share.n_needed <= n_slots - promised;
+    share.fits = fits;
     const int64_t streaming = std::min(kStreamingSlots, (n_slots + 1) / 2);
-    share.n_promised = share.fits ? share.n_needed : std::max<int64_t>(0, n_slots - promised - streaming);
+    share.n_promised = fits ? share.n_needed : std::clamp<int64_t>(n_slots - promised - streaming, 0, share.n_needed);
     promised += share.n_promised;
     share.n_held = share.n_promised;
   }
@@ -160,6 +177,7 @@ void MoeLayer::End() {
   for (size_t i = 0; i < shares_.size(); ++i) cache_->Promised(static_cast<int>(i)) -= shares_[i].n_held;
   pinned_.clear();
   active_ = false;
+  cache_->EndLayer();
 }
 
 Status MoeLayer::Multiply(const edgemoe_matmul* matmuls, int n_matmuls) {
@@ -284,6 +302,13 @@ void MoeLayer::PrepareTasks() {
   n_ready_.store(0, std::memory_order_relaxed);
   cursor_.store(0, std::memory_order_relaxed);
   failed_.store(false, std::memory_order_relaxed);
+  // Reading ahead begins behind the products at hand.
+  const auto at_hand = [&](int64_t slice) {
+    const int32_t tensor_idx = cache_->file().TensorOf(slice);
+    return std::any_of(matmuls_, matmuls_ + n_matmuls_,
+                       [&](const edgemoe_matmul& m) { return m.tensor_idx == tensor_idx; });
+  };
+  while (next_ahead_ < ahead_.size() && at_hand(ahead_[next_ahead_])) ++next_ahead_;
   // Resident slices first: they are computed while the rest loads.
   std::lock_guard<std::mutex> lock(cache_->mutex());
   for (int i = 0; i < n_tasks_; ++i) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -16,8 +17,17 @@ constexpr uint64_t kPieceBytes = 4u << 20;
 }  // namespace
 
 Status ReadRanges(File* file, const edgemoe_range* ranges, int n_ranges, int n_threads) {
+  const uint64_t end = RoundUp(file->size_bytes(), kIoAlignment);
   std::vector<edgemoe_range> pieces;
   for (int i = 0; i < n_ranges; ++i) {
+    if (ranges[i].offset > end || ranges[i].length > end - ranges[i].offset) {
+      return Status(
+          EDGEMOE_BAD_FILE,
+          Format("read failed: %llu bytes at offset %llu pass the end at %llu (%s); the file is "
+                 "truncated: download or convert it again",
+                 static_cast<unsigned long long>(ranges[i].length), static_cast<unsigned long long>(ranges[i].offset),
+                 static_cast<unsigned long long>(file->size_bytes()), file->path().c_str()));
+    }
     for (uint64_t done = 0; done < ranges[i].length; done += kPieceBytes) {
       pieces.push_back({ranges[i].offset + done, std::min(kPieceBytes, ranges[i].length - done),
                         static_cast<char*>(ranges[i].to) + done});
@@ -38,7 +48,12 @@ Status ReadRanges(File* file, const edgemoe_range* ranges, int n_ranges, int n_t
     }
   };
   std::vector<std::thread> threads;
-  for (int i = 1; i < n_threads; ++i) threads.emplace_back(work);
+  threads.reserve(static_cast<size_t>(std::max(n_threads, 1)));
+  try {
+    for (int i = 1; i < n_threads; ++i) threads.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that there are do the work.
+  }
   work();
   for (std::thread& t : threads) t.join();
   return result;

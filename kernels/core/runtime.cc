@@ -29,7 +29,7 @@ Status Measure(const edgemoe_options& options, edgemoe_sizes* sizes) {
   sizes->slots_bytes = SlotPool::Distribute(options.slots_bytes, &classes);
   for (const SlotClass& c : classes) {
     sizes->bank_slot_bytes += static_cast<uint64_t>(c.n_slices) * c.slot_bytes;
-    sizes->cycle_slot_bytes += static_cast<uint64_t>(c.n_cycle_slices) * c.slot_bytes;
+    sizes->cycle_slot_bytes += static_cast<uint64_t>(c.n_floor_slots()) * c.slot_bytes;
     sizes->n_slots += c.n_slots;
     sizes->n_slices += c.n_slices;
   }

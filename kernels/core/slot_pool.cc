@@ -39,12 +39,19 @@ std::vector<SlotClass> SlotPool::Classes(const std::vector<ExpertTensor>& tensor
 }
 
 uint64_t SlotPool::Distribute(uint64_t slots_bytes, std::vector<SlotClass>* classes) {
-  long double bank_bytes = 0;
-  for (const SlotClass& c : *classes) bank_bytes += static_cast<long double>(c.slot_bytes) * c.n_slices;
-  const long double share = bank_bytes > 0 ? std::min<long double>(1.0L, slots_bytes / bank_bytes) : 0;
+  uint64_t floor_bytes = 0;
+  for (const SlotClass& c : *classes) floor_bytes += static_cast<uint64_t>(c.n_floor_slots()) * c.slot_bytes;
+  const bool has_floor = slots_bytes >= floor_bytes;
+  long double rest_bytes = 0;
+  for (SlotClass& c : *classes) {
+    c.n_slots = has_floor ? c.n_floor_slots() : 0;
+    rest_bytes += static_cast<long double>(c.slot_bytes) * (c.n_slices - c.n_slots);
+  }
+  const long double free_bytes = slots_bytes - (has_floor ? floor_bytes : 0);
+  const long double share = rest_bytes > 0 ? std::min<long double>(1.0L, free_bytes / rest_bytes) : 0;
   uint64_t taken = 0;
   for (SlotClass& c : *classes) {
-    c.n_slots = std::min<int64_t>(c.n_slices, static_cast<int64_t>(share * c.n_slices));
+    c.n_slots += static_cast<int64_t>(share * (c.n_slices - c.n_slots));
     taken += static_cast<uint64_t>(c.n_slots) * c.slot_bytes;
   }
   for (;;) {

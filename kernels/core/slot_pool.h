@@ -6,6 +6,7 @@
 #ifndef EDGEMOE_CORE_SLOT_POOL_H_
 #define EDGEMOE_CORE_SLOT_POOL_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -22,6 +23,9 @@ struct SlotClass {
   int64_t n_slots = 0;
   char* base = nullptr;
   uint64_t reserved_bytes = 0;
+
+  // Slots without which a token's experts do not fit; two at least, so that one slice loads while another is used.
+  int64_t n_floor_slots() const { return std::max(n_cycle_slices, std::min<int64_t>(2, n_slices)); }
 };
 
 class SlotPool {
@@ -33,7 +37,8 @@ class SlotPool {
 
   // One class per distinct slot size; class_of_tensor[i] is the class of tensor i.
   static std::vector<SlotClass> Classes(const std::vector<ExpertTensor>& tensors, std::vector<int>* class_of_tensor);
-  // Give each class the same share of its slices, then the remainder to the class that is shortest of slots.
+  // Give each class its floor if all of them can have it, then the same share of its other slices, then the
+  // remainder to the class that is shortest of slots.
   // Fills n_slots; returns the bytes taken, at most slots_bytes.
   static uint64_t Distribute(uint64_t slots_bytes, std::vector<SlotClass>* classes);
 

@@ -23,10 +23,11 @@ void* CountedAllocate(std::size_t size) {
 
 void* operator new(std::size_t size) { return CountedAllocate(size); }
 void* operator new[](std::size_t size) { return CountedAllocate(size); }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+// Not inlined: GCC would compare the free() in them with a new that it did not inline, and warn of a mismatch.
+__attribute__((noinline)) void operator delete(void* p) noexcept { std::free(p); }
+__attribute__((noinline)) void operator delete[](void* p) noexcept { std::free(p); }
+__attribute__((noinline)) void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+__attribute__((noinline)) void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
 
 namespace edgemoe::test {
 namespace {
@@ -67,7 +68,8 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
   };
   const auto run = [&](int layer, const Step& step) {
     const int32_t tensor_idxs[] = {model.Gate(layer), model.Up(layer), model.Down(layer)};
-    const edgemoe_matmul gate_up[] = {product(tensor_idxs[0], step.x, 1, gate.data()), product(tensor_idxs[1], step.x, 1, up.data())};
+    const edgemoe_matmul gate_up[] = {product(tensor_idxs[0], step.x, 1, gate.data()),
+                                      product(tensor_idxs[1], step.x, 1, up.data())};
     const edgemoe_matmul down = product(tensor_idxs[2], gate.data(), 4, y.data());
     int32_t failed = edgemoe_session_begin_layer(session, step.ids, 1, 4, sizeof(step.ids), tensor_idxs, 3, nullptr);
     failed |= edgemoe_session_matmul(session, gate_up, 2, nullptr);
@@ -97,12 +99,13 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
   EXPECT_EQ(g_n_allocations.load(), 0);
   edgemoe_stats stats;
   edgemoe_runtime_stats(runtime.get(), &stats);
-  EXPECT_TRUE(n_slots == 144 || stats.evictions > 1000) << stats.evictions << " evictions";
+  EXPECT_TRUE(n_slots == 32 || stats.evictions > 1000) << stats.evictions << " evictions";
   edgemoe_session_destroy(session);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, AllocationTest,
-                         testing::Combine(testing::Values(2, 13, 40, 144), testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY)));
+                         testing::Combine(testing::Values(2, 7, 16, 32),
+                                          testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY)));
 
 // Guards against: a guard that counts nothing.
 TEST(AllocationCounterTest, CountsAllocations) {

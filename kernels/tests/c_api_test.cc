@@ -128,7 +128,8 @@ TEST_F(CApiTest, RuntimeLivesAsLongAsItsLastHolder) {
     const std::vector<int32_t> ids = {3, 8, 1, 15};
     ASSERT_EQ(session.RunLayer(1, ids, 1, x), EDGEMOE_OK);
     const std::vector<float> expected = model_.Reference(1, ids, 1, x);
-    EXPECT_EQ(std::memcmp(session.y().data(), expected.data(), expected.size() * sizeof(float)), 0) << "through real reads";
+    EXPECT_EQ(std::memcmp(session.y().data(), expected.data(), expected.size() * sizeof(float)), 0)
+        << "through real reads";
     ASSERT_EQ(session.Begin(1, ids, 1), EDGEMOE_OK);  // destroyed in the middle of a layer
   }
 }
@@ -158,7 +159,8 @@ TEST_F(CApiTest, LayerOfImpossibleTensorsIsRefused) {
   const int32_t ids[] = {0, 1};
   for (int32_t bad : {-1, 9, INT32_MAX}) {
     const int32_t tensor_idxs[] = {0, bad};
-    EXPECT_EQ(edgemoe_session_begin_layer(session, ids, 1, 2, 8, tensor_idxs, 2, &error_), EDGEMOE_INVALID_ARGUMENT) << bad;
+    EXPECT_EQ(edgemoe_session_begin_layer(session, ids, 1, 2, 8, tensor_idxs, 2, &error_), EDGEMOE_INVALID_ARGUMENT)
+        << bad;
   }
   EXPECT_EQ(edgemoe_session_begin_layer(session, ids, 1, 2, 8, nullptr, 0, &error_), EDGEMOE_INVALID_ARGUMENT);
   const edgemoe_matmul matmul = {};

@@ -151,7 +151,8 @@ TEST(ResizeTest, SizesChangedWhileSessionsRunCostNeitherSlotsNorBits) {
     resizers.emplace_back([&, seed] {
       std::mt19937 rng(seed);
       while (!stop) {
-        EXPECT_EQ(edgemoe_runtime_set_slots_bytes(runtime.get(), model.SlotsBytes(2 + rng() % 40), nullptr), EDGEMOE_OK);
+        EXPECT_EQ(edgemoe_runtime_set_slots_bytes(runtime.get(), model.SlotsBytes(2 + rng() % 40), nullptr),
+                  EDGEMOE_OK);
         std::this_thread::sleep_for(std::chrono::microseconds(rng() % 500));
       }
     });
@@ -166,9 +167,11 @@ TEST(ResizeTest, SizesChangedWhileSessionsRunCostNeitherSlotsNorBits) {
   std::vector<int32_t> all(16);
   for (int e = 0; e < 16; ++e) all[static_cast<size_t>(e)] = e;
   std::mt19937 rng(3);
-  for (int layer = 0; layer < 3; ++layer) ASSERT_EQ(session.RunLayer(layer, all, 4, RandomRows(&rng, 4, 16)), EDGEMOE_OK);
+  for (int layer = 0; layer < 3; ++layer)
+    ASSERT_EQ(session.RunLayer(layer, all, 4, RandomRows(&rng, 4, 16)), EDGEMOE_OK);
   edgemoe_runtime_reset_stats(runtime.get());
-  for (int layer = 0; layer < 3; ++layer) ASSERT_EQ(session.RunLayer(layer, all, 4, RandomRows(&rng, 4, 16)), EDGEMOE_OK);
+  for (int layer = 0; layer < 3; ++layer)
+    ASSERT_EQ(session.RunLayer(layer, all, 4, RandomRows(&rng, 4, 16)), EDGEMOE_OK);
   edgemoe_stats stats;
   edgemoe_runtime_stats(runtime.get(), &stats);
   EXPECT_EQ(stats.hits, 48u) << "with a slot for every slice everything is resident";

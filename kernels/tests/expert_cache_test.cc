@@ -56,7 +56,8 @@ class ExpertCacheTest : public testing::Test {
     std::lock_guard<std::mutex> lock(cache_->mutex());
     const edgemoe_tensor& t = model_.tensors()[static_cast<size_t>(cache_->file().TensorOf(slice))];
     const uint64_t expert = static_cast<uint64_t>(slice % model_.shape().n_experts);
-    return std::memcmp(cache_->Data(slice), model_.storage().bytes.data() + t.offset + expert * t.expert_bytes, t.expert_bytes) == 0;
+    return std::memcmp(cache_->Data(slice), model_.storage().bytes.data() + t.offset + expert * t.expert_bytes,
+                       t.expert_bytes) == 0;
   }
   std::set<int64_t> ResidentSlices() {
     std::lock_guard<std::mutex> lock(cache_->mutex());
@@ -171,7 +172,9 @@ INSTANTIATE_TEST_SUITE_P(Rules, EvictionOrderTest, testing::Values(EDGEMOE_EVICT
 // Guards against: a slice that counts as resident although its read failed, or a slot lost with every failure.
 TEST_F(ExpertCacheTest, FailedReadLeavesTheSliceAbsentAndItsSlotFree) {
   Start(2);
-  model_.storage().on_read = [](int64_t read_no, uint64_t) { return read_no < 20 ? Status(EDGEMOE_IO, "injected") : Status(); };
+  model_.storage().on_read = [](int64_t read_no, uint64_t) {
+    return read_no < 20 ? Status(EDGEMOE_IO, "injected") : Status();
+  };
   for (int i = 0; i < 20; ++i) EXPECT_FALSE(Use(i % 3, i));
   const Status error = cache_->TakeError();
   EXPECT_EQ(error.code(), EDGEMOE_IO);

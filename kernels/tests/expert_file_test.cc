@@ -86,8 +86,9 @@ TEST_F(ExpertFileTest, NameUsedTwiceIsRefused) {
 
 // Guards against: counts of a corrupt header that later divide by zero or select experts that do not exist.
 TEST_F(ExpertFileTest, CountsThatMakeNoSenseAreRefused) {
-  for (const edgemoe_tensor& t : {Tensor("used > experts", 0, 8, 4, 5), Tensor("no experts", 0, 8, 0, 0),
-                                  Tensor("negative", 0, 8, -1, -1), Tensor("none used", 0, 8, 4, 0), Tensor("empty", 0, 0)}) {
+  for (const edgemoe_tensor& t :
+       {Tensor("used > experts", 0, 8, 4, 5), Tensor("no experts", 0, 8, 0, 0), Tensor("negative", 0, 8, -1, -1),
+        Tensor("none used", 0, 8, 4, 0), Tensor("empty", 0, 0)}) {
     tensors_ = {t};
     EXPECT_EQ(OpenFake(1 << 16).code(), EDGEMOE_BAD_FILE) << t.name;
   }
@@ -147,7 +148,8 @@ TEST_F(ExpertFileTest, FailedReadNamesFileTensorExpertAndOffset) {
 // Guards against: experts of a split model read from the first file whatever their index says.
 TEST_F(ExpertFileTest, SlicesAreReadFromTheirOwnFile) {
   TempDir dir;
-  const std::string a = dir.Write("a.gguf", std::vector<char>(8192, 'a')), b = dir.Write("b.gguf", std::vector<char>(5000, 'b'));
+  const std::string a = dir.Write("a.gguf", std::vector<char>(8192, 'a')),
+                    b = dir.Write("b.gguf", std::vector<char>(5000, 'b'));
   const char* const paths[] = {a.c_str(), b.c_str()};
   tensors_ = {Tensor("in a", 0, 1000), Tensor("in b", 1000, 1000)};
   tensors_[1].file_idx = 1;

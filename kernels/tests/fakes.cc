@@ -81,7 +81,9 @@ edgemoe_kernels ToyKernels() {
   edgemoe_kernels kernels = {};
   kernels.struct_size = sizeof(kernels);
   kernels.parallel = RunThreads;
-  kernels.activation_row_bytes = [](void*, int32_t, int64_t n_cols) { return static_cast<uint64_t>(n_cols) * sizeof(float); };
+  kernels.activation_row_bytes = [](void*, int32_t, int64_t n_cols) {
+    return static_cast<uint64_t>(n_cols) * sizeof(float);
+  };
   kernels.quantize_row = [](void*, int32_t, const float* x, void* y, int64_t n_cols) {
     std::memcpy(y, x, static_cast<size_t>(n_cols) * sizeof(float));
   };
@@ -205,7 +207,8 @@ std::vector<float> ToyModel::Reference(int layer, const std::vector<int32_t>& id
   return y;
 }
 
-ToySession::ToySession(edgemoe_runtime* runtime, ToyModel* model, int n_threads, const edgemoe_kernels& kernels) : model_(model) {
+ToySession::ToySession(edgemoe_runtime* runtime, ToyModel* model, int n_threads, const edgemoe_kernels& kernels)
+    : model_(model) {
   if (edgemoe_session_create(runtime, &kernels, &session_, &error_) != EDGEMOE_OK) std::abort();
   edgemoe_session_set_threads(session_, n_threads);
 }
@@ -223,8 +226,8 @@ int32_t ToySession::Begin(int layer, const std::vector<int32_t>& ids, int n_toke
   y_.assign(n_pairs * n_embd, -1.0f);
   const int32_t tensor_idxs[] = {model_->Gate(layer), model_->Up(layer), model_->Down(layer)};
   const int64_t n_used = static_cast<int64_t>(ids.size()) / n_tokens;
-  return edgemoe_session_begin_layer(session_, ids.data(), n_tokens, n_used, static_cast<uint64_t>(n_used) * sizeof(int32_t),
-                                     tensor_idxs, 3, &error_);
+  return edgemoe_session_begin_layer(session_, ids.data(), n_tokens, n_used,
+                                     static_cast<uint64_t>(n_used) * sizeof(int32_t), tensor_idxs, 3, &error_);
 }
 
 int32_t ToySession::MultiplyGateUp(const std::vector<float>& x) {
@@ -280,7 +283,8 @@ std::vector<int32_t> RandomIds(std::mt19937* rng, int n_tokens, int n_used, int 
   for (int e = 0; e < n_experts; ++e) all[static_cast<size_t>(e)] = e;
   for (int token = 0; token < n_tokens; ++token) {
     for (int i = 0; i < n_used; ++i) {
-      std::swap(all[static_cast<size_t>(i)], all[static_cast<size_t>(i) + (*rng)() % static_cast<uint32_t>(n_experts - i)]);
+      std::swap(all[static_cast<size_t>(i)],
+                all[static_cast<size_t>(i) + (*rng)() % static_cast<uint32_t>(n_experts - i)]);
     }
     ids.insert(ids.end(), all.begin(), all.begin() + n_used);
   }

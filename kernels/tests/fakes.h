@@ -74,7 +74,8 @@ class ToyModel {
   int32_t ReadsOf(int32_t tensor_idx, int expert) const;
 
   // down(gate(x) * up(x)) for every token and used expert, straight from the file: [n_tokens][n_used][n_embd].
-  std::vector<float> Reference(int layer, const std::vector<int32_t>& ids, int n_tokens, const std::vector<float>& x) const;
+  std::vector<float> Reference(int layer, const std::vector<int32_t>& ids, int n_tokens,
+                               const std::vector<float>& x) const;
 
  private:
   const ToyShape shape_;
@@ -93,7 +94,8 @@ float ToyDot(int32_t type, const void* weights, const float* x, int64_t n);
 // A session and the buffers of one layer of a batch.
 class ToySession {
  public:
-  ToySession(edgemoe_runtime* runtime, ToyModel* model, int n_threads = 1, const edgemoe_kernels& kernels = ToyKernels());
+  ToySession(edgemoe_runtime* runtime, ToyModel* model, int n_threads = 1,
+             const edgemoe_kernels& kernels = ToyKernels());
   ~ToySession();
   ToySession(const ToySession&) = delete;
   ToySession& operator=(const ToySession&) = delete;
@@ -124,7 +126,7 @@ std::vector<float> RandomRows(std::mt19937* rng, int n_tokens, int n_cols);
 // Where reads wait until the test lets them go.
 class ReadGate {
  public:
-  void Wait();              // called by the read
+  void Wait();                // called by the read
   void AwaitArrivals(int n);  // until n reads wait or have passed
   void Open();
 

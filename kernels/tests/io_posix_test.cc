@@ -95,10 +95,12 @@ TEST_P(ReadRangesTest, RangePastTheLastPageOfTheFileFails) {
   TempDir dir;
   const std::string path = dir.Write("f", Pattern(2 * kIoAlignment + 1));
   Pages to = AllocatePages(8 * kIoAlignment, '?');
-  for (const edgemoe_range& range : {edgemoe_range{0, 4 * kIoAlignment, to.get()}, edgemoe_range{3 * kIoAlignment, kIoAlignment, to.get()},
-                                     edgemoe_range{16 * kIoAlignment, kIoAlignment, to.get()}}) {
+  for (const edgemoe_range& range :
+       {edgemoe_range{0, 4 * kIoAlignment, to.get()}, edgemoe_range{3 * kIoAlignment, kIoAlignment, to.get()},
+        edgemoe_range{16 * kIoAlignment, kIoAlignment, to.get()}}) {
     edgemoe_error error = {};
-    EXPECT_NE(edgemoe_read_ranges(path.c_str(), &range, 1, GetParam(), &error), EDGEMOE_OK) << "offset " << range.offset;
+    EXPECT_NE(edgemoe_read_ranges(path.c_str(), &range, 1, GetParam(), &error), EDGEMOE_OK)
+        << "offset " << range.offset;
     EXPECT_NE(std::string(error.message).find(path), std::string::npos) << error.message;
   }
 }
@@ -112,7 +114,9 @@ TEST(ReadRangesFaultTest, OneFailedPieceFailsTheWhole) {
   const edgemoe_range range = {0, 40u << 20, to.get()};
   for (int64_t bad : {0, 5, 9}) {
     storage.n_reads = 0;
-    storage.on_read = [bad](int64_t read_no, uint64_t) { return read_no == bad ? Status(EDGEMOE_IO, "injected") : Status(); };
+    storage.on_read = [bad](int64_t read_no, uint64_t) {
+      return read_no == bad ? Status(EDGEMOE_IO, "injected") : Status();
+    };
     std::unique_ptr<File> file;
     ASSERT_TRUE(storage.Opener()("f", &file).ok());
     const Status s = ReadRanges(file.get(), &range, 1, 3);

@@ -144,7 +144,8 @@ TEST(SlotPoolTest, DiscardLeavesTheSlotsBeforeItAlone) {
   const uint64_t slot_bytes = classes[0].slot_bytes;
   EXPECT_EQ(pool.n_slots(), classes[0].n_slices);
   EXPECT_EQ(pool.slots_bytes(), static_cast<uint64_t>(classes[0].n_slices) * slot_bytes);
-  for (int64_t slot = 0; slot < classes[0].n_slots; ++slot) std::memset(pool.SlotAddress(0, slot), static_cast<int>(slot + 1), slot_bytes);
+  for (int64_t slot = 0; slot < classes[0].n_slots; ++slot)
+    std::memset(pool.SlotAddress(0, slot), static_cast<int>(slot + 1), slot_bytes);
   pool.Discard(0, 10);
   for (int64_t slot = 0; slot < 20; ++slot) {
     const char expected = slot < 10 ? static_cast<char>(slot + 1) : '\0';

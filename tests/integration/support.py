@@ -94,7 +94,11 @@ def set_residency(llm: edgemoe.Llama, residency: str) -> None:
     if residency == "fewest":
         set_fewest_slots(llm)
     else:
-        share = {"all": sizes.bank_slot_bytes, "third": 3 * sizes.bank_slot_bytes // 10, "cycle": sizes.cycle_slot_bytes}
+        share = {
+            "all": sizes.bank_slot_bytes,
+            "third": 3 * sizes.bank_slot_bytes // 10,
+            "cycle": sizes.cycle_slot_bytes,
+        }
         set_slots(llm, max(share[residency], sizes.cycle_slot_bytes))
 
 

@@ -226,9 +226,9 @@ def test_read_errors_again_and_again(copy: Path, n_threads: int) -> None:
     with streamed(copy, n_threads=n_threads, n_threads_batch=n_threads) as llm:
         for residency in ("fewest", "cycle", "third"):
             set_residency(llm, residency)
-            for i in range(12):
+            for i in range(6):
                 llm.reset()
-                with _shrunk(copy, tensor.offset + i * 40_000), contextlib.suppress(ExpertReadError):
+                with _shrunk(copy, tensor.offset + i * 80_000), contextlib.suppress(ExpertReadError):
                     llm.eval(PROMPT)
                     # Nothing had to be read: only possible if all of it was resident.
                     assert residency == "third"
@@ -279,7 +279,7 @@ def test_budget_below_the_floor(copy: Path) -> None:
     with pytest.raises(BudgetError) as caught:
         streamed(copy, memory=floor_bytes // 2)
     message = str(caught.value)
-    for word in ("below the floor", "damaged.gguf", "dense", "KV", "buffers", "one token's experts", "slack", "--memory"):
+    for word in ("below the floor", "damaged.gguf", "dense", "KV", "buffers", "one token's", "slack", "--memory"):
         assert word in message
     assert edgemoe.plan(copy, n_ctx=256, memory="1MiB").fits is False
 
@@ -301,14 +301,14 @@ def test_refused_budget_loads_nothing(write_model: ModelWriter) -> None:
     """
     done = python(script, write_model("olmoe"), path)
     assert done.returncode == 0, done.stderr
-    assert read_model(path).dense_bytes > 20 << 20
+    assert read_model(path).dense_bytes > 15 << 20
     assert int(done.stdout) < 16 << 20  # the vocabulary has 16384 words
 
 
 @pytest.mark.parametrize("memory", ["lots", "1.5QiB", "", "GiB", "-1GiB", 0, -5, "0", "nan", "1e400GiB"])
 def test_memory_that_is_no_size(copy: Path, memory: object) -> None:
     """Guards against a typing error that becomes some budget."""
-    with pytest.raises(BudgetError, match="1.5GiB, 1500MB or an integer"):
+    with pytest.raises(BudgetError, match=r"1\.5GiB, 1500MB or an integer"):
         streamed(copy, memory=memory)
 
 

@@ -14,7 +14,7 @@ from edgemoe.errors import BackendError
 from tests.conftest import ModelWriter
 from tests.integration.support import python, streamed
 
-# 23 MiB dense, 54 MiB of experts.
+# 19 MiB dense, 54 MiB of experts.
 SHAPE = {"n_layers": 2, "n_experts": 64, "n_experts_used": 4, "hidden": 512, "expert_ff": 512, "n_vocab": 16384}
 
 MEASURE = """

@@ -206,7 +206,7 @@ def test_router_finds_groups_that_share_a_direction() -> None:
     inputs = (common + offsets[group] + 0.05 * rng.standard_normal((400, 32))).astype(np.float32)
     router = converter.fit_router(inputs, 4, np.random.default_rng(0))
     choice = np.argmax(inputs @ router.T, axis=1)
-    assert len(set(zip(group.tolist(), choice.tolist()))) == 4
+    assert len(set(zip(group.tolist(), choice.tolist(), strict=True))) == 4
     assert set(choice.tolist()) == {0, 1, 2, 3}
 
 

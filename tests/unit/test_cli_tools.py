@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""`edgemoe plan`, `inspect`, `doctor` and `convert`; the machine and the converter are stand-ins."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgemoe
+from edgemoe.cli import doctor
+from edgemoe.types import Plan
+from tests.unit.fakes import PLAN, error_lines, run
+
+# ---------------------------------------------------------------- plan and inspect
+
+
+def planner(floor_bytes_of_ctx: Callable[[int], int]) -> Callable[..., Plan]:
+    """A planner whose floor depends on the context."""
+
+    def plan(path: Path, *, memory: int | None = None, n_ctx: int = 4096) -> Plan:
+        budget_bytes, floor_bytes = memory or PLAN.budget_bytes, floor_bytes_of_ctx(n_ctx)
+        return dataclasses.replace(
+            PLAN, fits=budget_bytes >= floor_bytes, budget_bytes=budget_bytes, floor_bytes=floor_bytes
+        )
+
+    return plan
+
+
+def test_plan_that_fits(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a table whose parts do not add up to its total."""
+    monkeypatch.setitem(vars(edgemoe), "plan", planner(lambda n_ctx: 300 << 20))
+    result = run("plan", model)
+    assert result.exit_code == 0
+    assert "total              412 MiB" in result.stdout
+    assert "the slots hold 50%" in result.stdout
+
+
+def test_plan_that_does_not_fit_says_what_would(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a refusal without a way out, or advice that would be refused as well."""
+    monkeypatch.setitem(vars(edgemoe), "plan", planner(lambda n_ctx: (200 << 20) + n_ctx * 65536 + 1))
+    result = run("plan", model, "--memory", "300MiB")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].endswith("use --memory 457MiB or --ctx 1024")
+
+
+def test_plan_json_tells_fitting_by_the_exit_code_too(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a script that reads advice instead of JSON, or takes a plan that does not fit for a good one."""
+    monkeypatch.setitem(vars(edgemoe), "plan", planner(lambda n_ctx: 2 << 30))
+    result = run("plan", model, "--json")
+    assert result.exit_code == 1
+    fields = json.loads(result.stdout)
+    assert (fields["fits"], fields["floor_bytes"]) == (False, 2 << 30)
+
+
+def gguf_model(path: str) -> types.SimpleNamespace:
+    """A model of one dense tensor and two expert tensors of eight experts."""
+    expert_tensors = [
+        types.SimpleNamespace(name=f"blk.0.ffn_{name}_exps.weight", shape=(64, 32, 8), type_name=kind, n_bytes=n_bytes)
+        for name, kind, n_bytes in (("up", "Q4_K", 9216), ("down", "Q6_K", 13440))
+    ]
+    dense = types.SimpleNamespace(name="token_embd.weight", shape=(64, 100), type_name="F16", n_bytes=12800)
+    return types.SimpleNamespace(
+        path=Path(path),
+        files=[Path(path)],
+        metadata={"general.name": "Tiny"},
+        architecture="llama",
+        tensors=[dense, *expert_tensors],
+        expert_tensors=expert_tensors,
+        n_experts=8,
+        n_experts_used=2,
+        n_moe_layers=1,
+        dense_bytes=12800,
+        expert_bank_bytes=22656,
+        token_cycle_bytes=5664,
+        expert_bytes=2832,
+    )
+
+
+@pytest.fixture
+def gguf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets every file be the model of `gguf_model`."""
+    reader = types.SimpleNamespace(read_model=gguf_model)
+    monkeypatch.setitem(sys.modules, "edgemoe.formats.gguf", reader)
+
+
+def test_inspect(gguf: None, model: str) -> None:
+    """Guards against parameter counts and quantization types that do not match the tensors."""
+    facts = json.loads(run("inspect", model, "--json").stdout)
+    assert facts["n_parameters"] == 6400 + 2 * 16384
+    assert facts["n_parameters_used"] == 6400 + 2 * 4096
+    assert facts["expert_types"] == {"Q4_K": {"tensors": 1, "bytes": 9216}, "Q6_K": {"tensors": 1, "bytes": 13440}}
+    assert facts["files"] == [{"path": model, "bytes": 4}]
+    table = run("inspect", model).stdout
+    assert "2 of 8 in each of 1 layers" in table
+    assert "Tiny" in table
+
+
+# ---------------------------------------------------------------- doctor
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, gguf: None) -> types.SimpleNamespace:
+    """A machine on which nothing is slow; a test makes one thing worse."""
+    fake = types.SimpleNamespace(
+        cgroup_memory_limit_bytes=lambda: None,
+        available_memory_bytes=lambda: 4 << 30,
+        default_budget_bytes=lambda: 3 << 30,
+        default_threads=lambda: 2,
+        disk_bandwidth_bytes_per_s=lambda path, block_bytes: 2e9,
+        direct_io_supported=lambda path: True,
+    )
+    native = types.SimpleNamespace(
+        versions=lambda: {"edgemoe": "1", "ggml_built_against": "a", "ggml_loaded": "a"}, isa=lambda: "avx2"
+    )
+    monkeypatch.setitem(vars(edgemoe), "host", fake)
+    monkeypatch.setitem(vars(edgemoe), "_native", native)
+    plan = dataclasses.replace(PLAN, slots_bytes=PLAN.expert_bank_bytes)
+    monkeypatch.setitem(vars(edgemoe), "plan", lambda path: plan)
+    monkeypatch.setattr(doctor, "_usable_cpus", lambda n_logical: n_logical)
+    return fake
+
+
+def test_doctor_finds_nothing_on_a_good_machine(machine: types.SimpleNamespace, model: str) -> None:
+    """Guards against warnings that everybody gets and nobody reads."""
+    result = run("doctor", model)
+    assert result.exit_code == 0
+    assert "nothing found" in result.stdout
+    assert json.loads(run("doctor", model, "--json").stdout)["expert_block_bytes"] == 13440 // 8
+
+
+def test_doctor_explains_what_is_slow(
+    machine: types.SimpleNamespace, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against slow storage that nobody mentions."""
+    machine.disk_bandwidth_bytes_per_s = lambda path, block_bytes: 100e6
+    machine.direct_io_supported = lambda path: False
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    result = run("doctor", model)
+    assert result.exit_code == 0
+    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    assert ["O_DIRECT" in warnings[0], "the disk reads" in warnings[1]] == [True] * 2
+
+
+def test_doctor_goes_on_when_a_part_is_broken(
+    machine: types.SimpleNamespace, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a doctor that dies of the illness: a core that does not load must not hide the rest."""
+    monkeypatch.setitem(vars(edgemoe), "_native", types.SimpleNamespace(versions=lambda: 1 / 0))
+    result = run("doctor", model, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert [finding["severity"] for finding in report["findings"]] == ["error"]
+    assert report["disk_bytes_per_s"] == 2_000_000_000
+
+
+# ---------------------------------------------------------------- convert
+
+
+@pytest.fixture
+def upcycled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Puts a converter that only writes a mark in the place of `upcycle`; the list holds its calls."""
+    calls: list[dict[str, Any]] = []
+
+    def upcycle(source: Path, out: Path, **options: Any) -> None:
+        calls.append(options)
+        out.write_bytes(b"made")
+
+    package = types.SimpleNamespace(upcycle=types.SimpleNamespace(upcycle=upcycle))
+    monkeypatch.setitem(sys.modules, "edgemoe.converters", package)
+    monkeypatch.setitem(sys.modules, "edgemoe.converters.upcycle", package.upcycle)
+    return calls
+
+
+def test_upcycle_passes_its_options(upcycled: list[dict[str, Any]], model: str, tmp_path: Path) -> None:
+    """Guards against options that do not reach the converter."""
+    text = tmp_path / "text.txt"
+    text.write_text("Some text.")
+    options = ["--experts", "4", "--top-k", "1", "--seed", "9", "--calibration", str(text)]
+    result = run("convert", "upcycle", model, str(tmp_path / "out.gguf"), *options)
+    assert result.exit_code == 0
+    expected = {"n_experts": 4, "n_experts_used": 1, "seed": 9, "calibration_text": "Some text."}
+    assert {name: upcycled[0][name] for name in expected} == expected
+    assert result.stdout == f"{tmp_path / 'out.gguf'} (4 B)\n"
+
+
+def test_upcycle_does_not_overwrite(upcycled: list[dict[str, Any]], model: str, tmp_path: Path) -> None:
+    """Guards against losing a model that took hours to make, or the source itself."""
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"precious")
+    refused = run("convert", "upcycle", model, str(out))
+    assert (refused.exit_code, out.read_bytes()) == (1, b"precious")
+    assert error_lines(refused)[0].endswith("name another or use --force")
+    assert run("convert", "upcycle", model, model, "--force").exit_code == 1
+    assert run("convert", "upcycle", model, str(out), "--force").exit_code == 0
+    assert out.read_bytes() == b"made"

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Arithmetic of the budget: what grows with what, and advice that is true."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import edgemoe
+from edgemoe import host, planner, runtime
+from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
+from edgemoe.sizes import parse_size
+from tests.conftest import ModelWriter
+
+
+@pytest.fixture(scope="module")
+def footprint() -> planner.Footprint:
+    """A model of 64 experts of three times 1 MiB in 4 layers, 100 MiB dense; no file."""
+    tensors = [GgufTensor("token_embd.weight", (1024, 25600), "F32", 100 << 20, 0, 0)]
+    for layer in range(4):
+        for i, name in enumerate(("gate", "up", "down")):
+            tensors.append(
+                GgufTensor(
+                    f"blk.{layer}.ffn_{name}_exps.weight",
+                    (1024, 256, 64),
+                    "F32",
+                    64 << 20,
+                    0,
+                    (100 << 20) + (64 << 20) * (3 * layer + i),
+                )
+            )
+    metadata = {"general.architecture": "olmoe", "olmoe.expert_count": 64, "olmoe.expert_used_count": 8}
+    model = GgufModel(Path("made-up.gguf"), [Path("made-up.gguf")], metadata, tensors)
+    return planner.Footprint(model, kv_bytes=50 << 20, buffers_bytes=80 << 20, batch_bytes=10 << 20)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 4 << 30), st.integers(0, 1 << 30))
+def test_more_memory_is_never_worse(footprint: planner.Footprint, memory: int, more: int) -> None:
+    """Guards against a budget that gives fewer slots than a smaller one."""
+    small, large = footprint.plan(memory), footprint.plan(memory + more)
+    assert small.slots_bytes <= large.slots_bytes
+    assert small.fits <= large.fits
+    assert small.floor_bytes == large.floor_bytes
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 4 << 30))
+def test_parts_stay_within_the_budget(footprint: planner.Footprint, memory: int) -> None:
+    """Guards against parts that add up to more than the budget, and a floor without room for one token."""
+    plan = footprint.plan(memory)
+    parts = plan.dense_bytes + plan.kv_bytes + plan.buffers_bytes + plan.slots_bytes + plan.slack_bytes
+    assert plan.fits == (memory >= plan.floor_bytes)
+    if plan.fits:
+        assert parts <= memory
+        assert plan.slots_bytes >= runtime.slot_sizes(footprint.model, 0).cycle_slot_bytes
+
+
+def test_the_floor_is_the_smallest_that_fits(footprint: planner.Footprint) -> None:
+    """Guards against a floor that does not run, or one above what runs by more than two measurements differ."""
+    floor = footprint.plan(1).floor_bytes
+    assert footprint.plan(floor).fits and not footprint.plan(floor - (5 << 20)).fits
+    assert footprint.plan(floor).slots_bytes >= runtime.slot_sizes(footprint.model, 0).cycle_slot_bytes
+
+
+@pytest.mark.parametrize("free_gib", [0, 1, 64])
+def test_default_budget(footprint: planner.Footprint, free_gib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a default beyond what is free, or beyond what the model can use."""
+    monkeypatch.setattr(host, "default_budget_bytes", lambda: free_gib << 30)
+    plan = footprint.plan(None)
+    if free_gib == 64:
+        assert plan.slots_bytes == plan.expert_bank_bytes and plan.fits
+        assert plan.budget_bytes < 2 << 30
+    else:
+        assert plan.budget_bytes == free_gib << 30
+
+
+def test_refusal_names_a_budget_that_is_enough(footprint: planner.Footprint) -> None:
+    """Guards against advice that would be refused as well."""
+    plan = footprint.plan(200 << 20)
+    message = str(planner.refusal(plan, footprint.model, 4096))
+    advised = re.search(r"--memory (\w+)", message)
+    assert advised is not None
+    assert footprint.plan(parse_size(advised.group(1))).fits
+    assert "a shorter context (now 4096)" in message
+    no_kv = planner.refusal(dataclasses.replace(plan, kv_bytes=0), footprint.model, 4096)
+    assert "context" not in str(no_kv)
+
+
+def test_context_sizes(footprint: planner.Footprint, write_model: ModelWriter) -> None:
+    """Guards against a context other than the one that llama.cpp makes."""
+    model = read_model(write_model("olmoe"))
+    assert [planner.context_size(n, model) for n in (1, 256, 257, 4096, 0)] == [256, 256, 512, 4096, 4096]
+    assert planner.context_size(0, footprint.model) == 4096  # the file does not say
+
+
+def test_plan_grows_with_the_context(write_model: ModelWriter) -> None:
+    """Guards against a plan that does not see the options it is given."""
+    path = write_model("olmoe")
+    plans = [edgemoe.plan(path, memory="1GiB", n_ctx=n) for n in (256, 1024, 8192)]
+    assert [p.kv_bytes for p in plans] == sorted({p.kv_bytes for p in plans})
+    quantized = edgemoe.plan(path, memory="1GiB", n_ctx=8192, type_k=8, type_v=8, flash_attn=True)
+    assert quantized.kv_bytes < 0.6 * plans[-1].kv_bytes
+    many = edgemoe.plan(path, memory="1GiB", n_ctx=8192, logits_all=True)
+    assert many.buffers_bytes - plans[-1].buffers_bytes > 4 * 512 * 8192 - (2 << 20)
+    with_budget = plans[0]
+    assert with_budget.budget_bytes == 1 << 30 and with_budget.fits
+
+
+def test_plan_of_a_missing_file(tmp_path: Path) -> None:
+    """Guards against a plan for nothing."""
+    with pytest.raises(edgemoe.EdgeMoeError, match=r"cannot open .*missing\.gguf"):
+        edgemoe.plan(tmp_path / "missing.gguf")
