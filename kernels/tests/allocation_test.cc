@@ -21,9 +21,9 @@ void* CountedAllocate(std::size_t size) {
 }
 }  // namespace
 
-void* operator new(std::size_t size) { return CountedAllocate(size); }
-void* operator new[](std::size_t size) { return CountedAllocate(size); }
-// Not inlined: GCC would compare the free() in them with a new that it did not inline, and warn of a mismatch.
+// Not inlined: GCC would take one of a pair that it inlined and one that it did not for a mismatch.
+__attribute__((noinline)) void* operator new(std::size_t size) { return CountedAllocate(size); }
+__attribute__((noinline)) void* operator new[](std::size_t size) { return CountedAllocate(size); }
 __attribute__((noinline)) void operator delete(void* p) noexcept { std::free(p); }
 __attribute__((noinline)) void operator delete[](void* p) noexcept { std::free(p); }
 __attribute__((noinline)) void operator delete(void* p, std::size_t) noexcept { std::free(p); }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <set>
@@ -275,7 +276,7 @@ TEST_F(ExpertCacheTest, DestructionAbandonsQueuedReads) {
   }
   gate.AwaitArrivals(1);
   std::thread opener([&] {
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
     gate.Open();
   });
   cache_.reset();

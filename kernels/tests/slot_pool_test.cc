@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "tests/fakes.h"
@@ -10,10 +11,11 @@
 namespace edgemoe::test {
 namespace {
 
-SlotClass Class(uint64_t slot_bytes, int64_t n_slices) {
+SlotClass Class(uint64_t slot_bytes, int64_t n_slices, int64_t n_cycle_slices = 0) {
   SlotClass c;
   c.slot_bytes = slot_bytes;
   c.n_slices = n_slices;
+  c.n_cycle_slices = n_cycle_slices;
   return c;
 }
 
@@ -29,10 +31,19 @@ uint64_t TakenBytes(const std::vector<SlotClass>& classes) {
   return bytes;
 }
 
+uint64_t FloorBytes(const std::vector<SlotClass>& classes) {
+  uint64_t bytes = 0;
+  for (const SlotClass& c : classes) bytes += c.slot_bytes * static_cast<uint64_t>(c.n_floor_slots());
+  return bytes;
+}
+
 std::vector<SlotClass> RandomClasses(std::mt19937* rng) {
   std::vector<SlotClass> classes;
-  for (uint32_t i = 0; i < 1 + (*rng)() % 4; ++i) {
-    classes.push_back(Class(4096u * (1 + (*rng)() % ((*rng)() % 2 ? 8u : 3000u)), 1 + (*rng)() % 5000));
+  const uint32_t n_classes = 1 + (*rng)() % 4;
+  for (uint32_t i = 0; i < n_classes; ++i) {
+    const int64_t n_slices = 1 + (*rng)() % 5000;
+    classes.push_back(
+        Class(4096u * (1 + (*rng)() % ((*rng)() % 2 ? 8u : 3000u)), n_slices, (*rng)() % (n_slices / 4 + 1)));
   }
   return classes;
 }
@@ -55,23 +66,37 @@ TEST(DistributeTest, NeverExceedsTheBudget) {
 }
 
 // Guards against: one projection starved while another keeps every expert, which makes each of its products a miss.
-TEST(DistributeTest, EveryClassGetsTheSameShareOfItsSlices) {
+TEST(DistributeTest, EveryClassGetsTheSameShareOfWhatIsBeyondItsFloor) {
   std::mt19937 rng(2);
   for (int round = 0; round < 1000; ++round) {
     std::vector<SlotClass> classes = RandomClasses(&rng);
-    uint64_t largest_slot = 0;
-    for (const SlotClass& c : classes) largest_slot = std::max(largest_slot, c.slot_bytes);
-    const uint64_t budget = (uint64_t{rng()} << 32 | rng()) % BankBytes(classes);
-    const double share = static_cast<double>(budget) / static_cast<double>(BankBytes(classes));
+    const uint64_t floor = FloorBytes(classes), bank = BankBytes(classes);
+    const uint64_t budget = (uint64_t{rng()} << 32 | rng()) % bank;
+    const uint64_t paid = budget < floor ? 0 : floor;
+    const double share = static_cast<double>(budget - paid) / static_cast<double>(std::max<uint64_t>(bank - paid, 1));
     SlotPool::Distribute(budget, &classes);
     for (const SlotClass& c : classes) {
-      EXPECT_GE(static_cast<double>(c.n_slots), std::floor(share * static_cast<double>(c.n_slices) - 1e-6));
+      const int64_t n_floor = budget < floor ? 0 : c.n_floor_slots();
+      EXPECT_GE(c.n_slots, n_floor + static_cast<int64_t>(share * static_cast<double>(c.n_slices - n_floor) - 1e-6));
     }
   }
-  std::vector<SlotClass> classes = {Class(8192, 1000), Class(12288, 3000)};
+  std::vector<SlotClass> classes = {Class(8192, 1000, 200), Class(12288, 3000, 600)};
   SlotPool::Distribute(BankBytes(classes) / 4, &classes);
   EXPECT_EQ(classes[0].n_slots, 250);
   EXPECT_EQ(classes[1].n_slots, 750);
+}
+
+// Guards against: a size that occurs in one layer only given one slot, too few to run, by a budget that is enough.
+TEST(DistributeTest, BudgetOfTheFloorsGivesEveryClassItsFloor) {
+  std::mt19937 rng(4);
+  for (int round = 0; round < 1000; ++round) {
+    std::vector<SlotClass> classes = RandomClasses(&rng);
+    SlotPool::Distribute(FloorBytes(classes) + (round % 2 == 0 ? 0 : rng()), &classes);
+    for (const SlotClass& c : classes) {
+      EXPECT_GE(c.n_slots, c.n_cycle_slices);
+      EXPECT_GE(c.n_slots, std::min<int64_t>(2, c.n_slices));
+    }
+  }
 }
 
 // Guards against: memory of the budget left idle while slices are absent.
