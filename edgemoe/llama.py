@@ -217,6 +217,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _read_errors(self) -> Iterator[None]:
+        if self._runtime is not None:
+            # A read ahead may have failed before and been mended since: not what stops the call that begins now.
+            self._runtime.take_error()
         try:
             yield
         except RuntimeError:
