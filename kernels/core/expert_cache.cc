@@ -156,11 +156,14 @@ Acquired ExpertCache::Acquire(int64_t slice) {
     const int32_t slot = TakeSlot(&c);
     if (slot < 0) return Acquired::kNoRoom;
     StartRead(slice, slot);
-  } else if (s.heap_idx >= 0) {
+    ++s.n_pins;
+    return Acquired::kStarted;
+  }
+  if (s.heap_idx >= 0) {
     HeapErase(&c, slice);
   }
   ++s.n_pins;
-  return s.state == State::kResident ? Acquired::kResident : Acquired::kLoading;
+  return s.state == State::kResident ? Acquired::kResident : Acquired::kJoined;
 }
 
 bool ExpertCache::ReadAhead(int64_t slice, double time) {
@@ -249,7 +252,7 @@ void ExpertCache::ReaderLoop() {
       c.free_slots.push_back(s.slot);
       s.slot = -1;
       s.state = State::kAbsent;
-      last_error_ = std::move(status);
+      read_error_ = std::move(status);
     }
     NotifyEvent();
   }

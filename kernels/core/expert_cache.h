@@ -22,7 +22,12 @@
 
 namespace edgemoe {
 
-enum class Acquired { kResident, kLoading, kNoRoom };
+enum class Acquired {
+  kResident,
+  kStarted,  // this call started the read
+  kJoined,   // someone else's read, perhaps of before a failed disk came back
+  kNoRoom
+};
 
 struct CacheCounters {
   std::atomic<uint64_t> hits{0}, misses{0}, late_hits{0}, bytes_read{0}, reads{0}, stall_ns{0}, evictions{0};
@@ -66,6 +71,8 @@ class ExpertCache {
   // Slots of a class that layers in progress have been promised; see MoeLayer.
   int64_t& Promised(int class_idx) { return promised_[static_cast<size_t>(class_idx)]; }
   int ClassIdx(int64_t slice) const { return pool_.ClassOfTensor(file_->TensorOf(slice)); }
+  // What the last failed read met. A read that fails is nobody's error until a layer that needs it gives up.
+  const Status& read_error() const { return read_error_; }
   // Wait until a read ends or a slice is released.
   void WaitForEvent(std::unique_lock<std::mutex>* lock);
   std::atomic<uint64_t>& events() { return events_; }
@@ -109,6 +116,7 @@ class ExpertCache {
   bool resizing_ = false;  // one SetSlotsBytes at a time
   double clock_tokens_ = 0.0;
   Status last_error_;
+  Status read_error_;
 
   std::mutex mutex_;
   std::condition_variable event_cv_;

@@ -198,7 +198,7 @@ Status MoeLayer::Multiply(const edgemoe_matmul* matmuls, int n_matmuls) {
     const Task& task = tasks_[static_cast<size_t>(ready_[static_cast<size_t>(i)].load(std::memory_order_relaxed))];
     if (task.n_done.load(std::memory_order_relaxed) < task.n_chunks) cache_->Release(task.slice);
   }
-  return Status(EDGEMOE_IO, "an expert could not be read");
+  return failure_;
 }
 
 // Each distinct input is brought into its activation format once, however many products and experts use it.
@@ -334,12 +334,19 @@ void MoeLayer::PushReady(int32_t task) {
 // more as there are slots, and last for later products of this layer.
 void MoeLayer::CollectAndIssue() {
   for (size_t i = 0; i < loading_.size();) {
-    const int64_t slice = tasks_[static_cast<size_t>(loading_[i])].slice;
+    const Task& task = tasks_[static_cast<size_t>(loading_[i])];
+    const int64_t slice = task.slice;
     if (cache_->Absent(slice)) {
-      failed_.store(true, std::memory_order_release);
-      return;
-    }
-    if (cache_->Resident(slice)) {
+      if (!task.joined) {
+        failure_ = cache_->read_error();
+        failed_.store(true, std::memory_order_release);
+        return;
+      }
+      // The read that failed was asked for earlier, by a layer that failed or ahead of time: ask again.
+      cache_->Release(slice);
+      pending_[--next_pending_] = loading_[i];
+      loading_.erase(loading_.begin() + static_cast<std::ptrdiff_t>(i));
+    } else if (cache_->Resident(slice)) {
       PushReady(loading_[i]);
       loading_.erase(loading_.begin() + static_cast<std::ptrdiff_t>(i));
     } else {
@@ -350,6 +357,7 @@ void MoeLayer::CollectAndIssue() {
     const int32_t task = pending_[next_pending_];
     const Acquired acquired = cache_->Acquire(tasks_[static_cast<size_t>(task)].slice);
     if (acquired == Acquired::kNoRoom) return;
+    tasks_[static_cast<size_t>(task)].joined = acquired == Acquired::kJoined;
     if (acquired == Acquired::kResident) {
       PushReady(task);
     } else {

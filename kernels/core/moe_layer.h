@@ -53,6 +53,7 @@ class MoeLayer {
     int32_t chosen = 0;
     int32_t n_chunks = 0;
     int32_t rows_per_chunk = 0;
+    bool joined = false;  // waits for a read that it did not start
     std::atomic<int32_t> next_chunk{0};
     std::atomic<int32_t> n_done{0};
   };
@@ -109,6 +110,7 @@ class MoeLayer {
   std::atomic<int> n_ready_{0};
   std::atomic<int> cursor_{0};
   std::atomic<bool> failed_{false};
+  Status failure_;
   std::vector<char> activations_;
   struct InputRows {
     uint64_t offset;

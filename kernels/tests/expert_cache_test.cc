@@ -76,8 +76,8 @@ class ExpertCacheTest : public testing::Test {
 // Guards against: weights replaced by another expert's in the middle of a product.
 TEST_F(ExpertCacheTest, PinnedSliceIsNeverEvicted) {
   Start(4);
-  ASSERT_EQ(Acquire(7), Acquired::kLoading);
-  ASSERT_EQ(Acquire(8), Acquired::kLoading);
+  ASSERT_EQ(Acquire(7), Acquired::kStarted);
+  ASSERT_EQ(Acquire(8), Acquired::kStarted);
   ASSERT_TRUE(Await(7) && Await(8));
   const char* const data = cache_->Data(7);
   for (int64_t s = 20; s < 140; ++s) ASSERT_TRUE(Use(s, static_cast<double>(s)));
@@ -115,7 +115,7 @@ TEST_F(ExpertCacheTest, AcquireFindsNoRoomWhenEverySlotIsPinned) {
     EXPECT_FALSE(cache_->ReadAhead(2, 1e9));
   }
   Release(1);
-  EXPECT_EQ(Acquire(2), Acquired::kLoading);
+  EXPECT_EQ(Acquire(2), Acquired::kStarted);
   ASSERT_TRUE(Await(2));
   EXPECT_TRUE(Intact(0) && Intact(2));
   Release(0);
@@ -177,10 +177,9 @@ TEST_F(ExpertCacheTest, FailedReadLeavesTheSliceAbsentAndItsSlotFree) {
     return read_no < 20 ? Status(EDGEMOE_IO, "injected") : Status();
   };
   for (int i = 0; i < 20; ++i) EXPECT_FALSE(Use(i % 3, i));
-  const Status error = cache_->TakeError();
-  EXPECT_EQ(error.code(), EDGEMOE_IO);
-  EXPECT_NE(error.message().find("injected"), std::string::npos);
-  EXPECT_TRUE(cache_->TakeError().ok()) << "taken away";
+  EXPECT_EQ(cache_->read_error().code(), EDGEMOE_IO);
+  EXPECT_NE(cache_->read_error().message().find("injected"), std::string::npos);
+  EXPECT_TRUE(cache_->TakeError().ok()) << "nobody needed what was not read";
   ASSERT_TRUE(Use(0, 30.0) && Use(1, 31.0));
   EXPECT_TRUE(Resident(0) && Resident(1)) << "both slots still serve";
   EXPECT_TRUE(Intact(0) && Intact(1));

@@ -184,7 +184,7 @@ TEST(MoeLayerTest, ProductsAtHandAreNotReadAhead) {
   {
     std::unique_lock<std::mutex> lock(runtime->cache.mutex());
     runtime->cache.AdvanceClock(10);
-    ASSERT_EQ(runtime->cache.Acquire(other), Acquired::kLoading);
+    ASSERT_EQ(runtime->cache.Acquire(other), Acquired::kStarted);
     while (!runtime->cache.Resident(other)) runtime->cache.WaitForEvent(&lock);
   }
   ReadGate gate;
@@ -410,6 +410,33 @@ TEST_P(FailedReadTest, FailsItsMultiplyAndNothingAfterIt) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, FailedReadTest, testing::Combine(testing::Values(2, 5, 24, 144), testing::Values(1, 3)));
+
+// Guards against: a read that a failed call left under way, and that fails after the disk has come back, failing the
+// next call too.
+TEST(MoeLayerTest, ALateFailureOfAnEarlierCallIsReadAgain) {
+  Watchdog watchdog("ALateFailureOfAnEarlierCallIsReadAgain");
+  for (int n_threads : {1, 2}) {
+    ToyModel model({});
+    std::atomic<bool> open{false};
+    model.storage().on_read = [&](int64_t read_no, uint64_t) {
+      while (read_no == 1 && !open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      return read_no <= 1 ? Status(EDGEMOE_IO, "injected") : Status();
+    };
+    RuntimePtr runtime(model.Open(model.SlotsBytes(24), 2));
+    ToySession session(runtime.get(), &model, n_threads);
+    std::mt19937 rng(7);
+    const std::vector<int32_t> ids = {3, 5, 8, 11};
+    const std::vector<float> x = RandomRows(&rng, 1, 16);
+    ASSERT_EQ(session.RunLayer(0, ids, 1, x), EDGEMOE_IO);
+    std::thread disk([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      open = true;
+    });
+    EXPECT_EQ(session.RunLayer(0, ids, 1, x), EDGEMOE_OK) << session.error().message;
+    disk.join();
+    EXPECT_TRUE(SameBits(session.y(), model.Reference(0, ids, 1, x)));
+  }
+}
 
 // Guards against: a disk that fails for good hanging the process instead of failing the call.
 TEST(MoeLayerTest, DeadDiskFailsEveryMultiplyAndHangsNone) {
