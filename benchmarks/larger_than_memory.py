@@ -34,6 +34,7 @@ MIB = 1 << 20
 REPO_ROOT = Path(__file__).resolve().parent.parent
 N_BATCH = 512
 RESIDENT = "resident"
+ENGINES = ("ours", "ours-ggml", "stock")  # edgemoe with its own kernels, with ggml's; llama.cpp
 RESIDENT_HEADROOM_BYTES = 1024 * MIB
 RESIDENT_PAIRS = 3
 MIN_CLEAN_PAIRS = 3
@@ -67,10 +68,11 @@ def run_child() -> None:
     task: Record = json.load(sys.stdin)
     options: Record = dict.fromkeys(("n_threads", "n_threads_batch"), task["threads"])
     options |= {"n_ctx": task["n_ctx"], "n_batch": N_BATCH, "n_ubatch": N_BATCH}
-    if task["engine"] == "ours":
+    if task["engine"] != "stock":
         import edgemoe  # before llama_cpp: it may set what OpenMP reads once
 
-        make = functools.partial(edgemoe.Llama, memory=task["limit_bytes"])
+        kernels = "ggml" if task["engine"] == "ours-ggml" else "auto"
+        make = functools.partial(edgemoe.Llama, memory=task["limit_bytes"], kernels=kernels)
     else:
         make = functools.partial(_stock_class(), use_mmap=True)
     import llama_cpp
@@ -218,7 +220,7 @@ def add_roofline(records: list[Record]) -> None:
     for record in (one for one in records if "error" not in one):
         same = [one for one in records if one["routing"] == record["routing"] and "error" not in one]
         warm = clean_pairs([one for one in same if (one["scenario"], one["pass"]) == (RESIDENT, "warm")])
-        speeds = [[one["decode_tok_per_s"] for one in warm if one["engine"] == name] for name in ("ours", "stock")]
+        speeds = [[one["decode_tok_per_s"] for one in warm if one["engine"] == name] for name in ENGINES]
         roofs = [max((statistics.median(speed) for speed in speeds if speed), default=math.inf)]
         if record["decode_read_bytes_per_token"] > 0:
             roofs.append(max(record["disk_bytes_per_s"]) / record["decode_read_bytes_per_token"])
@@ -240,13 +242,13 @@ def spread(values: Iterable[float | None], scale: float = 1.0, digits: int = 2) 
     return f"{statistics.median(found):.{digits}f} [{min(found):.{digits}f}-{max(found):.{digits}f}]"
 
 
-def ratios(records: list[Record], key: str) -> list[float]:
-    """Ours divided by stock, pair by pair."""
-    speeds: dict[str, dict[int, float]] = {"ours": {}, "stock": {}}
+def ratios(records: list[Record], key: str, ours: str, other: str) -> list[float]:
+    """One engine divided by another, pair by pair."""
+    speeds: dict[str, dict[int, float]] = {ours: {}, other: {}}
     for one in records:
-        if key in one:
+        if key in one and one["engine"] in speeds:
             speeds[one["engine"]][one["pair"]] = one[key]
-    return [speeds["ours"][pair] / speeds["stock"][pair] for pair in speeds["ours"].keys() & speeds["stock"].keys()]
+    return [speeds[ours][pair] / speeds[other][pair] for pair in speeds[ours].keys() & speeds[other].keys()]
 
 
 def print_table(records: list[Record], scenarios: list[Scenario]) -> None:
@@ -261,7 +263,7 @@ def print_table(records: list[Record], scenarios: list[Scenario]) -> None:
         ("cgroup peak MiB", 18, "cgroup_peak_bytes", 1 / MIB, 0),
         ("roofline", 16, "roofline_fraction", 1.0, 2),
     )
-    head = f"{'experts':9}{'routing':8}{'pass':5}{'engine':7}{'n':>5}{'limit MiB':>10}{'OOM':>4}  "
+    head = f"{'experts':9}{'routing':8}{'pass':5}{'engine':10}{'n':>5}{'limit MiB':>10}{'OOM':>4}  "
     print(head + "".join(f"{title:{width}}" for title, width, *_ in columns))
     for scenario in scenarios:
         of_scenario = [one for one in records if (one["scenario"], one["routing"]) == (scenario.name, scenario.routing)]
@@ -271,15 +273,16 @@ def print_table(records: list[Record], scenarios: list[Scenario]) -> None:
             label = f"{scenario.name:9}{scenario.routing:8}{name:5}"
             for engine in sorted({one["engine"] for one in rows}):
                 mine = [one for one in rows if one["engine"] == engine]
-                line = f"{label}{engine:7}{f'{len(mine)}/{scenario.n_pairs}':>5}{scenario.limit_bytes / MIB:10.0f}"
+                line = f"{label}{engine:10}{f'{len(mine)}/{scenario.n_pairs}':>5}{scenario.limit_bytes / MIB:10.0f}"
                 line += f"{sum(one['cgroup_oom_kills'] for one in mine):4}  "
                 for _, width, key, scale, digits in columns:
                     line += f"{spread((one.get(key) for one in mine), scale, digits):{width - 1}} "
                 print(line.rstrip())
-            decode, ttft = ratios(rows, "decode_tok_per_s"), ratios(rows, "ttft_s")
-            if decode:
-                prefill = spread(1 / ratio for ratio in ttft)  # the prompt is the same, so speeds divide like this
-                print(f"{label}ours / stock: decode {spread(decode)}, prefill {prefill}")
+            for ours, other in (("ours", "stock"), ("ours-ggml", "stock"), ("ours", "ours-ggml")):
+                decode, ttft = (ratios(rows, key, ours, other) for key in ("decode_tok_per_s", "ttft_s"))
+                if decode:
+                    prefill = spread(1 / ratio for ratio in ttft)  # the prompt is the same, so speeds divide like this
+                    print(f"{label}{ours} / {other}: decode {spread(decode)}, prefill {prefill}")
     n_disturbed = len({(one["scenario"], one["routing"], one["pair"]) for one in records if one["disturbed"]})
     print(
         f"pairs disturbed by others or by the disk: {n_disturbed}; left out where {MIN_CLEAN_PAIRS} clean ones remain"
@@ -287,19 +290,20 @@ def print_table(records: list[Record], scenarios: list[Scenario]) -> None:
 
 
 def find_faults(records: list[Record]) -> list[str]:
-    """List the runs that failed, and the pairs in which the engines chose different tokens."""
+    """List the runs that failed, and the pairs in which engines of the same arithmetic chose different tokens."""
     faults = []
-    chosen: dict[tuple[str, int], set[str]] = {}
+    chosen: dict[tuple[str, int, bool], set[str]] = {}
     for one in records:
         if "error" in one:
             faults.append(f"{one['scenario']} {one['routing']} pair {one['pair']} {one['engine']}: {one['error']}")
         else:
-            chosen.setdefault((one["routing"], one["pair"]), set()).add(one["best_ids_sha256"])
-    for (routing, pair), digests in chosen.items():
+            case = (one["routing"], one["pair"], one["engine"] == "ours")
+            chosen.setdefault(case, set()).add(one["best_ids_sha256"])
+    for (routing, pair, is_ours), digests in chosen.items():
         if len(digests) > 1:
             faults.append(
-                f"tokens of {routing} pair {pair} differ: found {len(digests)} sequences, expected 1 for all engines, "
-                "budgets and passes; compare the logits of the engines"
+                f"tokens of {routing} pair {pair} differ: found {len(digests)} sequences, expected 1 for all "
+                f"{'budgets' if is_ours else 'engines, budgets'} and passes; compare the logits"
             )
     return faults
 
@@ -332,7 +336,7 @@ def parse_options(arguments: list[str] | None) -> Options:
     """Parse the command line; `--quick` overrides the sizes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.larger_than_memory", description=__doc__)
     parser.add_argument("--model", type=Path, help="GGUF file; default: the synthetic OLMoE")
-    parser.add_argument("--engines", nargs="+", choices=("ours", "stock"), default=["ours", "stock"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["ours", "stock"])
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.25, 0.5, 1.0], help="share of expert bytes")
     parser.add_argument("--routing", nargs="+", choices=("local", "uniform"), default=["local", "uniform"])
     parser.add_argument("--pairs", type=int, default=5)

@@ -18,10 +18,12 @@ from pathlib import Path
 from edgemoe import _core
 from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadError, ModelFormatError
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadError, 4: BudgetError, 5: BudgetError}
 
 EVICTION_RULES = {"lru": 0, "lfu": 1}
+KERNELS = {"auto": 0, "ggml": 1}
+"""Who multiplies by experts: our kernels where a format has them, or ggml alone, whose bits are llama.cpp's."""
 
 Runtime = _core.Runtime
 Sizes = _core.Sizes
@@ -29,7 +31,10 @@ Sizes = _core.Sizes
 
 @dataclasses.dataclass(frozen=True)
 class TensorExtent:
-    """Where one stacked expert projection lies: expert e at `offset + e * expert_bytes` of file `file_idx`."""
+    """Where one stacked expert projection lies: expert e at `offset + e * expert_bytes` of file `file_idx`.
+
+    One expert's matrix has `n_rows` rows of `n_cols` elements in `format`, as `find_format` gives it.
+    """
 
     name: str
     file_idx: int
@@ -38,6 +43,17 @@ class TensorExtent:
     n_experts_used: int
     offset: int
     expert_bytes: int
+    n_cols: int
+    n_rows: int
+    format: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Isa:
+    """An instruction set that our kernels were compiled for, and whether this processor has it."""
+
+    name: str
+    is_supported: bool
 
 
 @contextlib.contextmanager
@@ -55,14 +71,30 @@ def measure(tensors: Sequence[TensorExtent], slots_bytes: int) -> Sizes:
         return _core.measure([dataclasses.astuple(t) for t in tensors], slots_bytes)
 
 
+def check_kernels(kernels: str) -> None:
+    """Refuse what is none of `KERNELS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if kernels not in KERNELS:
+        raise ValueError(f"unknown kernels {kernels!r}: expected one of {', '.join(KERNELS)}")
+
+
 def open_runtime(
-    files: Sequence[Path], tensors: Sequence[TensorExtent], slots_bytes: int, n_io_threads: int, eviction: str
+    files: Sequence[Path],
+    tensors: Sequence[TensorExtent],
+    slots_bytes: int,
+    n_io_threads: int,
+    eviction: str,
+    kernels: str,
 ) -> Runtime:
     """Open the files of a model and check every extent against them.
 
     Raises:
         ModelFormatError, ExpertReadError: a file cannot be opened or is shorter than its tensors.
         BudgetError: `slots_bytes` is too small to run at all.
+        BackendError: the environment's EDGEMOE_ISA names no instruction set, or one that this processor lacks.
     """
     with _translated():
         return _core.Runtime(
@@ -71,6 +103,7 @@ def open_runtime(
             slots_bytes,
             n_io_threads,
             EVICTION_RULES[eviction],
+            KERNELS[kernels],
         )
 
 
@@ -138,6 +171,26 @@ def versions() -> dict[str, str]:
         "llama_cpp_python": metadata.version("llama-cpp-python"),
         "python": platform.python_version(),
     }
+
+
+def find_format(ggml_name: str) -> int:
+    """The number of a format that our kernels multiply, as `gguf.GGMLQuantizationType` names it; 0 for all others."""
+    return int(_core.find_format(ggml_name))
+
+
+def isas() -> list[Isa]:
+    """The instruction sets that our kernels were compiled for, best first."""
+    return [Isa(name, is_supported) for name, is_supported in _core.isas()]
+
+
+def active_isa() -> str:
+    """The instruction set of our kernels: what the environment's EDGEMOE_ISA says, or the best supported one.
+
+    Raises:
+        BackendError: EDGEMOE_ISA names none, or one that this processor lacks.
+    """
+    with _translated():
+        return str(_core.active_isa())
 
 
 def isa() -> str:

@@ -28,8 +28,8 @@ def _read_int(path: Path) -> int | None:
         return None
 
 
-def _cgroup_dirs() -> list[tuple[Path, bool]]:
-    """This process's memory cgroup and its parents, innermost first, each with whether it is version 2."""
+def cgroup_dirs(controller: str) -> list[tuple[Path, bool]]:
+    """This process's cgroup of a controller and its parents, innermost first, each with whether it is version 2."""
     dirs: list[tuple[Path, bool]] = []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -38,9 +38,9 @@ def _cgroup_dirs() -> list[tuple[Path, bool]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         is_v2 = controllers == ""
-        if not is_v2 and "memory" not in controllers.split(","):
+        if not is_v2 and controller not in controllers.split(","):
             continue
-        root = _CGROUP if is_v2 else _CGROUP / "memory"
+        root = _CGROUP if is_v2 else _CGROUP / controller
         inner = root / path.lstrip("/")
         for directory in (inner, *inner.parents):
             dirs.append((directory, is_v2))
@@ -52,7 +52,7 @@ def _cgroup_dirs() -> list[tuple[Path, bool]]:
 def _cgroup_limits() -> list[tuple[int, int]]:
     """(limit, bytes in use that cannot be reclaimed) of every cgroup with a memory limit."""
     found = []
-    for directory, is_v2 in _cgroup_dirs():
+    for directory, is_v2 in cgroup_dirs("memory"):
         limit = _read_int(directory / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
         usage = _read_int(directory / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
         if limit is None or usage is None or limit >= _NO_LIMIT_BYTES:
@@ -76,27 +76,14 @@ def cgroup_memory_limit_bytes() -> int | None:
 
 def available_memory_bytes() -> int:
     """Memory that can still be taken without swapping, within the machine and its cgroup limits."""
-    available = [_meminfo_bytes("MemAvailable")]
+    available = [int(psutil.virtual_memory().available)]
     available += [limit - used for limit, used in _cgroup_limits()]
     return max(0, min(available))
-
-
-def _meminfo_bytes(key: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def default_budget_bytes() -> int:
     """The budget when none is given: most of what is free, and what this process holds already."""
     return int(_DEFAULT_SHARE * available_memory_bytes()) + process_rss_bytes()
-
-
-def default_threads() -> int:
-    """Physical cores that this process may run on: a second thread on a core has no arithmetic of its own."""
-    allowed = len(os.sched_getaffinity(0))
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def process_rss_bytes() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp import llama_cpp as llama
 
-from edgemoe import _native, engine, host, planner, runtime
+from edgemoe import _native, engine, host, planner, runtime, topology
 from edgemoe.demo import demo_model
 from edgemoe.errors import AdapterError, BackendError
 from edgemoe.formats.gguf import GgufModel, read_model
@@ -45,8 +45,9 @@ class _Counters:
 class Llama(llama_cpp.Llama):  # type: ignore[misc]
     """A `llama_cpp.Llama` whose experts stay on storage, within `memory`.
 
-    Everything that `llama_cpp.Llama` offers works as it does there, and gives the same bits as it does without
-    weight repacking, whatever the budget. A model without routed experts runs as it would in llama_cpp.
+    Everything that `llama_cpp.Llama` offers works as it does there. Its bits do not depend on the budget, and with
+    `kernels="ggml"` are those of llama_cpp without weight repacking. A model without routed experts runs as it would
+    in llama_cpp.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         eviction: str = "lru",
+        kernels: str = "auto",
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -69,28 +71,33 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             memory: budget for everything this process holds: bytes, or a size such as "1.5GiB"; None for what
                 the machine and its cgroup have free.
             n_ctx: context length in tokens, rounded up to a multiple of 256; 0 for the model's own.
-            n_threads, n_threads_batch: threads for decode and prefill; None for the physical cores it may use.
+            n_threads, n_threads_batch: threads for decode and prefill; None for the fast physical cores it may use.
             eviction: which expert goes first, `lru` or `lfu`.
+            kernels: who multiplies by experts: `auto` for our kernels where a format has them, `ggml` for the bits of
+                llama.cpp.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
         Raises:
             ModelFormatError: a file is missing, truncated or no GGUF.
             BudgetError: the budget is below the model's floor, or cannot be parsed.
-            BackendError: llama.cpp refused the model.
-            ValueError: `eviction` is unknown.
+            BackendError: llama.cpp refused the model, or the environment's EDGEMOE_ISA cannot be had.
+            ValueError: `eviction` or `kernels` is unknown.
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
         if eviction not in _native.EVICTION_RULES:
             raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.EVICTION_RULES)}")
+        _native.check_kernels(kernels)
         report = progress or (lambda _stage, _done, _total: None)
         self._runtime: _native.Runtime | None = None
         self._counters = _Counters()
         self._memory = memory
         self._eviction = eviction
+        self._kernels = kernels
+        self._kernels_used = "ggml"
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
-        n_cores = host.default_threads()
+        n_cores = topology.default_threads()
         kwargs = dict(
             llama_cpp_kwargs,
             n_ctx=planner.context_size(n_ctx, model),
@@ -105,7 +112,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         budget_bytes = None if memory is None else parse_size(memory)
         report("planning", 0, 1)
         with _load_lock:
-            self._footprint = planner.measure(model, kwargs)
+            self._footprint = planner.measure(model, kwargs, kernels)
             self.plan = self._footprint.plan(budget_bytes)
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
@@ -136,7 +143,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def _load(self, kwargs: dict[str, Any], eviction: str, lock_memory: bool, verbose: bool) -> None:
         model = self._gguf
         if model.expert_tensors:
-            self._runtime = runtime.open_runtime(model, self.plan.slots_bytes, eviction)
+            self._runtime = runtime.open_runtime(model, self.plan.slots_bytes, eviction, self._kernels)
+            paths = runtime.format_paths(model, self._runtime)
+            if any(p.n_own for p in paths):
+                self._kernels_used = runtime.kernels_used(paths, _native.active_isa())
         else:
             _log.warning("%s has no routed experts: it runs as plain llama.cpp", model.path)
         before = {m.address for path in model.files for m in engine.mappings(path)}
@@ -308,7 +318,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             slots_bytes=experts.slots_bytes if experts else 0,
             peak_rss_bytes=host.peak_rss_bytes(),
             budget_bytes=self.plan.budget_bytes,
-            kernels="ggml",
+            kernels=self._kernels_used,
         )
 
     def reset_stats(self) -> None:
@@ -336,7 +346,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return dict(state, memory=self._memory, eviction=self._eviction)
+        return dict(state, memory=self._memory, eviction=self._eviction, kernels=self._kernels)
 
 
 class _Closed:

@@ -7,10 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from edgemoe import engine, host, runtime
+from edgemoe import _native, engine, host, runtime, topology
 from edgemoe.demo import demo_model
 from edgemoe.errors import BudgetError
-from edgemoe.formats.gguf import GgufModel, read_model
+from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
 from edgemoe.sizes import format_size, parse_size
 from edgemoe.types import Plan
 
@@ -23,6 +23,10 @@ _SLACK_SHARE = 1 / 128
 # A process's resident set, measured twice, differs by up to 1.1 MiB. What one measurement finds to be the floor must
 # run after the next one: a budget that is short by no more than this is served from the slack.
 _TOLERANCE_BYTES = 4 << 20
+# Beside the elements of an activation row: alignment to a cache line, and pointers to the row.
+_ROW_EXTRA_BYTES = 64
+# The most rows that our kernels interleave into one group, over all instruction sets (AVX-512: one in each lane).
+_GROUP_ROWS = 16
 
 
 def context_size(n_ctx: int, model: GgufModel) -> int:
@@ -32,8 +36,37 @@ def context_size(n_ctx: int, model: GgufModel) -> int:
     return -(-n_ctx // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
 
 
+def _panel_bytes(t: GgufTensor) -> int:
+    """At most one activation row as our kernels multiply `t` with it; kernels/simd/kernel_table.h, PanelBytes."""
+    n_cols = t.shape[0]
+    if t.type_name in ("F32", "F16", "BF16"):
+        return 4 * n_cols + _ROW_EXTRA_BYTES
+    return n_cols + -(-n_cols // 32) * 4 + -(-n_cols // 16) * 4 + _ROW_EXTRA_BYTES
+
+
+def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int) -> int:
+    """Buffers of our kernels: activation rows of a layer, what each thread gathers of them, and where readers pack.
+
+    Gate and up take one row a token, down takes one for each expert that a token uses.
+    """
+    shared = used = n_ff = packing = 0
+    has_format = set()
+    for t in model.expert_tensors:
+        if "_down_" in t.name:
+            used, n_ff = max(used, _panel_bytes(t)), max(n_ff, t.shape[0])
+        else:
+            shared = max(shared, _panel_bytes(t))
+        packing = max(packing, _GROUP_ROWS * (t.n_bytes // (t.shape[1] * t.shape[2])))
+        has_format.add(_native.find_format(t.type_name) != 0)
+    used *= model.n_experts_used
+    # A block that is not ours as a whole keeps down's rows where others keep gate's; theirs have a place of their own.
+    rows = n_ubatch * (shared + used * len(has_format))
+    widest = max((_panel_bytes(t) for t in model.expert_tensors), default=0)
+    return rows + n_threads * (n_ubatch * widest + 4 * n_ff) + runtime.N_IO_THREADS * packing
+
+
 def _batch_bytes(model: GgufModel, llama_kwargs: dict[str, Any]) -> int:
-    """Buffers of our own and of llama_cpp's that grow with the batch."""
+    """Buffers of our own and of llama_cpp's that grow with the batch; enough for our kernels and for ggml's."""
     n_ctx = int(llama_kwargs["n_ctx"])
     n_batch = min(n_ctx, int(llama_kwargs.get("n_batch", 512)))
     n_ubatch = min(n_batch, int(llama_kwargs.get("n_ubatch", 512)))
@@ -42,7 +75,9 @@ def _batch_bytes(model: GgufModel, llama_kwargs: dict[str, Any]) -> int:
         # Activation rows are at most as wide as f32, and 9/8 bytes an element beside quantized weights.
         element_bytes = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}.get(t.type_name, 1.125)
         rows = n_ubatch * (1 + model.n_experts_used)
-        n_bytes = max(n_bytes, int(rows * (t.shape[0] * element_bytes + 64)))
+        n_bytes = max(n_bytes, int(rows * (t.shape[0] * element_bytes + _ROW_EXTRA_BYTES)))
+    asked = [int(llama_kwargs.get(key) or 0) for key in ("n_threads", "n_threads_batch")]
+    n_bytes = max(n_bytes, _own_bytes(model, n_ubatch, max(asked) or topology.default_threads()))
     if llama_kwargs.get("logits_all"):
         tokens = model.metadata.get("tokenizer.ggml.tokens", [])
         n_bytes += 4 * len(tokens) * (n_ctx + n_batch)
@@ -97,11 +132,12 @@ class Footprint:
         )
 
 
-def measure(model: GgufModel, llama_kwargs: dict[str, Any]) -> Footprint:
-    """Rehearse the load; see `engine.rehearse` for errors."""
+def measure(model: GgufModel, llama_kwargs: dict[str, Any], kernels: str = "auto") -> Footprint:
+    """Rehearse the load; see `engine.rehearse` and `runtime.open_runtime` for errors."""
     expert_runtime = None
     if model.expert_tensors:
-        expert_runtime = runtime.open_runtime(model, int(runtime.slot_sizes(model, 0).bank_slot_bytes))
+        bank_bytes = int(runtime.slot_sizes(model, 0).bank_slot_bytes)
+        expert_runtime = runtime.open_runtime(model, bank_bytes, kernels=kernels)
     try:
         sizes = engine.rehearse(model, expert_runtime, llama_kwargs)
     finally:
@@ -129,7 +165,12 @@ def refusal(plan: Plan, model: GgufModel, n_ctx: int) -> BudgetError:
 
 
 def plan(
-    model_path: str | Path | None = None, *, memory: int | str | None = None, n_ctx: int = 4096, **llama_kwargs: Any
+    model_path: str | Path | None = None,
+    *,
+    memory: int | str | None = None,
+    n_ctx: int = 4096,
+    kernels: str = "auto",
+    **llama_kwargs: Any,
 ) -> Plan:
     """Plan a memory budget for a model without loading it.
 
@@ -137,12 +178,15 @@ def plan(
         model_path: a GGUF file; None for the demo model.
         memory: bytes, or a size such as "1.5GiB"; None for what this machine has.
         n_ctx: context length in tokens; 0 for the model's own.
+        kernels: who will multiply by experts, as for `Llama`.
         llama_kwargs: what `Llama` will be given; those that change its memory count.
 
     Raises:
         ModelFormatError, BudgetError, BackendError: the file, the size or the model cannot be used. A budget that
         is too small is not an error: `Plan.fits` says so.
+        ValueError: `kernels` is unknown.
     """
+    _native.check_kernels(kernels)
     model = read_model(model_path if model_path is not None else demo_model())
     kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))
-    return measure(model, kwargs).plan(None if memory is None else parse_size(memory))
+    return measure(model, kwargs, kernels).plan(None if memory is None else parse_size(memory))

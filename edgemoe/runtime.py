@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from edgemoe import _native
 from edgemoe.formats.gguf import GgufModel
 
@@ -22,6 +25,9 @@ def extents(model: GgufModel) -> list[_native.TensorExtent]:
             n_experts_used=min(model.n_experts_used, t.shape[2]),
             offset=t.offset,
             expert_bytes=t.n_bytes // t.shape[2],
+            n_cols=t.shape[0],
+            n_rows=t.shape[1],
+            format=_native.find_format(t.type_name),
         )
         for t in model.expert_tensors
     ]
@@ -32,6 +38,44 @@ def slot_sizes(model: GgufModel, slots_bytes: int) -> _native.Sizes:
     return _native.measure(extents(model), max(0, slots_bytes))
 
 
-def open_runtime(model: GgufModel, slots_bytes: int, eviction: str = "lru") -> _native.Runtime:
+def open_runtime(model: GgufModel, slots_bytes: int, eviction: str = "lru", kernels: str = "auto") -> _native.Runtime:
     """Open the model's files for streaming; see `_native.open_runtime` for errors."""
-    return _native.open_runtime(model.files, extents(model), slots_bytes, N_IO_THREADS, eviction)
+    return _native.open_runtime(model.files, extents(model), slots_bytes, N_IO_THREADS, eviction, kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatPath:
+    """Of the expert tensors in one format: how many there are, and how many our kernels multiply."""
+
+    type_name: str
+    n_tensors: int
+    n_own: int
+
+
+def format_paths(model: GgufModel, native: _native.Runtime) -> list[FormatPath]:
+    """Which kernels multiply each format of the model's experts, in the order of the file."""
+    own: dict[str, list[bool]] = {}
+    for t in model.expert_tensors:
+        own.setdefault(t.type_name, []).append(native.is_own(t.name))
+    return [FormatPath(name, len(is_own), sum(is_own)) for name, is_own in own.items()]
+
+
+def examine_formats(model: GgufModel) -> list[FormatPath]:
+    """`format_paths` of a model that is not loaded; see `_native.open_runtime` for errors."""
+    native = open_runtime(model, int(slot_sizes(model, 0).bank_slot_bytes))
+    try:
+        return format_paths(model, native)
+    finally:
+        native.close()
+
+
+def kernels_used(paths: Sequence[FormatPath], isa: str) -> str:
+    """Who multiplies by the experts: `isa` for our kernels, "ggml", or both, with the formats that are left to ggml."""
+    if not any(p.n_own for p in paths):
+        return "ggml"
+    left = [
+        p.type_name + (f" ({p.n_tensors - p.n_own} of {p.n_tensors} tensors)" if p.n_own else "")
+        for p in paths
+        if p.n_own < p.n_tensors
+    ]
+    return f"{isa}, ggml for {', '.join(left)}" if left else isa

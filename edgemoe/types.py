@@ -31,7 +31,8 @@ class Stats:
         n_slots, slots_bytes: expert tensors that fit in the slots, and the memory set aside for them.
         peak_rss_bytes: largest resident set of this process so far.
         budget_bytes: the memory budget in force.
-        kernels: who computes the experts (`ggml`).
+        kernels: who multiplies by the experts: `ggml`, or the instruction set of our kernels (`avx512_vnni`); where
+            some formats are left to ggml, both (`avx512_vnni, ggml for Q5_0`).
     """
 
     prompt_tokens: int

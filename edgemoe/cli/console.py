@@ -113,7 +113,7 @@ def find_model(model: Path | None) -> Path:
 
 
 def open_llama(
-    settings: Settings, model: Path | None, *, memory_bytes: int | None, n_ctx: int, n_threads: int | None
+    settings: Settings, model: Path | None, *, memory_bytes: int | None, n_ctx: int, n_threads: int | None, kernels: str
 ) -> Llama:
     """Load a model (or the demo), showing progress. `n_threads` holds for decode and prefill alike."""
     path = find_model(model)
@@ -126,6 +126,7 @@ def open_llama(
             memory=memory_bytes,
             n_ctx=n_ctx,
             n_threads=n_threads,
+            kernels=kernels,
             verbose=settings.verbose,
             progress=progress,
             **batch_threads,

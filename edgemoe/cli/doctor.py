@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,15 @@ import click
 from edgemoe.cli.console import find_model, print_json
 from edgemoe.cli.options import json_option, model_argument
 from edgemoe.cli.plan import does_not_fit
+from edgemoe.errors import EdgeMoeError
 from edgemoe.sizes import format_size
 
 T = TypeVar("T")
 
 SLOW_DISK_BYTES_PER_S = 500e6
 BLOCK_BYTES_WITHOUT_EXPERTS = 1 << 20
-CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
-CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+PORTABLE_ISA = "scalar"
+"""Our kernels without an instruction set: an oracle for the others, used only if EDGEMOE_ISA says so."""
 
 
 @click.command()
@@ -72,18 +72,24 @@ class Examination:
         try:
             return measure()
         except Exception as error:
-            self.find("error", f"cannot examine {what}: {type(error).__name__}: {' '.join(str(error).split())}")
+            message = " ".join(str(error).split())
+            if not isinstance(error, EdgeMoeError):
+                self.find("error", f"cannot examine {what}: {type(error).__name__}: {message}")
+            elif not any(message in finding["text"] for finding in self.findings):  # one cause stops several parts
+                self.find("error", f"cannot examine {what}: {message}")
             return None
 
     def examine_host(self) -> None:
         """Versions, processor and memory."""
         self.probe("the native core", self._examine_native)
+        self.probe("the kernels", self._examine_kernels)
         self.probe("the processor", self._examine_processor)
         self.probe("the memory", self._examine_memory)
 
     def examine_model(self, path: Path) -> None:
         """A model's shape against this machine's memory and its disk."""
         self.facts["model"] = str(path)
+        self.probe("the kernels for the model", lambda: self._examine_formats(path))
         self.probe("the memory budget", lambda: self._examine_budget(path))
         self.probe("the disk", lambda: self._examine_disk(path))
 
@@ -99,14 +105,60 @@ class Examination:
                 "warning", f"edgemoe was built against ggml {built} but ggml {loaded} is loaded; reinstall edgemoe"
             )
 
-    def _examine_processor(self) -> None:
-        from edgemoe import host
+    def _examine_kernels(self) -> None:
+        from edgemoe import _native
 
+        isas = _native.isas()
+        supported = [isa.name for isa in isas if isa.is_supported]
+        self.facts["kernels_compiled"] = [isa.name for isa in isas]
+        self.facts["kernels_supported"] = supported
+        self.facts["EDGEMOE_ISA"] = os.environ.get("EDGEMOE_ISA")
+        self.facts["kernels_active"] = None  # until it is known that EDGEMOE_ISA can be had
+        active = _native.active_isa()
+        is_forced = bool(self.facts["EDGEMOE_ISA"])
+        self.facts["kernels_active"] = "ggml" if active == PORTABLE_ISA and not is_forced else active
+        if supported and active != supported[0]:
+            self.find(
+                "warning",
+                f"EDGEMOE_ISA={active} keeps edgemoe's kernels from {supported[0]}, which this processor has and which "
+                "is faster; unset it",
+            )
+        elif active == PORTABLE_ISA:
+            compiled = ", ".join(name for name in self.facts["kernels_compiled"] if name != PORTABLE_ISA)
+            multiplies = "edgemoe's portable code multiplies; unset EDGEMOE_ISA" if is_forced else "ggml multiplies"
+            self.find(
+                "warning",
+                f"this processor has none of the instruction sets that edgemoe's kernels are fast with "
+                f"({compiled or 'none compiled'}): {multiplies}",
+            )
+
+    def _examine_formats(self, path: Path) -> None:
+        from edgemoe import _native, runtime
+        from edgemoe.formats.gguf import read_model
+
+        model = read_model(path)
+        if not model.expert_tensors:
+            return
+        paths = runtime.examine_formats(model)
+        isa = _native.active_isa() if any(p.n_own for p in paths) else ""
+        self.facts["kernels_of_formats"] = {p.type_name: runtime.kernels_used([p], isa) for p in paths}
+        for p in paths:
+            has_format = _native.find_format(p.type_name) != 0
+            if p.n_own == p.n_tensors or (has_format and self.facts.get("kernels_active") == "ggml"):
+                continue  # the latter has been said, of all formats
+            reason = f"{p.type_name} has no fast path" + (" for rows of this length" if has_format else "")
+            self.find("warning", f"{reason}: ggml's dot products multiply {p.n_tensors - p.n_own} expert tensors")
+
+    def _examine_processor(self) -> None:
+        from edgemoe import host, topology
+
+        allowed = topology.allowed_cpus()
         n_logical = os.cpu_count() or 1
-        self.facts["cores_physical"] = _physical_cores(n_logical)
+        self.facts["cores_physical"] = topology.n_physical_cores(set(range(n_logical)))
         self.facts["cores_logical"] = n_logical
-        self.facts["cores_usable"] = _usable_cpus(n_logical)
-        self.facts["threads_default"] = host.default_threads()
+        self.facts["cores_usable"] = topology.n_usable_cpus(allowed, host.cgroup_dirs("cpu"))
+        self.facts["cores_fast"] = topology.n_physical_cores(topology.fast_cpus(allowed))
+        self.facts["threads_default"] = topology.default_threads()
 
     def _examine_memory(self) -> None:
         from edgemoe import host
@@ -163,28 +215,14 @@ class Examination:
             )
 
 
-def _physical_cores(n_logical: int) -> int:
-    """Cores without hyper-threads; all logical ones where the system does not tell."""
-    siblings = {file.read_text() for file in CPU_TOPOLOGY.glob("cpu[0-9]*/topology/thread_siblings_list")}
-    return len(siblings) or n_logical
-
-
-def _usable_cpus(n_logical: int) -> int:
-    """Processors that this process may use, by its affinity and the quota of its cgroup."""
-    n_usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_logical
-    if CGROUP_CPU_MAX.is_file():
-        quota, period = CGROUP_CPU_MAX.read_text().split()
-        if quota != "max":
-            n_usable = min(n_usable, math.ceil(int(quota) / int(period)))
-    return max(n_usable, 1)
-
-
 def _shown(name: str, value: Any) -> str:
     """A fact as a person reads it."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
     if value is None:
         return "none"
     if name.endswith("bytes_per_s"):

@@ -15,6 +15,7 @@ from edgemoe.cli.options import (
     TokenCountType,
     ctx_option,
     json_option,
+    kernels_option,
     memory_option,
     model_argument,
     seed_option,
@@ -48,6 +49,7 @@ from edgemoe.cli.options import (
 @ctx_option
 @memory_option
 @threads_option
+@kernels_option
 @json_option
 @click.pass_obj
 def generate(
@@ -62,6 +64,7 @@ def generate(
     n_ctx: int,
     memory: int | None,
     n_threads: int | None,
+    kernels: str,
     as_json: bool,
 ) -> None:
     """Complete one prompt.
@@ -72,7 +75,7 @@ def generate(
     if (prompt is None) == (file is None):
         raise click.UsageError("Give the prompt with exactly one of -p TEXT and -f FILE.")
     text = prompt if prompt is not None else _read_prompt(file)
-    with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads) as llm:
+    with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels) as llm:
         tokens = chat_prompt(llm, [{"role": "user", "content": text}]) if as_chat else text_prompt(llm, text)
         completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
         for piece in completion:

@@ -71,7 +71,14 @@ threads_option = click.option(
     "n_threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Threads that compute.  [default: the physical cores]",
+    help="Threads that compute.  [default: the fast physical cores]",
+)
+kernels_option = click.option(
+    "--kernels",
+    type=click.Choice(["auto", "ggml"]),
+    default="auto",
+    show_default=True,
+    help="Who multiplies by experts: edgemoe's kernels where a format has them, or ggml, with llama.cpp's exact bits.",
 )
 temperature_option = click.option(
     "--temperature",

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
 // c_api.cc: edgemoe.h in terms of the core. Nothing is decided here; exceptions (out of memory) end here.
+#include <strings.h>
+
 #include <algorithm>
 #include <cstring>
 #include <exception>
 #include <new>
 
+#include "core/arithmetic.h"
 #include "core/runtime.h"
 #include "edgemoe/edgemoe.h"
 
@@ -52,6 +55,34 @@ int32_t edgemoe_abi_version(void) { return EDGEMOE_ABI_VERSION; }
 const char* edgemoe_version(void) { return EDGEMOE_VERSION; }
 const void* edgemoe_instance_id(void) { return &kInstance; }
 
+const char* edgemoe_isa_name(int32_t idx) {
+  const auto* const* table = edgemoe::simd::Compiled();
+  for (int32_t i = 0; table[0] != nullptr; ++i, ++table) {
+    if (i == idx) return table[0]->isa;
+  }
+  return nullptr;
+}
+
+int32_t edgemoe_isa_is_supported(int32_t idx) {
+  return edgemoe_isa_name(idx) != nullptr && edgemoe::simd::Supported(*edgemoe::simd::Compiled()[idx]) ? 1 : 0;
+}
+
+int32_t edgemoe_isa_active(const char** name, edgemoe_error* error) {
+  return Guard(error, [&] {
+    const edgemoe::simd::KernelTable* table = nullptr;
+    Status s = edgemoe::ActiveKernels(&table);
+    if (s.ok()) *name = table->isa;
+    return s;
+  });
+}
+
+int32_t edgemoe_format_find(const char* ggml_name) {
+  for (int32_t f = 1; f < edgemoe::simd::kFormatCount; ++f) {
+    if (strcasecmp(edgemoe::simd::Info(static_cast<edgemoe::simd::Format>(f)).name, ggml_name) == 0) return f;
+  }
+  return EDGEMOE_FORMAT_OTHER;
+}
+
 int32_t edgemoe_measure(const edgemoe_options* options, edgemoe_sizes* sizes, edgemoe_error* error) {
   return Guard(error, [&] { return edgemoe::Measure(*options, sizes); });
 }
@@ -70,6 +101,12 @@ int32_t edgemoe_runtime_find_tensor(const edgemoe_runtime* runtime, const char* 
   return runtime->cache.file().FindTensor(name);
 }
 
+int32_t edgemoe_runtime_is_own(const edgemoe_runtime* runtime, int32_t tensor_idx) {
+  const auto& tensors = runtime->cache.file().tensors();
+  return tensor_idx >= 0 && static_cast<size_t>(tensor_idx) < tensors.size() &&
+         tensors[static_cast<size_t>(tensor_idx)].own;
+}
+
 int32_t edgemoe_runtime_set_slots_bytes(edgemoe_runtime* runtime, uint64_t slots_bytes, edgemoe_error* error) {
   return Guard(error, [&] { return runtime->cache.SetSlotsBytes(slots_bytes); });
 }
@@ -83,14 +120,19 @@ void edgemoe_runtime_stats(edgemoe_runtime* runtime, edgemoe_stats* stats) {
   stats->bytes_read = c.bytes_read.load();
   stats->reads = c.reads.load();
   stats->stall_ns = c.stall_ns.load();
+  stats->pack_ns = c.pack_ns.load();
   stats->evictions = c.evictions.load();
   runtime->cache.SlotTotals(&stats->n_slots, &stats->slots_bytes);
   stats->direct_io = runtime->cache.file().direct() ? 1 : 0;
+  const auto& tensors = runtime->cache.file().tensors();
+  stats->n_own_tensors =
+      static_cast<int32_t>(std::count_if(tensors.begin(), tensors.end(), [](const auto& t) { return t.own; }));
 }
 
 void edgemoe_runtime_reset_stats(edgemoe_runtime* runtime) {
   edgemoe::CacheCounters& c = runtime->cache.counters();
-  for (auto* counter : {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.evictions}) {
+  for (auto* counter :
+       {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.pack_ns, &c.evictions}) {
     counter->store(0);
   }
 }
@@ -140,6 +182,10 @@ int32_t edgemoe_session_begin_layer(edgemoe_session* session, const int32_t* ids
 int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls, int32_t n_matmuls,
                                edgemoe_error* error) {
   return GuardSession(session, error, [&] { return session->layer.Multiply(matmuls, n_matmuls); });
+}
+
+int32_t edgemoe_session_ffn(edgemoe_session* session, const edgemoe_ffn* ffn, edgemoe_error* error) {
+  return GuardSession(session, error, [&] { return session->layer.Ffn(*ffn); });
 }
 
 void edgemoe_session_end_layer(edgemoe_session* session) { session->layer.End(); }

@@ -2,6 +2,7 @@
 #include "core/expert_cache.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <system_error>
 
@@ -29,8 +30,13 @@ Status ExpertCache::Start(uint64_t slots_bytes, int n_io_threads) {
     classes_[i].evictable.reserve(n);
   }
   if (Status s = SetSlotsBytes(slots_bytes); !s.ok()) return s;
+  uint64_t scratch_bytes = 0;
+  for (const ExpertTensor& t : file_->tensors()) {
+    if (t.own) scratch_bytes = std::max(scratch_bytes, PackScratchBytes(*kernels_, t));
+  }
+  pack_scratch_.assign(static_cast<size_t>(n_io_threads), std::vector<char>(scratch_bytes));
   try {
-    for (int i = 0; i < n_io_threads; ++i) readers_.emplace_back([this] { ReaderLoop(); });
+    for (std::vector<char>& scratch : pack_scratch_) readers_.emplace_back([this, &scratch] { ReaderLoop(&scratch); });
   } catch (const std::system_error& e) {
     return Status(EDGEMOE_NO_MEMORY,
                   Format("cannot start reader thread %zu of %d: %s", readers_.size() + 1, n_io_threads, e.what()));
@@ -182,7 +188,9 @@ void ExpertCache::Release(int64_t slice) {
 }
 
 const char* ExpertCache::Data(int64_t slice) const {
-  return pool_.SlotAddress(ClassIdx(slice), At(slice).slot) + file_->Extent(slice).head_bytes;
+  const char* slot = pool_.SlotAddress(ClassIdx(slice), At(slice).slot);
+  const bool own = file_->tensors()[static_cast<size_t>(file_->TensorOf(slice))].own;
+  return own ? slot : slot + file_->Extent(slice).head_bytes;
 }
 
 void ExpertCache::WaitForEvent(std::unique_lock<std::mutex>* lock) {
@@ -228,7 +236,21 @@ void ExpertCache::StartRead(int64_t slice, int32_t slot) {
   queue_cv_.notify_one();
 }
 
-void ExpertCache::ReaderLoop() {
+// Without the lock. Own slices are interleaved here, on the thread that read them, never on one that computes.
+Status ExpertCache::ReadAndPack(int64_t slice, char* slot, char* scratch) {
+  Status status = file_->ReadSlice(slice, slot);
+  const ExpertTensor& tensor = file_->tensors()[static_cast<size_t>(file_->TensorOf(slice))];
+  if (!status.ok() || !tensor.own) return status;
+  const auto begin = std::chrono::steady_clock::now();
+  PackSlice(*kernels_, tensor, slot, file_->Extent(slice).head_bytes, scratch);
+  const auto taken = std::chrono::steady_clock::now() - begin;
+  counters_.pack_ns.fetch_add(
+      static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(taken).count()),
+      std::memory_order_relaxed);
+  return status;
+}
+
+void ExpertCache::ReaderLoop(std::vector<char>* scratch) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     queue_cv_.wait(lock, [this] { return stopping_ || queue_size_ > 0; });
@@ -238,7 +260,7 @@ void ExpertCache::ReaderLoop() {
     --queue_size_;
     char* const to = pool_.SlotAddress(ClassIdx(slice), At(slice).slot);
     lock.unlock();
-    Status status = file_->ReadSlice(slice, to);
+    Status status = ReadAndPack(slice, to, scratch->data());
     lock.lock();
     Slice& s = At(slice);
     ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];

@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/arithmetic.h"
 #include "core/eviction.h"
 #include "core/expert_file.h"
 #include "core/slot_pool.h"
@@ -30,12 +31,15 @@ enum class Acquired {
 };
 
 struct CacheCounters {
-  std::atomic<uint64_t> hits{0}, misses{0}, late_hits{0}, bytes_read{0}, reads{0}, stall_ns{0}, evictions{0};
+  std::atomic<uint64_t> hits{0}, misses{0}, late_hits{0}, bytes_read{0}, reads{0}, stall_ns{0}, pack_ns{0},
+      evictions{0};
 };
 
 class ExpertCache {
  public:
-  ExpertCache(std::unique_ptr<ExpertFile> file, edgemoe_eviction rule) : file_(std::move(file)), rule_(rule) {}
+  // kernels: those that multiply the file's own tensors; null when it has none.
+  ExpertCache(std::unique_ptr<ExpertFile> file, edgemoe_eviction rule, const simd::KernelTable* kernels = nullptr)
+      : file_(std::move(file)), rule_(rule), kernels_(kernels) {}
   ~ExpertCache();
   ExpertCache(const ExpertCache&) = delete;
   ExpertCache& operator=(const ExpertCache&) = delete;
@@ -44,6 +48,7 @@ class ExpertCache {
   Status SetSlotsBytes(uint64_t slots_bytes);
 
   const ExpertFile& file() const { return *file_; }
+  const simd::KernelTable* kernels() const { return kernels_; }
   CacheCounters& counters() { return counters_; }
   void SlotTotals(int64_t* n_slots, uint64_t* slots_bytes);
   // The first failure since the last TakeError, whoever met it.
@@ -102,12 +107,14 @@ class ExpertCache {
   int32_t TakeSlot(ClassState* c);  // -1: none free or evictable
   void DropFromSlot(ClassState* c, int64_t slice);
   void StartRead(int64_t slice, int32_t slot);
-  void ReaderLoop();
+  Status ReadAndPack(int64_t slice, char* slot, char* scratch);
+  void ReaderLoop(std::vector<char>* scratch);
   void NotifyEvent();
   bool TrimClass(int class_idx, int64_t n_slots);
 
   const std::unique_ptr<ExpertFile> file_;
   const edgemoe_eviction rule_;
+  const simd::KernelTable* const kernels_;
   SlotPool pool_;
   std::vector<Slice> slices_;
   std::vector<ClassState> classes_;
@@ -129,6 +136,7 @@ class ExpertCache {
   std::condition_variable queue_cv_;
   bool stopping_ = false;
   std::vector<std::thread> readers_;
+  std::vector<std::vector<char>> pack_scratch_;  // [reader]
   CacheCounters counters_;
 };
 

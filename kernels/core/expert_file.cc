@@ -49,6 +49,9 @@ Status ExpertFile::Describe(const edgemoe_options& options, std::vector<ExpertTe
     tensor.first_slice = first_slice;
     tensor.offset = t.offset;
     tensor.expert_bytes = t.expert_bytes;
+    tensor.n_cols = t.n_cols;
+    tensor.n_rows = t.n_rows;
+    tensor.format = t.format;
     first_slice += t.n_experts;
     tensors->push_back(std::move(tensor));
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // expert_file.h: where the bytes of every expert lie. Owns the files and the list of slices; a slice is one
 // projection of one expert, the unit that is read, kept and evicted.
-// Invariant: after Open every slice lies wholly inside its file. Immutable afterwards, so thread-safe.
+// Invariant: after Open every slice lies wholly inside its file. Immutable once reading begins, so thread-safe.
 #ifndef EDGEMOE_CORE_EXPERT_FILE_H_
 #define EDGEMOE_CORE_EXPERT_FILE_H_
 
@@ -26,6 +26,10 @@ struct ExpertTensor {
   int64_t first_slice = 0;  // slice of expert e: first_slice + e
   uint64_t offset = 0;
   uint64_t expert_bytes = 0;
+  int64_t n_cols = 0;  // of one expert's matrix
+  int64_t n_rows = 0;
+  int32_t format = 0;  // edgemoe_format
+  bool own = false;    // multiplied by our kernels; see arithmetic.h
 };
 
 // The aligned range that holds a slice, and where the slice begins in it.
@@ -43,6 +47,8 @@ class ExpertFile {
   static Status Open(const edgemoe_options& options, const FileOpener& opener, std::unique_ptr<ExpertFile>* file);
 
   const std::vector<ExpertTensor>& tensors() const { return tensors_; }
+  // To be called before anything is read.
+  void SetOwn(size_t tensor_idx, bool own) { tensors_[tensor_idx].own = own; }
   int64_t n_slices() const { return n_slices_; }
   int FindTensor(const std::string& name) const;
   int TensorOf(int64_t slice) const { return slice_tensor_[static_cast<size_t>(slice)]; }

@@ -14,6 +14,7 @@
 #include <mutex>
 #include <vector>
 
+#include "core/arithmetic.h"
 #include "core/expert_cache.h"
 #include "core/status.h"
 #include "edgemoe/edgemoe.h"
@@ -22,7 +23,7 @@ namespace edgemoe {
 
 class MoeLayer {
  public:
-  MoeLayer(ExpertCache* cache, const edgemoe_kernels& kernels) : cache_(cache), kernels_(kernels) {}
+  MoeLayer(ExpertCache* cache, const edgemoe_kernels& engine) : cache_(cache), arithmetic_(cache->kernels(), engine) {}
   ~MoeLayer() { End(); }
   MoeLayer(const MoeLayer&) = delete;
   MoeLayer& operator=(const MoeLayer&) = delete;
@@ -31,6 +32,7 @@ class MoeLayer {
   Status Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes,
                const int32_t* tensor_idxs, int n_tensors);
   Status Multiply(const edgemoe_matmul* matmuls, int n_matmuls);
+  Status Ffn(const edgemoe_ffn& ffn);
   void End();
 
  private:
@@ -61,19 +63,30 @@ class MoeLayer {
   Status Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes, int n_experts);
   void CountAndPin();
   void Promise();
+  Status SetProducts(const edgemoe_matmul* matmuls, int n_matmuls);
   void QuantizeInputs();
+  Status RunTasks();
   void PrepareTasks();
   void PushReady(int32_t task);
   void CollectAndIssue();
   void Work(int thread_idx);
   void WaitForReady(int thread_idx, int n_ready_seen);
   void RunChunk(int thread_idx, const Task& task, int chunk);
+  Status CheckFfn(const edgemoe_ffn& ffn) const;
+  void PrepareFfn(const edgemoe_ffn& ffn);
+  void EndTaskOfFfn(int thread_idx, int chosen);
+  void Activate(int thread_idx, const ChosenExpert& chosen);
+  void Combine(const edgemoe_ffn& ffn, int thread_idx, int64_t token);
+  void CombineAll(const edgemoe_ffn& ffn);
+  const ExpertTensor& Tensor(const edgemoe_matmul& m) const {
+    return cache_->file().tensors()[static_cast<size_t>(m.tensor_idx)];
+  }
   int64_t Slice(int tensor_idx, int expert) const {
     return cache_->file().tensors()[static_cast<size_t>(tensor_idx)].first_slice + expert;
   }
 
   ExpertCache* const cache_;
-  const edgemoe_kernels kernels_;
+  Arithmetic arithmetic_;
   int n_threads_ = 1;
 
   // The layer in progress.
@@ -86,6 +99,8 @@ class MoeLayer {
   std::vector<ChosenExpert> chosen_;  // in the order in which they are acquired
   std::vector<int32_t> chosen_of_expert_;
   std::vector<Pair> pairs_;
+  int64_t n_pairs_ = 0;
+  int64_t n_used_ = 0;
   std::vector<int64_t> pinned_;
   struct ClassShare {
     int64_t n_needed = 0;    // slices of the layer in this class
@@ -121,6 +136,20 @@ class MoeLayer {
   std::vector<const void*> x_rows_;  // [product][pair]
   std::vector<float*> y_rows_;       // [thread][pair]
   int64_t max_pairs_ = 0;
+
+  // The feed-forward block in progress, while its first products run.
+  const edgemoe_ffn* ffn_ = nullptr;
+  std::unique_ptr<std::atomic<int32_t>[]> n_tasks_left_;  // [chosen] before its activation can be computed
+  size_t n_tasks_left_capacity_ = 0;
+  std::vector<char> hidden_;  // [pair] what act gave, as down's activation rows
+  InputRows hidden_rows_ = {};
+  std::vector<float> act_;          // [thread][n_ff]
+  std::vector<int32_t> expert_of_;  // [token][used]
+  struct CombineRows {
+    std::vector<const float*> rows, biases;
+    std::vector<float> weights;
+  };
+  std::vector<CombineRows> combine_;  // [thread]
 };
 
 }  // namespace edgemoe

@@ -14,7 +14,11 @@ Status OpenRuntime(const edgemoe_options& options, const FileOpener& opener, edg
   }
   std::unique_ptr<ExpertFile> file;
   if (Status s = ExpertFile::Open(options, opener, &file); !s.ok()) return s;
-  auto result = std::make_unique<edgemoe_runtime>(std::move(file), static_cast<edgemoe_eviction>(options.eviction));
+  const simd::KernelTable* kernels = nullptr;
+  if (Status s = KernelsFor(options.arithmetic, &kernels); !s.ok()) return s;
+  for (size_t i = 0; i < file->tensors().size(); ++i) file->SetOwn(i, IsOwn(kernels, file->tensors()[i]));
+  auto result =
+      std::make_unique<edgemoe_runtime>(std::move(file), static_cast<edgemoe_eviction>(options.eviction), kernels);
   if (Status s = result->cache.Start(options.slots_bytes, options.n_io_threads); !s.ok()) return s;
   *runtime = result.release();
   return Status();

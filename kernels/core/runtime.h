@@ -10,8 +10,9 @@
 #include "core/moe_layer.h"
 
 struct edgemoe_runtime {
-  explicit edgemoe_runtime(std::unique_ptr<edgemoe::ExpertFile> file, edgemoe_eviction rule)
-      : cache(std::move(file), rule) {}
+  edgemoe_runtime(std::unique_ptr<edgemoe::ExpertFile> file, edgemoe_eviction rule,
+                  const edgemoe::simd::KernelTable* kernels)
+      : cache(std::move(file), rule, kernels) {}
   edgemoe::ExpertCache cache;
   std::atomic<int> n_references{1};
 };

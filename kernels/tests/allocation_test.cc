@@ -8,6 +8,7 @@
 #include <new>
 
 #include "tests/fakes.h"
+#include "tests/own_model.h"
 
 namespace {
 std::atomic<bool> g_counting{false};
@@ -106,6 +107,46 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
 INSTANTIATE_TEST_SUITE_P(All, AllocationTest,
                          testing::Combine(testing::Values(2, 7, 16, 32),
                                           testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY)));
+
+// Guards against: the same in a whole feed-forward block by own kernels, whose slices are interleaved as they arrive.
+TEST(OwnAllocationTest, DecodeStepsOfWholeBlocksAllocateNothingAfterWarmUp) {
+  constexpr int kEmbd = 64, kFf = 256, kUsed = 2;
+  OwnModel model({{simd::kQ4_0, kFf, kEmbd}, {simd::kQ4_K, kEmbd, kFf}, {simd::kQ8_0, kFf, kEmbd}}, 4096 + 96);
+  for (const uint64_t n_slots : {2, 3, kOwnExperts}) {
+    RuntimePtr runtime = model.Open(n_slots);
+    if (edgemoe_runtime_is_own(runtime.get(), 0) == 0) GTEST_SKIP() << "this CPU has only the portable kernels";
+    const edgemoe_kernels kernels = SerialToyKernels();
+    edgemoe_session* session = nullptr;
+    ASSERT_EQ(edgemoe_session_create(runtime.get(), &kernels, &session, nullptr), EDGEMOE_OK);
+    std::mt19937 rng(2);
+    const std::vector<float> x = RandomRows(&rng, 1, kEmbd), weights = RandomRows(&rng, 1, kUsed);
+    const std::vector<int32_t> ids = RandomIds(&rng, 300, kUsed, kOwnExperts);
+    std::vector<float> gate(kUsed * kFf), up(kUsed * kFf), down(kUsed * kEmbd), out(kEmbd);
+    edgemoe_ffn ffn = {};
+    ffn.up = model.Matmul(0, x.data(), 1, up.data(), kUsed);
+    ffn.down = model.Matmul(1, nullptr, kUsed, down.data(), kUsed);
+    ffn.gate = model.Matmul(2, x.data(), 1, gate.data(), kUsed);
+    ffn.weights = weights.data();
+    ffn.weights_used_bytes = sizeof(float);
+    ffn.out = out.data();
+    const int32_t tensor_idxs[] = {0, 1, 2};
+    int32_t failed = 0;
+    for (int step = 0; step < 300; ++step) {
+      if (step == 1) {
+        g_n_allocations = 0;
+        g_counting = true;
+      }
+      failed |= edgemoe_session_begin_layer(session, ids.data() + step * kUsed, 1, kUsed, kUsed * sizeof(int32_t),
+                                            tensor_idxs, 3, nullptr);
+      failed |= edgemoe_session_ffn(session, &ffn, nullptr);
+      edgemoe_session_end_layer(session);
+    }
+    g_counting = false;
+    EXPECT_EQ(failed, 0);
+    EXPECT_EQ(g_n_allocations.load(), 0);
+    edgemoe_session_destroy(session);
+  }
+}
 
 // Guards against: a guard that counts nothing.
 TEST(AllocationCounterTest, CountsAllocations) {

@@ -43,8 +43,8 @@ def stock(path: Path, **options: Any) -> StockLlama:
 
 
 def streamed(path: Path, **options: Any) -> edgemoe.Llama:
-    """The same as `stock`, streamed; everything resident if not told otherwise."""
-    return edgemoe.Llama(path, **{"n_threads": 2, "n_threads_batch": 2, **CONTEXT, **options})
+    """The same as `stock`, streamed, with ggml's arithmetic; everything resident if not told otherwise."""
+    return edgemoe.Llama(path, **{"n_threads": 2, "n_threads_batch": 2, "kernels": "ggml", **CONTEXT, **options})
 
 
 def logits(llm: llama_cpp.Llama, prompt: list[int], steps: list[int]) -> Logits:

@@ -39,7 +39,7 @@ STATS = Stats(
     slots_bytes=1 << 20,
     peak_rss_bytes=1 << 28,
     budget_bytes=1 << 29,
-    kernels="ggml",
+    kernels="avx512_vnni, ggml for Q5_0",
 )
 PLAN = Plan(
     fits=True,

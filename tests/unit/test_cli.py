@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 import edgemoe
+from edgemoe.errors import BackendError
 from tests.unit.fakes import END, STATS, FakeLlama, error_lines, run
 
 # ---------------------------------------------------------------- errors and usage
@@ -44,6 +46,8 @@ def test_every_command_has_help(command: str) -> None:
         ["generate", "-p", "a", "-n", "0"],
         ["generate", "-p", "a", "-n", "many"],
         ["generate", "-p", "a", "--temperature", "-1"],
+        ["generate", "-p", "a", "--kernels", "fast"],
+        ["chat", "--kernels", ""],
         ["generate", "-f", "/nonexistent/prompt"],
         ["plan", "--ctx", "0"],
         ["convert", "upcycle", "a.gguf", "b.gguf", "--experts", "2", "--top-k", "3"],
@@ -103,6 +107,33 @@ def test_generate_writes_only_the_answer_to_stdout(llama: type[FakeLlama], model
     assert (llama.options["temp"], llama.options["seed"]) == (0.0, 3)
     assert (llama.options["n_threads"], llama.options["n_threads_batch"]) == (2, 2)
     assert "tok/s" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])
+def test_kernels_reach_the_model(llama: type[FakeLlama], model: str, command: list[str]) -> None:
+    """Guards against exact bits that were asked for and not delivered, and against another default than the API's."""
+    assert run(*command, model).exit_code == 0
+    assert llama.options["kernels"] == "auto"
+    assert run(*command, model, "--kernels", "ggml").exit_code == 0
+    assert llama.options["kernels"] == "ggml"
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])
+def test_instruction_set_that_cannot_be_had_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, model: str, command: list[str]
+) -> None:
+    """Guards against a traceback for a mistyped EDGEMOE_ISA, or for one of another processor."""
+
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise BackendError("EDGEMOE_ISA=avx: no such instruction set; compiled here: avx2, scalar")
+
+    monkeypatch.setitem(vars(edgemoe), "Llama", refuse)
+    result = run(*command, model)
+    assert result.exit_code == 1
+    assert error_lines(result) == [
+        "edgemoe: error: EDGEMOE_ISA=avx: no such instruction set; compiled here: avx2, scalar"
+    ]
+    assert "Traceback" not in result.stderr
 
 
 def test_generate_json_is_the_last_line(llama: type[FakeLlama], model: str) -> None:

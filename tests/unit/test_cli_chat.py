@@ -33,6 +33,7 @@ def test_chat_commands_talk_on_stderr(llama: type[FakeLlama], model: str) -> Non
     assert (result.stdout, llama.prompts) == ("", [])
     assert "/reset " in result.stderr
     assert "expert_hit_rate       0.75" in result.stderr
+    assert "kernels               avx512_vnni, ggml for Q5_0" in result.stderr
     assert "unknown command /nonsense" in result.stderr
     assert "budget_bytes          512 MiB" in result.stderr
     assert len(error_lines(result)) == 2  # a budget below the floor, and what is not a size

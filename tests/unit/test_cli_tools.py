@@ -9,12 +9,12 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 import edgemoe
-from edgemoe.cli import doctor
+from edgemoe.errors import BackendError
 from edgemoe.types import Plan
 from tests.unit.fakes import PLAN, error_lines, run
 
@@ -105,6 +105,14 @@ def test_inspect(gguf: None, model: str) -> None:
 # ---------------------------------------------------------------- doctor
 
 
+class FormatPath(NamedTuple):
+    """As `edgemoe.runtime.FormatPath`, which imports the native core."""
+
+    type_name: str
+    n_tensors: int
+    n_own: int
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, gguf: None) -> types.SimpleNamespace:
     """A machine on which nothing is slow; a test makes one thing worse."""
@@ -112,18 +120,36 @@ def machine(monkeypatch: pytest.MonkeyPatch, gguf: None) -> types.SimpleNamespac
         cgroup_memory_limit_bytes=lambda: None,
         available_memory_bytes=lambda: 4 << 30,
         default_budget_bytes=lambda: 3 << 30,
-        default_threads=lambda: 2,
+        cgroup_dirs=lambda controller: [],
         disk_bandwidth_bytes_per_s=lambda path, block_bytes: 2e9,
         direct_io_supported=lambda path: True,
     )
-    native = types.SimpleNamespace(
-        versions=lambda: {"edgemoe": "1", "ggml_built_against": "a", "ggml_loaded": "a"}, isa=lambda: "avx2"
+    topology = types.SimpleNamespace(
+        allowed_cpus=lambda: {0, 1},
+        fast_cpus=lambda cpus: cpus,
+        n_physical_cores=len,
+        n_usable_cpus=lambda cpus, directories: len(cpus),
+        default_threads=lambda: 2,
     )
+    isas = {"avx512_vnni": False, "avx2": True, "scalar": True}
+    fake.native = types.SimpleNamespace(
+        versions=lambda: {"edgemoe": "1", "ggml_built_against": "a", "ggml_loaded": "a"},
+        isa=lambda: "avx2",
+        isas=lambda: [types.SimpleNamespace(name=name, is_supported=has) for name, has in isas.items()],
+        active_isa=lambda: "avx2",
+        find_format=lambda name: name in ("Q4_K", "Q6_K"),
+    )
+    fake.runtime = types.SimpleNamespace(
+        examine_formats=lambda model: [FormatPath("Q4_K", 2, 2), FormatPath("Q6_K", 1, 1)],
+        kernels_used=lambda paths, isa: isa if paths[0].n_own else "ggml",
+    )
+    monkeypatch.delenv("EDGEMOE_ISA", raising=False)
     monkeypatch.setitem(vars(edgemoe), "host", fake)
-    monkeypatch.setitem(vars(edgemoe), "_native", native)
+    monkeypatch.setitem(vars(edgemoe), "topology", topology)
+    monkeypatch.setitem(vars(edgemoe), "_native", fake.native)
+    monkeypatch.setitem(vars(edgemoe), "runtime", fake.runtime)
     plan = dataclasses.replace(PLAN, slots_bytes=PLAN.expert_bank_bytes)
     monkeypatch.setitem(vars(edgemoe), "plan", lambda path: plan)
-    monkeypatch.setattr(doctor, "_usable_cpus", lambda n_logical: n_logical)
     return fake
 
 
@@ -148,16 +174,89 @@ def test_doctor_explains_what_is_slow(
     assert ["O_DIRECT" in warnings[0], "the disk reads" in warnings[1]] == [True] * 2
 
 
-def test_doctor_goes_on_when_a_part_is_broken(
-    machine: types.SimpleNamespace, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_goes_on_when_a_part_is_broken(machine: types.SimpleNamespace, model: str) -> None:
     """Guards against a doctor that dies of the illness: a core that does not load must not hide the rest."""
-    monkeypatch.setitem(vars(edgemoe), "_native", types.SimpleNamespace(versions=lambda: 1 / 0))
+    machine.native.versions = lambda: 1 / 0
     result = run("doctor", model, "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)
     assert [finding["severity"] for finding in report["findings"]] == ["error"]
     assert report["disk_bytes_per_s"] == 2_000_000_000
+
+
+def test_doctor_shows_the_kernels(machine: types.SimpleNamespace, model: str) -> None:
+    """Guards against nobody being able to tell which kernels run, and why."""
+    report = json.loads(run("doctor", model, "--json").stdout)
+    assert report["kernels_compiled"] == ["avx512_vnni", "avx2", "scalar"]
+    assert report["kernels_supported"] == ["avx2", "scalar"]
+    assert (report["kernels_active"], report["EDGEMOE_ISA"]) == ("avx2", None)
+    assert report["kernels_of_formats"] == {"Q4_K": "avx2", "Q6_K": "avx2"}
+    table = run("doctor", model).stdout
+    assert "kernels_supported           avx2, scalar" in table
+    assert "kernels_of_formats          Q4_K avx2, Q6_K avx2" in table
+
+
+def test_doctor_says_which_formats_are_slow(machine: types.SimpleNamespace, model: str) -> None:
+    """Guards against a model that is slow for a reason that only its author could guess."""
+    machine.runtime.examine_formats = lambda model: [FormatPath("Q5_0", 48, 0), FormatPath("Q4_K", 3, 1)]
+    warnings = [line for line in run("doctor", model).stdout.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: Q5_0 has no fast path: ggml's dot products multiply 48 expert tensors",
+        "warning: Q4_K has no fast path for rows of this length: ggml's dot products multiply 2 expert tensors",
+    ]
+
+
+def test_doctor_reports_a_bad_instruction_set_once(
+    machine: types.SimpleNamespace, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a traceback, a report that ends there, and one cause that reads like three."""
+
+    def refuse(*_args: Any, **_options: Any) -> Any:
+        raise BackendError("EDGEMOE_ISA=avx9: no such instruction set; compiled here: avx2, scalar")
+
+    monkeypatch.setenv("EDGEMOE_ISA", "avx9")
+    machine.native.active_isa = machine.runtime.examine_formats = refuse
+    monkeypatch.setitem(vars(edgemoe), "plan", refuse)
+    result = run("doctor", model, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert [finding["text"] for finding in report["findings"]] == [
+        "cannot examine the kernels: EDGEMOE_ISA=avx9: no such instruction set; compiled here: avx2, scalar"
+    ]
+    assert (report["EDGEMOE_ISA"], report["kernels_active"]) == ("avx9", None)
+    assert report["kernels_supported"] == ["avx2", "scalar"]
+
+
+@pytest.mark.parametrize(
+    ("override", "n_supported", "active", "finding"),
+    [
+        ("scalar", 2, "scalar", "EDGEMOE_ISA=scalar keeps edgemoe's kernels from avx2"),
+        ("scalar", 1, "scalar", "edgemoe's portable code multiplies; unset EDGEMOE_ISA"),
+        ("", 1, "ggml", "fast with (avx512_vnni, avx2): ggml multiplies"),
+    ],
+)
+def test_doctor_says_why_the_kernels_are_slow(
+    machine: types.SimpleNamespace,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    n_supported: int,
+    active: str,
+    finding: str,
+) -> None:
+    """Guards against an override that was forgotten, and an old processor whose every format gets a warning."""
+    if override:
+        monkeypatch.setenv("EDGEMOE_ISA", override)
+    names = ["avx512_vnni", "avx2", "scalar"]
+    isas = [types.SimpleNamespace(name=name, is_supported=i >= 3 - n_supported) for i, name in enumerate(names)]
+    machine.native.isas = lambda: isas
+    machine.native.active_isa = lambda: "scalar"
+    n_own = 2 if override else 0
+    machine.runtime.examine_formats = lambda model: [FormatPath("Q4_K", 2, n_own)]
+    report = json.loads(run("doctor", model, "--json").stdout)
+    assert report["kernels_active"] == active
+    assert len(report["findings"]) == 1
+    assert finding in report["findings"][0]["text"]
 
 
 # ---------------------------------------------------------------- convert

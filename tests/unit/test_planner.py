@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import edgemoe
-from edgemoe import host, planner, runtime
+from edgemoe import host, planner, runtime, topology
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
 from edgemoe.sizes import parse_size
 from tests.conftest import ModelWriter
@@ -116,3 +116,50 @@ def test_plan_of_a_missing_file(tmp_path: Path) -> None:
     """Guards against a plan for nothing."""
     with pytest.raises(edgemoe.EdgeMoeError, match=r"cannot open .*missing\.gguf"):
         edgemoe.plan(tmp_path / "missing.gguf")
+
+
+def _mixed(down_type: str = "Q4_K", n_used: int = 8) -> GgufModel:
+    """OLMoE's shape: 2048 columns for gate and up, 1024 for down; no file."""
+    tensors = [
+        GgufTensor("blk.0.ffn_gate_exps.weight", (2048, 1024, 64), "Q4_K", 64 * 1024 * 1152, 0, 0),
+        GgufTensor("blk.0.ffn_up_exps.weight", (2048, 1024, 64), "Q4_K", 64 * 1024 * 1152, 0, 0),
+        GgufTensor("blk.0.ffn_down_exps.weight", (1024, 2048, 64), down_type, 64 * 2048 * 704, 0, 0),
+    ]
+    metadata = {"general.architecture": "olmoe", "olmoe.expert_count": 64, "olmoe.expert_used_count": n_used}
+    return GgufModel(Path("made-up.gguf"), [Path("made-up.gguf")], metadata, tensors)
+
+
+def test_buffers_hold_what_our_kernels_take() -> None:
+    """Guards against activation rows, gathered panels or packing buffers that the budget knows nothing of."""
+
+    def row(n_cols: int) -> int:
+        return n_cols + n_cols // 32 * 4 + n_cols // 16 * 4  # PanelBytes
+
+    n_ubatch, n_threads = 512, 16
+    least = n_ubatch * (row(2048) + 8 * row(1024)) + n_threads * n_ubatch * row(2048)
+    least += runtime.N_IO_THREADS * 16 * 1152
+    planned = planner._batch_bytes(_mixed(), {"n_ctx": 4096, "n_threads": n_threads})
+    assert least <= planned < 1.1 * least
+
+
+def test_buffers_grow_with_what_they_depend_on() -> None:
+    """Guards against a plan that is true for few threads, small batches, or one of the two kernels only."""
+
+    def planned(model: GgufModel, **options: int) -> int:
+        return planner._batch_bytes(model, {"n_ctx": 4096, "n_threads": 8, **options})
+
+    assert planned(_mixed(), n_threads_batch=32) == planned(_mixed(), n_threads=32) > planned(_mixed())
+    assert planned(_mixed(), n_ubatch=64) < planned(_mixed()) / 6
+    assert planned(_mixed(n_used=16)) > planned(_mixed())
+    assert planned(_mixed("Q5_0")) > planned(_mixed())  # blocks of both kinds have buffers of their own
+    assert planned(_mixed("F16")) > planned(_mixed())
+    ggml_rows = 512 * 9 * (2048 * 1.125 + 64)
+    assert planned(_mixed(), n_threads=1) >= ggml_rows  # what ggml's rows take: more than ours, with one thread
+
+
+def test_plan_counts_the_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a plan for another number of threads than the load will have."""
+    monkeypatch.setattr(topology, "default_threads", lambda: 24)
+    assert planner._batch_bytes(_mixed(), {"n_ctx": 4096}) == planner._batch_bytes(
+        _mixed(), {"n_ctx": 4096, "n_threads": 24, "n_threads_batch": 24}
+    )

@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a function below changes its meaning. */
-#define EDGEMOE_ABI_VERSION 1
+#define EDGEMOE_ABI_VERSION 2
 
 typedef enum edgemoe_code {
   EDGEMOE_OK = 0,
@@ -41,6 +41,24 @@ typedef struct edgemoe_error {
   char message[508];
 } edgemoe_error;
 
+/* Quantization formats that libedgemoe multiplies itself; the bytes of a block are those of GGUF. */
+typedef enum edgemoe_format {
+  EDGEMOE_FORMAT_OTHER = 0, /* the plug-in's arithmetic only */
+  EDGEMOE_FORMAT_F16,
+  EDGEMOE_FORMAT_BF16,
+  EDGEMOE_FORMAT_Q4_0,
+  EDGEMOE_FORMAT_Q4_1,
+  EDGEMOE_FORMAT_Q8_0,
+  EDGEMOE_FORMAT_Q2_K,
+  EDGEMOE_FORMAT_Q3_K,
+  EDGEMOE_FORMAT_Q4_K,
+  EDGEMOE_FORMAT_Q5_K,
+  EDGEMOE_FORMAT_Q6_K,
+  EDGEMOE_FORMAT_IQ4_NL,
+  EDGEMOE_FORMAT_IQ4_XS,
+  EDGEMOE_FORMAT_MXFP4
+} edgemoe_format;
+
 /* One expert projection of one layer, stacked over the experts: expert e occupies
  * [offset + e * expert_bytes, offset + (e + 1) * expert_bytes) of file `file_idx`. */
 typedef struct edgemoe_tensor {
@@ -51,12 +69,21 @@ typedef struct edgemoe_tensor {
   int32_t n_experts_used; /* experts that one token selects in this layer */
   uint64_t offset;
   uint64_t expert_bytes;
+  int64_t n_cols; /* of one expert's matrix; 0 where format is EDGEMOE_FORMAT_OTHER and nobody knows */
+  int64_t n_rows;
+  int32_t format; /* edgemoe_format */
+  int32_t reserved;
 } edgemoe_tensor;
 
 typedef enum edgemoe_eviction {
   EDGEMOE_EVICT_LRU = 0,      /* least recently used */
   EDGEMOE_EVICT_LFU_DECAY = 1 /* least frequently used, counts halving every 16 tokens */
 } edgemoe_eviction;
+
+typedef enum edgemoe_arithmetic {
+  EDGEMOE_ARITHMETIC_AUTO = 0,  /* libedgemoe's kernels where the format has them, else the plug-in's */
+  EDGEMOE_ARITHMETIC_PLUGIN = 1 /* the plug-in's: the bits of its engine */
+} edgemoe_arithmetic;
 
 typedef struct edgemoe_options {
   uint32_t struct_size;
@@ -67,7 +94,7 @@ typedef struct edgemoe_options {
   const edgemoe_tensor* tensors;
   uint64_t slots_bytes; /* memory for resident experts, now; see edgemoe_runtime_set_slots_bytes */
   int32_t eviction;     /* edgemoe_eviction */
-  int32_t reserved;
+  int32_t arithmetic;   /* edgemoe_arithmetic */
 } edgemoe_options;
 
 /* What a set of tensors needs, computed without opening a file. Bytes are those of slots, which are
@@ -90,8 +117,9 @@ typedef struct edgemoe_stats {
   uint64_t evictions;
   int64_t n_slots;
   uint64_t slots_bytes;
-  int32_t direct_io; /* 1: the files are read with O_DIRECT; 0: buffered, then dropped from the page cache */
-  int32_t reserved;
+  uint64_t pack_ns;      /* reader threads interleaved rows for libedgemoe's kernels */
+  int32_t direct_io;     /* 1: the files are read with O_DIRECT; 0: buffered, then dropped from the page cache */
+  int32_t n_own_tensors; /* tensors that libedgemoe's kernels multiply */
 } edgemoe_stats;
 
 typedef struct edgemoe_runtime edgemoe_runtime;
@@ -140,10 +168,54 @@ typedef struct edgemoe_matmul {
   uint64_t y_token_bytes;
 } edgemoe_matmul;
 
+typedef enum edgemoe_glu {
+  EDGEMOE_SWIGLU = 0,
+  EDGEMOE_SWIGLU_OAI = 1,
+  EDGEMOE_SWIGLU_CLAMP = 2,
+  EDGEMOE_GEGLU = 3,
+  EDGEMOE_REGLU = 4,
+  EDGEMOE_SILU = 5, /* without gate_proj, as are the two below */
+  EDGEMOE_GELU = 6,
+  EDGEMOE_RELU_SQUARED = 7
+} edgemoe_glu;
+
+/* A whole expert feed-forward block: out[token] = sum over used of weights[token][used] * down(act(gate(x), up(x))).
+ * All its tensors are multiplied by libedgemoe's kernels (edgemoe_runtime_is_own). Results of gate, up and down go to
+ * their y, where gate's and up's may not overlap; what act gives is kept inside. */
+typedef struct edgemoe_ffn {
+  edgemoe_matmul gate; /* gate.n_rows 0: none, `up` holds gate and up (merged) or act needs no gate */
+  edgemoe_matmul up;
+  edgemoe_matmul down; /* x is ignored */
+  int32_t merged;      /* 1: the first half of up's rows is gate */
+  int32_t glu;         /* edgemoe_glu */
+  float alpha;
+  float limit;
+  const float* gate_bias; /* of expert 0; NULL: none. Merged: up_bias covers both halves */
+  uint64_t gate_bias_expert_bytes;
+  const float* up_bias;
+  uint64_t up_bias_expert_bytes;
+  const float* down_bias;
+  uint64_t down_bias_expert_bytes;
+  const float* weights; /* [n_tokens][n_used] mixing weights */
+  uint64_t weights_used_bytes;
+  uint64_t weights_token_bytes;
+  float* out; /* [n_tokens][down.n_rows]; NULL: the caller biases, weighs and sums down.y itself */
+  uint64_t out_token_bytes;
+} edgemoe_ffn;
+
 EDGEMOE_API int32_t edgemoe_abi_version(void);
 EDGEMOE_API const char* edgemoe_version(void);
 /* An address that is the same for every user of this copy of the library in the process. */
 EDGEMOE_API const void* edgemoe_instance_id(void);
+
+/* Instruction sets that libedgemoe's kernels were compiled for, best first; NULL past the last. */
+EDGEMOE_API const char* edgemoe_isa_name(int32_t idx);
+EDGEMOE_API int32_t edgemoe_isa_is_supported(int32_t idx);
+/* The one in use: that named by the environment's EDGEMOE_ISA (an error when there is no such or the CPU lacks it), or
+ * the first supported one. */
+EDGEMOE_API int32_t edgemoe_isa_active(const char** name, edgemoe_error* error);
+/* The format that ggml calls by that name, in capitals; EDGEMOE_FORMAT_OTHER for all others. */
+EDGEMOE_API int32_t edgemoe_format_find(const char* ggml_name);
 
 /* Sizes of slots for options->tensors; options->file_paths is not read. */
 EDGEMOE_API int32_t edgemoe_measure(const edgemoe_options* options, edgemoe_sizes* sizes, edgemoe_error* error);
@@ -155,6 +227,8 @@ EDGEMOE_API void edgemoe_runtime_retain(edgemoe_runtime* runtime);
 EDGEMOE_API void edgemoe_runtime_release(edgemoe_runtime* runtime);
 /* Index of the tensor of that name, or -1. */
 EDGEMOE_API int32_t edgemoe_runtime_find_tensor(const edgemoe_runtime* runtime, const char* name);
+/* 1: its products are computed by libedgemoe's kernels, 0: by the plug-in's. */
+EDGEMOE_API int32_t edgemoe_runtime_is_own(const edgemoe_runtime* runtime, int32_t tensor_idx);
 /* Grow or shrink the slots; what no longer fits is evicted, coldest first. Waits for a layer in progress. */
 EDGEMOE_API int32_t edgemoe_runtime_set_slots_bytes(edgemoe_runtime* runtime, uint64_t slots_bytes,
                                                     edgemoe_error* error);
@@ -187,6 +261,8 @@ EDGEMOE_API int32_t edgemoe_session_begin_layer(edgemoe_session* session, const 
 /* Products that do not depend on each other; experts already resident are computed while others load. */
 EDGEMOE_API int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls, int32_t n_matmuls,
                                            edgemoe_error* error);
+/* The same for a whole feed-forward block. */
+EDGEMOE_API int32_t edgemoe_session_ffn(edgemoe_session* session, const edgemoe_ffn* ffn, edgemoe_error* error);
 EDGEMOE_API void edgemoe_session_end_layer(edgemoe_session* session);
 
 #ifdef __cplusplus

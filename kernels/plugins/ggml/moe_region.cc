@@ -3,6 +3,7 @@
 
 #include "ggml-cpu.h"
 #include "plugins/ggml/buffers.h"
+#include "plugins/ggml/nodes.h"
 
 namespace edgemoe_ggml {
 namespace {
@@ -11,35 +12,7 @@ namespace {
 // work, what starting the other threads and meeting them at each node's barrier costs.
 constexpr int64_t kSerialElements = 32768;
 
-bool IsView(const ggml_tensor* t) {
-  return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
-         t->op == GGML_OP_TRANSPOSE;
-}
-
-bool Overlap(const ggml_tensor* a, const ggml_tensor* b) {
-  const char* a0 = static_cast<const char*>(a->data);
-  const char* b0 = static_cast<const char*>(b->data);
-  return a0 < b0 + ggml_nbytes(b) && b0 < a0 + ggml_nbytes(a);
-}
-
-// May `node` run before `other`, which precedes it in the graph? Not if one writes what the other touches.
-bool Independent(const ggml_tensor* node, const ggml_tensor* other) {
-  if (IsView(other)) return true;
-  if (Overlap(node, other)) return false;
-  for (int i = 0; i < GGML_MAX_SRC; ++i) {
-    if (other->src[i] != nullptr && Overlap(node, other->src[i])) return false;
-    // Expert weights are never written, and their address says nothing.
-    if (i > 0 && node->src[i] != nullptr && Overlap(node->src[i], other)) return false;
-  }
-  return true;
-}
-
 }  // namespace
-
-bool MoeRegion::IsExpertProduct(const ggml_tensor* node) {
-  return node->op == GGML_OP_MUL_MAT_ID && (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 &&
-         FindExpertWeights(node->src[0]).runtime != nullptr;
-}
 
 MoeRegion::MoeRegion() : cpu_(ggml_backend_cpu_init()) {}
 
@@ -71,13 +44,16 @@ ggml_status MoeRegion::Compute(ggml_cgraph* graph) {
   done_.assign(static_cast<size_t>(n), 0);
   ggml_status status = GGML_STATUS_SUCCESS;
   for (int i = 0; i < n && status == GGML_STATUS_SUCCESS;) {
-    if (IsExpertProduct(graph->nodes[i])) {
-      if (!done_[static_cast<size_t>(i)]) status = ComputeProducts(graph, i);
+    if (done_[static_cast<size_t>(i)]) {
       ++i;
       continue;
     }
+    if (IsExpertProduct(graph->nodes[i])) {
+      status = ComputeProducts(graph, i);
+      continue;
+    }
     int end = i + 1;
-    while (end < n && !IsExpertProduct(graph->nodes[end])) ++end;
+    while (end < n && !IsExpertProduct(graph->nodes[end]) && !done_[static_cast<size_t>(end)]) ++end;
     status = ComputeOthers(graph, i, end);
     i = end;
   }
@@ -128,6 +104,12 @@ ggml_status MoeRegion::ComputeProducts(ggml_cgraph* graph, int first) {
   if (layer_ids_ != head->src[2] || SessionOf(runtime) != layer_session_) {
     if (!BeginLayer(graph, first)) return GGML_STATUS_FAILED;
   }
+  kernels_.Forget();
+  if (ffn_.Find(graph, first, done_)) {
+    for (int i : ffn_.covered()) done_[static_cast<size_t>(i)] = 1;
+    const int32_t code = edgemoe_session_ffn(layer_session_, &ffn_.ffn(), nullptr);
+    return code == EDGEMOE_OK ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
+  }
   matmuls_.clear();
   for (int i = first; i < ggml_graph_n_nodes(graph); ++i) {
     const ggml_tensor* node = graph->nodes[i];
@@ -139,25 +121,9 @@ ggml_status MoeRegion::ComputeProducts(ggml_cgraph* graph, int first) {
       if (!done_[static_cast<size_t>(k)]) movable = Independent(node, graph->nodes[k]);
     }
     if (!movable) break;
-    const ggml_tensor* w = node->src[0];
-    const ggml_tensor* x = node->src[1];
-    edgemoe_matmul m = {};
-    m.tensor_idx = weights.tensor_idx;
-    m.type = w->type;
-    m.n_cols = w->ne[0];
-    m.n_rows = w->ne[1];
-    m.row_bytes = w->nb[1];
-    m.x = static_cast<const float*>(x->data);
-    m.x_n_used = x->ne[1];
-    m.x_used_bytes = x->nb[1];
-    m.x_token_bytes = x->nb[2];
-    m.y = static_cast<float*>(node->data);
-    m.y_used_bytes = node->nb[1];
-    m.y_token_bytes = node->nb[2];
-    matmuls_.push_back(m);
+    matmuls_.push_back(MatmulOf(node));
     done_[static_cast<size_t>(i)] = 1;
   }
-  kernels_.Forget();
   const int32_t code =
       edgemoe_session_matmul(layer_session_, matmuls_.data(), static_cast<int32_t>(matmuls_.size()), nullptr);
   return code == EDGEMOE_OK ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;

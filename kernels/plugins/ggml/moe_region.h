@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// moe_region.h: computes one split of a ggml graph. Products with expert weights go to libedgemoe, grouped so
-// that gate and up of a layer run together; every other node is computed by an inner CPU backend, as it stands.
+// moe_region.h: computes one split of a ggml graph. Products with expert weights go to libedgemoe: a whole feed-forward
+// block at once where it is recognized and libedgemoe's own kernels have the formats, else grouped so that gate and
+// up of a layer run together. Every other node is computed by an inner CPU backend, as it stands.
 // Works on structure alone: expert products that share one tensor of ids belong to one layer.
 // Thread promise: one thread, like the ggml backend that owns it.
 #ifndef EDGEMOE_PLUGINS_GGML_MOE_REGION_H_
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "edgemoe/edgemoe.h"
+#include "plugins/ggml/ffn_match.h"
 #include "plugins/ggml/ggml_abi.h"
 #include "plugins/ggml/kernels.h"
 
@@ -25,9 +27,6 @@ class MoeRegion {
 
   void SetThreads(int n_threads);
   ggml_status Compute(ggml_cgraph* graph);
-
-  // True for ggml_mul_mat_id with expert weights that libedgemoe serves.
-  static bool IsExpertProduct(const ggml_tensor* node);
 
  private:
   ggml_status ComputeOthers(ggml_cgraph* graph, int begin, int end);
@@ -44,6 +43,7 @@ class MoeRegion {
   const ggml_tensor* layer_ids_ = nullptr;
   std::vector<int32_t> tensor_idxs_;
   std::vector<edgemoe_matmul> matmuls_;
+  FfnMatch ffn_;
   std::vector<char> done_;  // [node] computed ahead of its place
 };
 

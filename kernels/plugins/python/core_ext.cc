@@ -35,8 +35,8 @@ void Check(int32_t code, const edgemoe_error& error) {
   if (code != EDGEMOE_OK) throw CoreError{code, error.message};
 }
 
-// (name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes)
-using TensorTuple = std::tuple<std::string, int, int, int, int, uint64_t, uint64_t>;
+// (name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format)
+using TensorTuple = std::tuple<std::string, int, int, int, int, uint64_t, uint64_t, int64_t, int64_t, int>;
 
 struct Options {
   std::vector<const char*> paths;
@@ -44,10 +44,12 @@ struct Options {
   edgemoe_options options = {};
 
   Options(const std::vector<std::string>& files, const std::vector<TensorTuple>& tuples, uint64_t slots_bytes,
-          int n_io_threads, int eviction) {
+          int n_io_threads, int eviction, int arithmetic) {
     for (const std::string& f : files) paths.push_back(f.c_str());
-    for (const auto& [name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes] : tuples) {
-      tensors.push_back({name.c_str(), file_idx, layer, n_experts, n_experts_used, offset, expert_bytes});
+    for (const auto& [name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format] :
+         tuples) {
+      tensors.push_back(
+          {name.c_str(), file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format, 0});
     }
     options.struct_size = sizeof(options);
     options.n_files = static_cast<int32_t>(paths.size());
@@ -57,22 +59,39 @@ struct Options {
     options.n_io_threads = n_io_threads;
     options.slots_bytes = slots_bytes;
     options.eviction = eviction;
+    options.arithmetic = arithmetic;
   }
 };
 
 edgemoe_sizes Measure(const std::vector<TensorTuple>& tensors, uint64_t slots_bytes) {
-  const Options options({}, tensors, slots_bytes, 1, EDGEMOE_EVICT_LRU);
+  const Options options({}, tensors, slots_bytes, 1, EDGEMOE_EVICT_LRU, EDGEMOE_ARITHMETIC_AUTO);
   edgemoe_sizes sizes = {};
   edgemoe_error error = {};
   Check(edgemoe_measure(&options.options, &sizes, &error), error);
   return sizes;
 }
 
+// (name, whether this CPU has it) of the instruction sets compiled for, best first.
+std::vector<std::tuple<std::string, bool>> Isas() {
+  std::vector<std::tuple<std::string, bool>> isas;
+  for (int32_t i = 0; edgemoe_isa_name(i) != nullptr; ++i) {
+    isas.emplace_back(edgemoe_isa_name(i), edgemoe_isa_is_supported(i) != 0);
+  }
+  return isas;
+}
+
+std::string ActiveIsa() {
+  const char* name = nullptr;
+  edgemoe_error error = {};
+  Check(edgemoe_isa_active(&name, &error), error);
+  return name;
+}
+
 class Runtime {
  public:
   Runtime(const std::vector<std::string>& files, const std::vector<TensorTuple>& tensors, uint64_t slots_bytes,
-          int n_io_threads, int eviction) {
-    const Options options(files, tensors, slots_bytes, n_io_threads, eviction);
+          int n_io_threads, int eviction, int arithmetic) {
+    const Options options(files, tensors, slots_bytes, n_io_threads, eviction, arithmetic);
     edgemoe_error error = {};
     int32_t code;
     {
@@ -104,6 +123,11 @@ class Runtime {
     nb::gil_scoped_release release;
     edgemoe_runtime_stats(get(), &stats);
     return stats;
+  }
+  // Whether libedgemoe's kernels multiply by the tensor of that name.
+  bool IsOwn(const std::string& name) {
+    const int32_t tensor_idx = edgemoe_runtime_find_tensor(get(), name.c_str());
+    return tensor_idx >= 0 && edgemoe_runtime_is_own(get(), tensor_idx) != 0;
   }
   void ResetStats() { edgemoe_runtime_reset_stats(get()); }
   // (code, message) of the last failed read, taken away; code 0 when there was none.
@@ -194,6 +218,9 @@ NB_MODULE(_core, m) {
 
   m.def("version", [] { return std::string(edgemoe_version()); });
   m.def("abi_version", &edgemoe_abi_version);
+  m.def("isas", &Isas);
+  m.def("active_isa", &ActiveIsa);
+  m.def("find_format", &edgemoe_format_find, nb::arg("ggml_name"));
   m.def("measure", &Measure, nb::arg("tensors"), nb::arg("slots_bytes"));
 
   nb::class_<edgemoe_sizes>(m, "Sizes")
@@ -213,11 +240,15 @@ NB_MODULE(_core, m) {
       .def_ro("evictions", &edgemoe_stats::evictions)
       .def_ro("n_slots", &edgemoe_stats::n_slots)
       .def_ro("slots_bytes", &edgemoe_stats::slots_bytes)
-      .def_ro("direct_io", &edgemoe_stats::direct_io);
+      .def_ro("pack_ns", &edgemoe_stats::pack_ns)
+      .def_ro("direct_io", &edgemoe_stats::direct_io)
+      .def_ro("n_own_tensors", &edgemoe_stats::n_own_tensors);
 
   nb::class_<Runtime>(m, "Runtime")
-      .def(nb::init<const std::vector<std::string>&, const std::vector<TensorTuple>&, uint64_t, int, int>(),
-           nb::arg("files"), nb::arg("tensors"), nb::arg("slots_bytes"), nb::arg("n_io_threads"), nb::arg("eviction"))
+      .def(nb::init<const std::vector<std::string>&, const std::vector<TensorTuple>&, uint64_t, int, int, int>(),
+           nb::arg("files"), nb::arg("tensors"), nb::arg("slots_bytes"), nb::arg("n_io_threads"), nb::arg("eviction"),
+           nb::arg("arithmetic"))
+      .def("is_own", &Runtime::IsOwn, nb::arg("name"))
       .def("close", &Runtime::Close)
       .def("set_slots_bytes", &Runtime::SetSlotsBytes, nb::arg("slots_bytes"))
       .def("stats", &Runtime::Stats)

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: MIT
+#include "core/arithmetic.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace edgemoe {
+namespace {
+
+using simd::GroupProduct;
+using simd::KernelTable;
+using simd::kMaxTile;
+
+const char* IsaAskedFor() {
+  const char* isa = std::getenv("EDGEMOE_ISA");
+  return isa != nullptr && *isa != '\0' ? isa : nullptr;
+}
+
+// 128 rows of 2048 columns in 4 bits are 144 KiB, of 8 bits 272 KiB: within half of the 1 MiB of L2 that is usual. The
+// kernels want several groups in a call: with one, a prompt took twice as long.
+constexpr int64_t kPanelRows = 128;
+
+bool IsPortable(const KernelTable& table) { return table.rows_per_group == 1; }
+
+simd::Format FormatOf(const ExpertTensor& tensor) { return static_cast<simd::Format>(tensor.format); }
+
+// The panels of n_x rows: as many of kMaxTile as there are, then halves.
+int TileOf(int64_t n_left) {
+  int tile = kMaxTile;
+  while (tile > n_left) tile /= 2;
+  return tile;
+}
+
+int Log2(int tile) {
+  int n = 0;
+  while ((1 << n) < tile) ++n;
+  return n;
+}
+
+}  // namespace
+
+Status ActiveKernels(const KernelTable** table) {
+  char error[400];
+  *table = simd::Choose(IsaAskedFor(), error, sizeof(error));
+  return *table != nullptr ? Status() : Status(EDGEMOE_INVALID_ARGUMENT, error);
+}
+
+Status KernelsFor(int32_t arithmetic, const KernelTable** table) {
+  *table = nullptr;
+  if (arithmetic != EDGEMOE_ARITHMETIC_AUTO && arithmetic != EDGEMOE_ARITHMETIC_PLUGIN) {
+    return Status(EDGEMOE_INVALID_ARGUMENT, Format("arithmetic %d, expected 0 (auto) or 1 (plug-in)", arithmetic));
+  }
+  if (Status s = ActiveKernels(table); !s.ok()) return s;
+  const bool portable = IsPortable(**table) && IsaAskedFor() == nullptr;
+  if (arithmetic == EDGEMOE_ARITHMETIC_PLUGIN || portable) *table = nullptr;
+  return Status();
+}
+
+bool IsOwn(const KernelTable* table, const ExpertTensor& t) {
+  if (table == nullptr || t.format <= simd::kNoFormat || t.format >= simd::kFormatCount) return false;
+  // 32: the columns of a block of the smallest block formats, and what the kernels of F16 and BF16 step by.
+  const int64_t step = std::max(32, simd::Info(FormatOf(t)).block_cols);
+  return t.n_cols > 0 && t.n_rows > 0 && t.n_cols % step == 0 &&
+         static_cast<uint64_t>(simd::RowBytes(FormatOf(t), t.n_cols) * t.n_rows) == t.expert_bytes;
+}
+
+uint64_t PackScratchBytes(const KernelTable& table, const ExpertTensor& t) {
+  return static_cast<uint64_t>(simd::RowBytes(FormatOf(t), t.n_cols) * table.rows_per_group);
+}
+
+void PackSlice(const KernelTable& table, const ExpertTensor& t, char* slot, uint64_t head_bytes, char* scratch) {
+  const uint64_t group_bytes = PackScratchBytes(table, t);
+  const int64_t n_groups = IsPortable(table) ? 0 : t.n_rows / table.rows_per_group;
+  // Each group ends in the slot before the next begins in what was read, so packing forward overwrites nothing unread.
+  for (int64_t g = 0; g < n_groups; ++g) {
+    char* const to = slot + static_cast<uint64_t>(g) * group_bytes;
+    std::memcpy(scratch, to + head_bytes, group_bytes);
+    simd::PackGroup(FormatOf(t), table.rows_per_group, t.n_cols, reinterpret_cast<const uint8_t*>(scratch),
+                    reinterpret_cast<uint8_t*>(to));
+  }
+  const uint64_t packed = static_cast<uint64_t>(n_groups) * group_bytes;
+  std::memmove(slot + packed, slot + head_bytes + packed, t.expert_bytes - packed);
+}
+
+uint64_t Arithmetic::RowBytes(const ExpertTensor& tensor, const edgemoe_matmul& m) const {
+  if (!tensor.own) return engine_.activation_row_bytes(engine_.context, m.type, m.n_cols);
+  return static_cast<uint64_t>(simd::PanelBytes(simd::Info(FormatOf(tensor)).activation, m.n_cols, 1));
+}
+
+void Arithmetic::Quantize(const ExpertTensor& tensor, const edgemoe_matmul& m, const float* x, void* row) const {
+  if (tensor.own) {
+    table_->quantize[simd::Info(FormatOf(tensor)).activation](x, row, m.n_cols);
+  } else {
+    engine_.quantize_row(engine_.context, m.type, x, row, m.n_cols);
+  }
+}
+
+void Arithmetic::Prepare(int n_threads, int64_t n_x, uint64_t row_bytes) {
+  if (panels_.size() < static_cast<size_t>(n_threads)) panels_.resize(static_cast<size_t>(n_threads));
+  for (Panels& p : panels_) {
+    p.key = 0;
+    if (n_x > 1 && p.bytes.size() < static_cast<uint64_t>(n_x) * row_bytes) {
+      p.bytes.resize(static_cast<uint64_t>(n_x) * row_bytes);
+    }
+  }
+}
+
+void Arithmetic::Multiply(int thread_idx, const ExpertTensor& tensor, const edgemoe_product& product) {
+  if (tensor.own) {
+    MultiplyOwn(&panels_[static_cast<size_t>(thread_idx)], FormatOf(tensor), product);
+  } else {
+    engine_.multiply(engine_.context, thread_idx, &product);
+  }
+}
+
+void Arithmetic::MultiplyOwn(Panels* panels, simd::Format format, const edgemoe_product& p) const {
+  const simd::Activation kind = simd::Info(format).activation;
+  const int64_t row_bytes = simd::PanelBytes(kind, p.n_cols, 1);
+  const char* x = static_cast<const char*>(p.x[0]);
+  if (p.n_x > 1) {
+    if (panels->key != p.x_key) {
+      for (int32_t i = 0; i < p.n_x; i += TileOf(p.n_x - i)) {
+        simd::PackPanel(kind, p.n_cols, TileOf(p.n_x - i), p.x + i, panels->bytes.data() + i * row_bytes);
+      }
+      panels->key = p.x_key;
+    }
+    x = panels->bytes.data();
+  }
+  const int rows_per_group = table_->rows_per_group;
+  const int64_t n_groups = p.n_rows / rows_per_group;
+  // One panel: all groups in one call. Several: panels times as many rows as L2 keeps for the next panel.
+  const int64_t n_step = TileOf(p.n_x) == p.n_x ? n_groups : std::max<int64_t>(1, kPanelRows / rows_per_group);
+  const auto multiply = [&](const KernelTable& table, int64_t first_row, int64_t n) {
+    for (int32_t i = 0; i < p.n_x;) {
+      const int tile = TileOf(p.n_x - i);
+      float* y[kMaxTile];
+      for (int t = 0; t < tile; ++t) y[t] = p.y[i + t] + first_row;
+      table.multiply[format][Log2(tile)](
+          {static_cast<const uint8_t*>(p.weights) + static_cast<uint64_t>(first_row) * p.row_bytes, n, p.n_cols,
+           x + i * row_bytes, y});
+      i += tile;
+    }
+  };
+  for (int64_t g = 0; g < n_groups; g += n_step) multiply(*table_, g * rows_per_group, std::min(n_step, n_groups - g));
+  // Rows beyond the last whole group lie as in the file, and the portable table, last of all, takes them so.
+  const int64_t n_tail = p.n_rows - n_groups * rows_per_group;
+  if (n_tail > 0) {
+    const KernelTable* const* last = simd::Compiled();
+    while (last[1] != nullptr) ++last;
+    multiply(**last, n_groups * rows_per_group, n_tail);
+  }
+}
+
+}  // namespace edgemoe

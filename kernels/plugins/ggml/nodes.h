@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: MIT
+// nodes.h: questions about single nodes of a ggml graph, answered from their structure.
+#ifndef EDGEMOE_PLUGINS_GGML_NODES_H_
+#define EDGEMOE_PLUGINS_GGML_NODES_H_
+
+#include "edgemoe/edgemoe.h"
+#include "plugins/ggml/ggml_abi.h"
+
+namespace edgemoe_ggml {
+
+// ggml_mul_mat_id with expert weights that libedgemoe serves.
+bool IsExpertProduct(const ggml_tensor* node);
+// The same as libedgemoe takes it.
+edgemoe_matmul MatmulOf(const ggml_tensor* product);
+bool IsView(const ggml_tensor* t);
+bool Overlap(const ggml_tensor* a, const ggml_tensor* b);
+// May `node` run before `other`, which precedes it in the graph? Not if one writes what the other touches.
+bool Independent(const ggml_tensor* node, const ggml_tensor* other);
+// How many nodes of the whole graph, not only of this split, take `t` as a source; -1 when the graph does not say.
+int UseCount(const ggml_cgraph* graph, const ggml_tensor* t);
+
+}  // namespace edgemoe_ggml
+#endif  // EDGEMOE_PLUGINS_GGML_NODES_H_

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: MIT
+// driver.inl: loops over groups and blocks, quantization of activations, and the KernelTable of a traits class V.
+// Included after formats.inl and pointwise.inl, in the same anonymous namespace.
+#include "simd/products.inl"
+
+// A panel's sums are prepared for this many columns at a time: what a kernel keeps on its stack is bounded, 4 KiB, for
+// any n_cols. Between strips the sums of a row wait in y, where they lose nothing.
+constexpr int kStripCols = 4096;
+
+// sums: int32 [n_cols / 16][T] and d: [n_cols / 32][T] of a panel -> out, as kind says. |sum| of 32 q is at most 4064.
+template <SumsKind kind, int kBias, int T>
+static void PrepareSums(const int32_t* sums, const float* d, int64_t n_cols, int32_t* out) {
+  if constexpr (kind == kPairs32) {
+    for (int64_t i = 0; i < n_cols / 64; ++i, sums += 4 * T) {
+      for (int t = 0; t < T; ++t) {
+        const uint32_t a = static_cast<uint32_t>(sums[t] + sums[T + t]);
+        const uint32_t b = static_cast<uint32_t>(sums[2 * T + t] + sums[3 * T + t]);
+        out[i * T + t] = static_cast<int32_t>((a & 0xffff) | b << 16);
+      }
+    }
+  } else if constexpr (kind != kNoSums) {
+    for (int64_t i = 0; i < n_cols / 32; ++i, sums += 2 * T) {
+      for (int t = 0; t < T; ++t) {
+        const int32_t a = sums[t], b = sums[T + t];
+        if constexpr (kind == kBiasSums) {
+          out[i * T + t] = (a + b) * -kBias;
+        } else if constexpr (kind == kFloatSums) {
+          const float f = d[i * T + t] * static_cast<float>(a + b);
+          memcpy(out + i * T + t, &f, sizeof(f));
+        } else {
+          const uint32_t pair = (static_cast<uint32_t>(a) & 0xffff) | static_cast<uint32_t>(b) << 16;
+          out[i * T + t] = static_cast<int32_t>(pair);
+        }
+      }
+    }
+  }
+}
+
+// n_blocks blocks of G groups, of which the first has its rows at y0 of the T results; acts: of the first block.
+// n_groups is G, or 1: then it takes the place of the others too, at G times the time, which spares as many functions
+// again for what a number of groups not divisible by G leaves over.
+template <class V, class Product, int G, int T>
+static inline __attribute__((always_inline)) void MultiplyStrip(const uint8_t* weights, int64_t group_bytes,
+                                                                int64_t n_groups, int64_t n_blocks, BlockActs acts,
+                                                                bool is_first, float* const* y, int64_t y0) {
+  constexpr int kBlock = Product::kBlockBytes * V::kLanes;
+  typename V::F acc[G][T];
+  const uint8_t* w[G];
+  int64_t row[G];
+  For<G>([&](auto g) __attribute__((always_inline)) {
+    w[g] = weights + (g < n_groups ? g * group_bytes : 0);
+    row[g] = y0 + (g < n_groups ? g * V::kLanes : 0);
+    For<T>([&](auto t) __attribute__((always_inline)) { acc[g][t] = is_first ? V::ZeroF() : V::LoadF(y[t] + row[g]); });
+  });
+  for (int64_t b = 0; b < n_blocks; ++b) {
+    if constexpr (T == 1 && V::kPrefetchBytes > 0 && Product::kCols == 32) {
+      for (int g = 0; g < G; ++g) {
+        for (int i = 0; i < kBlock; i += 64) V::Prefetch(w[g] + V::kPrefetchBytes + i);
+      }
+    }
+    Product::template Multiply<G, T>(w, acts, acc);
+    For<G>([&](auto g) __attribute__((always_inline)) { w[g] += kBlock; });
+    acts.q += Product::kCols * T;
+    acts.d += T;
+    constexpr int kSumCols = Product::kSums == kPairs32 ? 64 : 32;
+    if constexpr (Product::kSums != kNoSums) acts.sums += Product::kCols / kSumCols * T;
+  }
+  For<G>([&](auto g) __attribute__((always_inline)) {
+    For<T>([&](auto t) __attribute__((always_inline)) { V::StoreF(y[t] + row[g], acc[g][t]); });
+  });
+}
+
+template <class V, class Product, int T>
+static void MultiplyIntegers(const GroupProduct& p) {
+  constexpr int G = V::template kTileGroups<T>;
+  const int64_t group_bytes = p.n_cols / Product::kCols * (Product::kBlockBytes * V::kLanes);
+  const int8_t* const q = static_cast<const int8_t*>(p.panel);
+  const float* const d = reinterpret_cast<const float*>(q + p.n_cols * T);
+  const int32_t* const sums = reinterpret_cast<const int32_t*>(d + p.n_cols / Product::kCols * T);
+  for (int64_t col = 0; col < p.n_cols; col += kStripCols) {
+    const int64_t n_cols = p.n_cols - col < kStripCols ? p.n_cols - col : kStripCols;
+    const int64_t block = col / Product::kCols, n_blocks = n_cols / Product::kCols;
+    alignas(64) int32_t prepared[Product::kSums == kNoSums ? 1 : kStripCols / 32 * T];
+    PrepareSums<Product::kSums, Product::kBias, T>(sums + col / 16 * T, d + block * T, n_cols, prepared);
+    const BlockActs acts = {q + col * T, d + block * T, prepared};
+    const uint8_t* const w = p.weights + block * (Product::kBlockBytes * V::kLanes);
+    for (int64_t g = 0; g < p.n_groups;) {
+      const int64_t n_groups = g + G <= p.n_groups ? G : 1;
+      MultiplyStrip<V, Product, G, T>(w + g * group_bytes, group_bytes, n_groups, n_blocks, acts, col == 0, p.y,
+                                      g * V::kLanes);
+      g += n_groups;
+    }
+  }
+}
+
+template <class V, template <class> class Format, int T>
+static void MultiplyFloatFormat(const GroupProduct& p) {
+  constexpr int kTokens = T < V::kFloatTokens ? T : V::kFloatTokens;
+  constexpr int G = T == 1 ? 1 : V::kFloatGroups;
+  const int64_t group_bytes = p.n_cols * 2 * V::kLanes;
+  for (int64_t g = 0; g < p.n_groups;) {
+    const int64_t n_groups = g + G <= p.n_groups ? G : 1;
+    const uint8_t* w[G];
+    for (int i = 0; i < G; ++i) w[i] = p.weights + (i < n_groups ? g + i : g) * group_bytes;
+    for (int t0 = 0; t0 < T; t0 += kTokens) {
+      typename V::F y[G][kTokens];
+      MultiplyFloats<V, Format, G, kTokens, T>(w, p.n_cols, static_cast<const float*>(p.panel), t0, y);
+      for (int i = 0; i < n_groups; ++i) {
+        For<kTokens>([&](auto t)
+                         __attribute__((always_inline)) { V::StoreF(p.y[t0 + t] + (g + i) * V::kLanes, y[i][t]); });
+      }
+    }
+    g += n_groups;
+  }
+}
+
+template <class V, class Product, class ProductOfOne = Product>
+static constexpr void SetIntegers(MultiplyFunction (&f)[kTileCount]) {
+  f[0] = MultiplyIntegers<V, ProductOfOne, 1>;
+  f[1] = MultiplyIntegers<V, Product, 2>;
+  f[2] = MultiplyIntegers<V, Product, 4>;
+  f[3] = MultiplyIntegers<V, Product, 8>;
+  static_assert(kTileCount == 4, "a function for each tile");
+}
+
+template <class V, template <class> class Format>
+static constexpr void SetFloats(MultiplyFunction (&f)[kTileCount]) {
+  f[0] = MultiplyFloatFormat<V, Format, 1>;
+  f[1] = MultiplyFloatFormat<V, Format, 2>;
+  f[2] = MultiplyFloatFormat<V, Format, 4>;
+  f[3] = MultiplyFloatFormat<V, Format, 8>;
+}
+
+template <class V>
+static constexpr KernelTable MakeTable(const char* isa) {
+  KernelTable table = {};
+  table.isa = isa;
+  table.rows_per_group = V::kLanes;
+  table.quantize[kFloat] = CopyFloats;
+  table.quantize[kInt8x32] = Quantize<V, 32>;
+  table.quantize[kInt8x256] = Quantize<V, 256>;
+  SetFloats<V, FormatF16>(table.multiply[kF16]);
+  SetFloats<V, FormatBF16>(table.multiply[kBF16]);
+  SetIntegers<V, Product32<V, FormatQ4_0>>(table.multiply[kQ4_0]);
+  SetIntegers<V, Product32<V, FormatQ4_1>>(table.multiply[kQ4_1]);
+  SetIntegers<V, Product32<V, FormatQ8_0>>(table.multiply[kQ8_0]);
+  SetIntegers<V, Product32<V, FormatIQ4_NL>>(table.multiply[kIQ4_NL]);
+  SetIntegers<V, Product32<V, FormatMXFP4>>(table.multiply[kMXFP4]);
+  SetIntegers<V, Product256<V, FormatQ2_K>>(table.multiply[kQ2_K]);
+  SetIntegers<V, Product256<V, FormatQ3_K>>(table.multiply[kQ3_K]);
+  SetIntegers<V, Product256<V, FormatQ4_K>>(table.multiply[kQ4_K]);
+  SetIntegers<V, Product256<V, FormatQ5_K>, Product256<V, FormatQ5_KLooped>>(table.multiply[kQ5_K]);
+  SetIntegers<V, Product256<V, FormatQ6_K>>(table.multiply[kQ6_K]);
+  SetIntegers<V, Product256<V, FormatIQ4_XS>>(table.multiply[kIQ4_XS]);
+  table.glu = Glu<V>;
+  table.combine = Combine<V>;
+  return table;
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: MIT
+// vector_avx512.inl: traits (formats.inl) of AVX-512 F, BW, DQ, VL and VNNI. 16 rows per group.
+
+struct Avx512Vnni {
+  using I = __m512i;
+  using F = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kMaxCode = 255;
+  static constexpr bool kPrefersSigned = false;
+  template <int T>
+  static constexpr int kTileTokens = T < 4 ? T : 4;
+  template <int T>
+  static constexpr int kTileGroups = T == 1 ? 1 : 2;
+  template <int T>
+  static constexpr int kTileSubs = T == 1 ? 4 : 2;
+  static constexpr int kFloatTokens = 4, kFloatGroups = 1;
+  static constexpr int kPrefetchBytes = 8192;
+  template <int kMax>
+  static constexpr int kSteps = 8;
+  template <int kMax>
+  static constexpr bool kIsWide = true;
+
+  static I Load(const void* p) { return _mm512_loadu_si512(p); }
+  static I LoadU16(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+  static I LoadU8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+  static I LoadS8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+  static F LoadF16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+  static F LoadBF16(const void* p) { return AsFloat(Shl<16>(LoadU16(p))); }
+
+  template <int TT>
+  struct Acts {
+    const char* p;
+  };
+  template <int TT>
+  static Acts<TT> LoadActs(const void* p) {
+    return {static_cast<const char*>(p)};
+  }
+  template <int TT, int t>
+  static I Get(Acts<TT> a, Int<t>) {
+    return Splat(a.p + 4 * t);
+  }
+  static I Splat(const void* p) {
+    int32_t i;
+    memcpy(&i, p, sizeof(i));
+    return _mm512_set1_epi32(i);
+  }
+  static F SplatF(const float* p) { return _mm512_set1_ps(*p); }
+  static I Set(int32_t i) { return _mm512_set1_epi32(i); }
+  static F SetF(float f) { return _mm512_set1_ps(f); }
+  static I Zero() { return _mm512_setzero_si512(); }
+  static F ZeroF() { return _mm512_setzero_ps(); }
+
+  static I And(I a, I b) { return _mm512_and_si512(a, b); }
+  static I Or(I a, I b) { return _mm512_or_si512(a, b); }
+  static I Xor(I a, I b) { return _mm512_xor_si512(a, b); }
+  static I OrAnd(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0xf8); }
+  static I Add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I Sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I Mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I MaxI(I a, I b) { return _mm512_max_epi32(a, b); }
+  template <int N>
+  static I Shr(I v) {
+    return N == 0 ? v : _mm512_srli_epi32(v, N);
+  }
+  template <int N>
+  static I Shl(I v) {
+    return N == 0 ? v : _mm512_slli_epi32(v, N);
+  }
+  static I Low(I v) { return And(v, Set(0x0f0f0f0f)); }
+  static I Pair(I a, I b) { return Or(And(a, Set(0xffff)), Shl<16>(b)); }
+  static I Table(const uint8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I Lookup(I table, I v) { return _mm512_shuffle_epi8(table, v); }
+
+  // Left alone, GCC adds up products in another order, later, and has to put them on the stack until then.
+  static I Fixed(I v) {
+    __asm__("" : "+v"(v));
+    return v;
+  }
+  template <int kMax>
+  static I Dot(I partial, I codes, I acts) {
+    return _mm512_dpbusd_epi32(partial, codes, acts);
+  }
+  template <int kMax>
+  static I Scale(I scale) {
+    return scale;
+  }
+  template <int kMax>
+  static I FoldScaled(I sum, I partial, I scale) {
+    return Fixed(Add(sum, Mul(partial, scale)));
+  }
+  template <int kMax>
+  static I Fold(I sum, I partial) {
+    return Add(sum, partial);
+  }
+  static I DotPairs(I sum, I pairs, I acts) { return _mm512_dpwssd_epi32(sum, pairs, acts); }
+
+  static F AddF(F a, F b) { return _mm512_add_ps(a, b); }
+  static F SubF(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F MulF(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F DivF(F a, F b) { return _mm512_div_ps(a, b); }
+  static F FmaF(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F MaxF(F a, F b) { return _mm512_max_ps(a, b); }
+  static F MinF(F a, F b) { return _mm512_min_ps(a, b); }
+  static F RoundF(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT); }
+  static F ToFloat(I v) { return _mm512_cvtepi32_ps(v); }
+  static I ToInt(F v) { return _mm512_cvtps_epi32(v); }
+  static F AsFloat(I v) { return _mm512_castsi512_ps(v); }
+  static I AsInt(F v) { return _mm512_castps_si512(v); }
+  static F LoadF(const float* p) { return _mm512_loadu_ps(p); }
+  static void StoreF(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void StoreI8(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static int32_t ReduceAdd(I v) { return _mm512_reduce_add_epi32(v); }
+  static int32_t ReduceMax(I v) { return _mm512_reduce_max_epi32(v); }
+  // Assembly, because GCC moves its own prefetches together to the top of a block, and drops calls of a function that
+  // does nothing else.
+  static void Prefetch(const void* p) { __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p))); }
+};

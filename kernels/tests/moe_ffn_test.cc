@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: MIT
+// Tensors that libedgemoe's own kernels multiply: interleaved as they arrive, products alone and whole feed-forward
+// blocks. The reference is the portable table on the rows as they lie in the file, so equality is of bits.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/arithmetic.h"
+#include "core/runtime.h"
+#include "tests/fakes.h"
+#include "tests/own_model.h"
+
+namespace edgemoe::test {
+namespace {
+
+using simd::Format;
+
+struct SessionDestroy {
+  void operator()(edgemoe_session* session) const { edgemoe_session_destroy(session); }
+};
+using SessionPtr = std::unique_ptr<edgemoe_session, SessionDestroy>;
+
+SessionPtr NewSession(edgemoe_runtime* runtime, int n_threads) {
+  const edgemoe_kernels kernels = ToyKernels();
+  edgemoe_session* session = nullptr;
+  EXPECT_EQ(edgemoe_session_create(runtime, &kernels, &session, nullptr), EDGEMOE_OK);
+  edgemoe_session_set_threads(session, n_threads);
+  return SessionPtr(session);
+}
+
+void ExpectSameBits(const float* a, const float* b, size_t n, const std::string& what) {
+  ASSERT_EQ(std::memcmp(a, b, n * sizeof(float)), 0) << what;
+}
+
+class OwnProductTest : public testing::TestWithParam<std::tuple<Format, int, int>> {};  // format, slots, threads
+
+// Guards against: slices interleaved wrongly (rows beyond the last group, any head of the aligned read), a prompt
+// computed unlike its tokens, results that depend on slots or threads.
+TEST_P(OwnProductTest, EqualsThePortableTableOnTheFilesRows) {
+  const auto [format, n_slots, n_threads] = GetParam();
+  Watchdog watchdog("EqualsThePortableTableOnTheFilesRows");
+  for (const uint64_t offset : {uint64_t{0}, uint64_t{32}, uint64_t{4096 + 4064}}) {
+    OwnModel model({{format, 37, 512}}, offset);
+    RuntimePtr runtime = model.Open(static_cast<uint64_t>(n_slots));
+    if (edgemoe_runtime_is_own(runtime.get(), 0) == 0) GTEST_SKIP() << "this CPU has only the portable kernels";
+    SessionPtr session = NewSession(runtime.get(), n_threads);
+    std::mt19937 rng(11);
+    for (const int n_tokens : {1, 2, 3, 5, 8, 19}) {
+      const std::vector<int32_t> ids = RandomIds(&rng, n_tokens, 2, kOwnExperts);
+      const std::vector<float> x = RandomRows(&rng, n_tokens, 512);
+      std::vector<float> y(static_cast<size_t>(n_tokens) * 2 * 37);
+      const int32_t tensor_idx = 0;
+      ASSERT_EQ(edgemoe_session_begin_layer(session.get(), ids.data(), n_tokens, 2, 8, &tensor_idx, 1, nullptr), 0);
+      const edgemoe_matmul m = model.Matmul(0, x.data(), 1, y.data(), 2);
+      ASSERT_EQ(edgemoe_session_matmul(session.get(), &m, 1, nullptr), EDGEMOE_OK);
+      edgemoe_session_end_layer(session.get());
+      for (size_t pair = 0; pair < ids.size(); ++pair) {
+        const std::vector<float> expected = model.Product(0, ids[pair], x.data() + pair / 2 * 512);
+        ExpectSameBits(expected.data(), y.data() + pair * 37, 37,
+                       std::to_string(n_tokens) + " tokens, pair " + std::to_string(pair));
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, OwnProductTest,
+                         testing::Combine(testing::Values(Format::kQ4_0, Format::kQ8_0, Format::kQ4_K, Format::kQ6_K,
+                                                          Format::kMXFP4, Format::kBF16),
+                                          testing::Values(2, 3, kOwnExperts), testing::Values(1, 3)));
+
+struct FfnCase {
+  const char* name;
+  edgemoe_glu glu;
+  bool gate, merged, biases, sums;
+};
+
+class FfnTest : public testing::TestWithParam<std::tuple<FfnCase, int, int>> {};  // case, slots of each size, threads
+
+constexpr int kEmbd = 96, kFf = 256, kUsed = 2;
+
+// Guards against: a block that differs from its parts (activation, biases, mixing weights, order of the sum), or whose
+// bits depend on what was resident, on threads, or on how many tokens came together.
+TEST_P(FfnTest, EqualsItsPartsByThePortableTable) {
+  const auto [c, n_slots, n_threads] = GetParam();
+  Watchdog watchdog("EqualsItsPartsByThePortableTable");
+  const int64_t up_rows = c.merged ? 2 * kFf : kFf;
+  std::vector<Matrix> matrices = {{Format::kQ4_0, up_rows, kEmbd}, {Format::kQ4_K, kEmbd, kFf}};
+  if (c.gate) matrices.push_back({Format::kQ8_0, kFf, kEmbd});
+  OwnModel model(matrices, 4096 + 96);
+  RuntimePtr runtime = model.Open(static_cast<uint64_t>(n_slots));
+  if (edgemoe_runtime_is_own(runtime.get(), 0) == 0) GTEST_SKIP() << "this CPU has only the portable kernels";
+  SessionPtr session = NewSession(runtime.get(), n_threads);
+  std::mt19937 rng(17);
+  const std::vector<float> gate_bias = RandomRows(&rng, kOwnExperts, kFf),
+                           up_bias = RandomRows(&rng, kOwnExperts, 2 * kFf),
+                           down_bias = RandomRows(&rng, kOwnExperts, kEmbd);
+  for (const int n_tokens : {1, 2, 7, 20}) {
+    const std::vector<int32_t> ids = RandomIds(&rng, n_tokens, kUsed, kOwnExperts);
+    const std::vector<float> x = RandomRows(&rng, n_tokens, kEmbd), weights = RandomRows(&rng, n_tokens, kUsed);
+    const size_t n_pairs = ids.size();
+    std::vector<float> gate(n_pairs * kFf), up(n_pairs * static_cast<size_t>(up_rows)), down(n_pairs * kEmbd),
+        out(static_cast<size_t>(n_tokens) * kEmbd);
+    edgemoe_ffn ffn = {};
+    ffn.up = model.Matmul(0, x.data(), 1, up.data(), kUsed);
+    ffn.down = model.Matmul(1, nullptr, kUsed, down.data(), kUsed);
+    if (c.gate) ffn.gate = model.Matmul(2, x.data(), 1, gate.data(), kUsed);
+    ffn.merged = c.merged ? 1 : 0;
+    ffn.glu = c.glu;
+    ffn.alpha = 1.702f;
+    ffn.limit = 7.0f;
+    if (c.biases) {
+      if (c.gate) ffn.gate_bias = gate_bias.data();
+      ffn.up_bias = up_bias.data();
+      ffn.down_bias = down_bias.data();
+    }
+    ffn.gate_bias_expert_bytes = kFf * sizeof(float);
+    ffn.up_bias_expert_bytes = 2 * kFf * sizeof(float);
+    ffn.down_bias_expert_bytes = kEmbd * sizeof(float);
+    ffn.weights = weights.data();
+    ffn.weights_used_bytes = sizeof(float);
+    ffn.weights_token_bytes = kUsed * sizeof(float);
+    ffn.out = c.sums ? out.data() : nullptr;
+    ffn.out_token_bytes = kEmbd * sizeof(float);
+    const int32_t tensor_idxs[] = {0, 1, 2};
+    edgemoe_error error = {};
+    ASSERT_EQ(edgemoe_session_begin_layer(session.get(), ids.data(), n_tokens, kUsed, kUsed * 4, tensor_idxs,
+                                          c.gate ? 3 : 2, &error),
+              EDGEMOE_OK)
+        << error.message;
+    ASSERT_EQ(edgemoe_session_ffn(session.get(), &ffn, &error), EDGEMOE_OK) << error.message;
+    edgemoe_session_end_layer(session.get());
+
+    for (int token = 0; token < n_tokens; ++token) {
+      std::vector<std::vector<float>> downs;
+      for (int used = 0; used < kUsed; ++used) {
+        const size_t pair = static_cast<size_t>(token * kUsed + used);
+        const int32_t expert = ids[pair];
+        const std::vector<float> up_y = model.Product(0, expert, x.data() + token * kEmbd);
+        std::vector<float> gate_y = up_y, act(kFf);
+        if (c.gate) gate_y = model.Product(2, expert, x.data() + token * kEmbd);
+        const float* up_b = c.biases ? up_bias.data() + expert * 2 * kFf : nullptr;
+        const float* gate_b = c.biases && c.gate ? gate_bias.data() + expert * kFf : up_b;
+        const float* up_part = up_y.data() + (c.merged ? kFf : 0);
+        if (c.merged && up_b != nullptr) up_b += kFf;
+        const bool alone = !c.gate && !c.merged;
+        PortableTable().glu({static_cast<simd::GluKind>(c.glu), 1.702f, 7.0f}, gate_y.data(), gate_b,
+                            alone ? nullptr : up_part, alone ? nullptr : up_b, act.data(), kFf);
+        downs.push_back(model.Product(1, expert, act.data()));
+        ExpectSameBits(downs.back().data(), down.data() + pair * kEmbd, kEmbd, "down of pair " + std::to_string(pair));
+      }
+      if (!c.sums) continue;
+      const float* const rows[] = {downs[0].data(), downs[1].data()};
+      const float* const biases[] = {down_bias.data() + ids[static_cast<size_t>(token * kUsed)] * kEmbd,
+                                     down_bias.data() + ids[static_cast<size_t>(token * kUsed) + 1] * kEmbd};
+      std::vector<float> expected(kEmbd);
+      PortableTable().combine(rows, c.biases ? biases : nullptr, weights.data() + token * kUsed, kUsed, expected.data(),
+                              kEmbd);
+      ExpectSameBits(expected.data(), out.data() + token * kEmbd, kEmbd, "sum of token " + std::to_string(token));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, FfnTest,
+    testing::Combine(testing::Values(FfnCase{"swiglu", EDGEMOE_SWIGLU, true, false, false, true},
+                                     FfnCase{"oai_biases", EDGEMOE_SWIGLU_OAI, true, false, true, true},
+                                     FfnCase{"merged", EDGEMOE_GEGLU, false, true, false, true},
+                                     FfnCase{"merged_biases", EDGEMOE_SWIGLU, false, true, true, true},
+                                     FfnCase{"alone", EDGEMOE_RELU_SQUARED, false, false, false, true},
+                                     FfnCase{"no_sum", EDGEMOE_SWIGLU, true, false, false, false}),
+                     testing::Values(2, 5, kOwnExperts), testing::Values(1, 2)),
+    [](const auto& info) {
+      return std::string(std::get<0>(info.param).name) + "_" + std::to_string(std::get<1>(info.param)) + "slots_" +
+             std::to_string(std::get<2>(info.param)) + "threads";
+    });
+
+// Guards against: a block of the wrong shape, or with a tensor of the plug-in's, computed as if it were right.
+TEST(FfnErrorsTest, WhatDoesNotFitIsRefused) {
+  OwnModel model({{Format::kQ4_0, kFf, kEmbd}, {Format::kQ4_K, kEmbd, kFf}}, 0);
+  RuntimePtr runtime = model.Open(kOwnExperts), engine = model.Open(kOwnExperts, EDGEMOE_ARITHMETIC_PLUGIN);
+  if (edgemoe_runtime_is_own(runtime.get(), 0) == 0) GTEST_SKIP() << "this CPU has only the portable kernels";
+  EXPECT_EQ(edgemoe_runtime_is_own(engine.get(), 0), 0);
+  EXPECT_EQ(edgemoe_runtime_is_own(runtime.get(), 2), 0);
+  const std::vector<float> x(kEmbd), weights(kUsed);
+  std::vector<float> up(kUsed * kFf), down(kUsed * kEmbd);
+  const std::vector<int32_t> ids = {1, 2};
+  const int32_t tensor_idxs[] = {0, 1};
+  edgemoe_ffn good = {};
+  good.up = model.Matmul(0, x.data(), 1, up.data(), kUsed);
+  good.down = model.Matmul(1, nullptr, kUsed, down.data(), kUsed);
+  good.glu = EDGEMOE_SILU;
+  const auto run = [&](edgemoe_runtime* r, const edgemoe_ffn& ffn) {
+    SessionPtr session = NewSession(r, 1);
+    EXPECT_EQ(edgemoe_session_begin_layer(session.get(), ids.data(), 1, kUsed, kUsed * 4, tensor_idxs, 2, nullptr), 0);
+    edgemoe_error error = {};
+    const int32_t code = edgemoe_session_ffn(session.get(), &ffn, &error);
+    EXPECT_EQ(code == EDGEMOE_OK, error.message[0] == '\0');
+    return code;
+  };
+  EXPECT_EQ(run(runtime.get(), good), EDGEMOE_OK);
+  EXPECT_EQ(run(engine.get(), good), EDGEMOE_INVALID_ARGUMENT);
+  edgemoe_ffn bad = good;
+  bad.glu = EDGEMOE_SWIGLU;
+  EXPECT_EQ(run(runtime.get(), bad), EDGEMOE_INVALID_ARGUMENT) << "needs a gate";
+  bad = good;
+  bad.down.n_cols /= 2;
+  EXPECT_EQ(run(runtime.get(), bad), EDGEMOE_INVALID_ARGUMENT);
+  bad = good;
+  bad.up.n_rows /= 2;
+  bad.down.n_cols /= 2;
+  EXPECT_EQ(run(runtime.get(), bad), EDGEMOE_INVALID_ARGUMENT) << "not the tensor's shape";
+  bad = good;
+  bad.down.tensor_idx = 7;
+  EXPECT_EQ(run(runtime.get(), bad), EDGEMOE_INVALID_ARGUMENT);
+}
+
+}  // namespace
+}  // namespace edgemoe::test

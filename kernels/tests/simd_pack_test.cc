@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: MIT
+// Interleaving of rows and panels against a slow definition, byte by byte.
+#include <algorithm>
+#include <cstring>
+
+#include "simd/pack.h"
+#include "tests/simd_fakes.h"
+
+namespace edgemoe::simd::test {
+namespace {
+
+// pack.h, word for word: for each block, field, unit, that unit of each row.
+std::vector<uint8_t> SlowPackGroup(Format format, int64_t R, int64_t n_cols, const std::vector<uint8_t>& rows) {
+  const FormatInfo& info = Info(format);
+  std::vector<uint8_t> out;
+  for (int64_t b = 0; b < n_cols / info.block_cols; ++b) {
+    int64_t at = b * info.block_bytes;
+    for (int f = 0; f < info.n_fields; ++f) {
+      for (int u = 0; u < info.fields[f].n_units; ++u, at += info.fields[f].unit_bytes) {
+        for (int64_t r = 0; r < R; ++r) {
+          for (int byte = 0; byte < info.fields[f].unit_bytes; ++byte) {
+            out.push_back(rows[static_cast<size_t>(r * RowBytes(format, n_cols) + at + byte)]);
+          }
+        }
+      }
+    }
+  }
+  return out;
+}
+
+std::vector<uint8_t> FastPackGroup(Format format, int R, int64_t n_cols, const std::vector<uint8_t>& rows) {
+  std::vector<uint8_t> out(rows.size());
+  PackGroup(format, R, n_cols, rows.data(), out.data());
+  return out;
+}
+
+TEST(SimdPackTest, FieldsFillTheirBlocks) {
+  for (const Format format : AllFormats()) {
+    int n_bytes = 0;
+    const FormatInfo& info = Info(format);
+    for (int f = 0; f < info.n_fields; ++f) n_bytes += info.fields[f].unit_bytes * info.fields[f].n_units;
+    EXPECT_EQ(n_bytes, info.block_bytes) << info.name;
+  }
+  EXPECT_STREQ(Info(kNoFormat).name, "");
+  EXPECT_EQ(Info(kNoFormat).block_cols, 0);
+}
+
+TEST(SimdPackTest, GroupsAreAsDefined) {
+  std::mt19937 rng(1);
+  for (const Format format : AllFormats()) {
+    for (const int R : {1, 4, 8, 16}) {
+      for (const int64_t n_units : {1, 3, 7}) {
+        const int64_t n_cols = n_units * ColumnUnit(format);
+        const std::vector<uint8_t> rows = MakeRows(format, R, n_cols, Weights::kAnyFinite, &rng);
+        EXPECT_EQ(FastPackGroup(format, R, n_cols, rows), SlowPackGroup(format, R, n_cols, rows))
+            << Info(format).name << ", " << R << " rows of " << n_cols;
+      }
+    }
+  }
+}
+
+// Guards against: a byte that is written twice and another one that is lost. Follows each byte by its index.
+TEST(SimdPackTest, GroupsArePermutations) {
+  for (const Format format : AllFormats()) {
+    for (const int R : {1, 4, 8, 16}) {
+      const int64_t n_cols = 3 * ColumnUnit(format);
+      std::vector<size_t> came_from(static_cast<size_t>(R * RowBytes(format, n_cols)));
+      for (size_t shift = 0; shift < 16; shift += 8) {
+        std::vector<uint8_t> rows(came_from.size());
+        for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<uint8_t>(i >> shift);
+        const std::vector<uint8_t> out = FastPackGroup(format, R, n_cols, rows);
+        for (size_t i = 0; i < out.size(); ++i) came_from[i] |= static_cast<size_t>(out[i]) << shift;
+      }
+      ASSERT_LT(came_from.size(), 65536u);
+      std::sort(came_from.begin(), came_from.end());
+      for (size_t i = 0; i < came_from.size(); ++i) ASSERT_EQ(came_from[i], i) << Info(format).name << ", R " << R;
+    }
+  }
+}
+
+// Slices lie at any byte of a file: rows need no alignment.
+TEST(SimdPackTest, RowsMayBeginAnywhere) {
+  std::mt19937 rng(2);
+  for (const Format format : AllFormats()) {
+    const int64_t n_cols = ColumnUnit(format);
+    const std::vector<uint8_t> rows = MakeRows(format, 16, n_cols, Weights::kAnyFinite, &rng);
+    std::vector<uint8_t> shifted(rows.size() + 1), out(rows.size());
+    std::copy(rows.begin(), rows.end(), shifted.begin() + 1);
+    PackGroup(format, 16, n_cols, shifted.data() + 1, out.data());
+    EXPECT_EQ(out, SlowPackGroup(format, 16, n_cols, rows)) << Info(format).name;
+  }
+}
+
+// kernel_table.h, "Layout of a panel", element by element.
+TEST(SimdPackTest, PanelsAreAsDefined) {
+  std::mt19937 rng(3);
+  for (const Activation activation : {kFloat, kInt8x32, kInt8x256}) {
+    const size_t n_cols = 768, block = activation == kInt8x32 ? 32 : 256;
+    const size_t row_bytes = static_cast<size_t>(PanelBytes(activation, 768, 1));
+    for (const size_t T : {size_t{1}, size_t{2}, size_t{4}, size_t{8}}) {
+      std::vector<std::vector<uint8_t>> rows(T, std::vector<uint8_t>(row_bytes));
+      std::vector<const void*> pointers;
+      for (std::vector<uint8_t>& row : rows) {
+        for (uint8_t& byte : row) byte = static_cast<uint8_t>(rng());
+        pointers.push_back(row.data());
+      }
+      ASSERT_EQ(static_cast<size_t>(PanelBytes(activation, 768, static_cast<int64_t>(T))), T * row_bytes);
+      std::vector<uint8_t> out(T * row_bytes), want;
+      PackPanel(activation, 768, static_cast<int>(T), pointers.data(), out.data());
+      const auto interleave = [&](size_t at, size_t n, size_t bytes) {
+        for (size_t i = 0; i < n; ++i) {
+          for (size_t t = 0; t < T; ++t) {
+            const auto from = rows[t].begin() + static_cast<std::ptrdiff_t>(at + i * bytes);
+            want.insert(want.end(), from, from + static_cast<std::ptrdiff_t>(bytes));
+          }
+        }
+      };
+      if (activation == kFloat) {
+        interleave(0, n_cols, 4);
+      } else {
+        interleave(0, n_cols / 4, 4);
+        interleave(n_cols, n_cols / block, 4);
+        interleave(n_cols + n_cols / block * 4, n_cols / 16, 4);
+      }
+      EXPECT_EQ(out, want) << "activation " << activation << ", T " << T;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace edgemoe::simd::test

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""The arithmetic of the benchmarks: what they report must follow from the readings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from benchmarks import kernels, quality, resident, session
+
+
+def test_kl_is_zero_for_equal_logits_and_positive_for_others() -> None:
+    logits = np.random.default_rng(0).standard_normal((100, 50)).astype(np.float32)
+    assert np.allclose(quality.kl_divergences(logits, logits + 3), 0, atol=1e-12)  # softmax ignores a shift
+    assert (quality.kl_divergences(logits, logits[:, ::-1]) > 0).all()
+
+
+def test_kl_of_two_outcomes() -> None:
+    logits = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.25, 0.75]], np.float32))
+    assert quality.kl_divergences(*logits)[0] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3))
+
+
+def test_recast_keeps_everything_but_the_experts(write_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = write_model("gpt-oss")
+    recast = quality.recast_experts(source, tmp_path / "f32.gguf", lambda _: "F32")
+    before, after = gguf.GGUFReader(source), gguf.GGUFReader(recast)
+    assert [t.name for t in after.tensors] == [t.name for t in before.tensors]
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        assert list(new.shape) == list(old.shape)
+        if "_exps.weight" in old.name:
+            assert new.tensor_type == gguf.GGMLQuantizationType.F32
+            assert np.array_equal(new.data, gguf.dequantize(old.data, old.tensor_type))
+        else:
+            assert new.tensor_type == old.tensor_type
+            assert np.array_equal(new.data, old.data)
+    names = {name for name in before.fields if not name.startswith("GGUF.")}
+    assert {name for name in after.fields if not name.startswith("GGUF.")} == names
+    assert all(after.fields[name].contents() == before.fields[name].contents() for name in names)
+
+
+def test_recast_quantizes_by_width(write_model: Callable[..., Path], tmp_path: Path) -> None:
+    recast = quality.recast_experts(write_model("olmoe"), tmp_path / "new.gguf", lambda width: f"Q{width // 64}_0")
+    types = {t.tensor_type.name for t in gguf.GGUFReader(recast).tensors if "_exps.weight" in t.name}
+    assert types == {"Q4_0"}  # rows of 256
+
+
+def _readings(**values: list[float]) -> dict[str, Any]:
+    return {"kind": "decode", "format": "q4_K", "isa": "best", "threads": 2, "disturbed": False, "readings": values}
+
+
+def test_kernels_takes_ratios_within_repetitions() -> None:
+    # The machine slowed down to a half in the second repetition; the shares did not change.
+    row = kernels.summarize(
+        _readings(memory=[40, 20, 40], ours=[38, 19, 38], ggml_vec_dot=[20, 10, 20], ggml_mul_mat_id=[19, 9, 19])
+    )
+    assert row["roof_share"] == pytest.approx(0.95)
+    assert (row["ggml_best"], row["ratio"]) == ("ggml_vec_dot", pytest.approx(1.9))
+    assert [one["met"] for one in kernels.find_targets([row])] == [True, True]
+
+
+def test_kernels_asks_less_of_one_thread() -> None:
+    row = kernels.summarize({**_readings(memory=[10], ours=[8.7], ggml_vec_dot=[9.0]), "threads": 1})
+    assert [one["met"] for one in kernels.find_targets([row])] == [True, False]
+
+
+def _run(engine: str, pair: int, speed: float, disturbed: bool = False) -> dict[str, Any]:
+    return {"engine": engine, "pair": pair, "decode_tok_per_s": speed, "disturbed": disturbed}
+
+
+def test_resident_compares_within_pairs_and_with_the_better_stock() -> None:
+    records = [_run("ours", pair, 30.0 + pair) for pair in range(3)]
+    records += [_run("stock", pair, 20.0) for pair in range(3)] + [_run("stock-plain", pair, 25.0) for pair in range(2)]
+    assert resident.better_stock(records, "decode_tok_per_s") == "stock-plain"
+    assert resident.pair_ratios(records, "decode_tok_per_s", "stock-plain") == [30 / 25, 31 / 25]
+
+
+def test_resident_leaves_out_disturbed_pairs_while_enough_remain() -> None:
+    records = [
+        _run(engine, pair, 1.0, pair == 1 and engine == "ours") for pair in range(4) for engine in ("ours", "stock")
+    ]
+    assert {one["pair"] for one in resident.clean(records)} == {0, 2, 3}
+    assert resident.clean(records[:6]) == records[:6]
+
+
+def test_a_target_not_measured_is_missed() -> None:
+    assert not session.target("x", None, 1.0)["met"]
+    assert session.target("x", 0.5, 0.6, at_most=True)["met"]
