@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// formats.inl: products of one block of each format, written once for all vector instruction sets. Included after
-// quant_blocks.h and the traits by the one file of an instruction set, which puts all of it into its anonymous
-// namespace: code for a newer CPU must not be linked into code for all CPUs.
+// formats.inl: codes and scales of each format, written once for all vector instruction sets; what traits those need.
+// Then come, in this order, the traits, pointwise.inl, and driver.inl, which includes products.inl. The one file of an
+// instruction set includes them into its anonymous namespace: code for a newer CPU must not be linked into code for all
+// CPUs.
 //
 // *Idea.* A vector has one 32-bit lane per matrix row. A packed group (pack.h) has the same 4-byte unit of all rows
 // next to each other, so one load yields, per row, codes of 4 consecutive columns; one Dot with the 4 activation bytes
@@ -15,8 +16,8 @@
 //   kMaxCode            Dot takes unsigned codes up to this
 //   kPrefersSigned      formats whose codes come out of a table or a byte use kSigned, not a bias
 //   kTileTokens<T>, kTileGroups<T>   TT, and G, for a panel of T; TT divides T
-//   kTileSubs<T>        how many sub-blocks of 256-column formats that share codes' bytes to sum at a time
 //   kFloatTokens, kFloatGroups       the same for F16 and BF16, whose accumulators are four times as many
+//   kTileSubs<T>        how many sub-blocks, of those of a 256-column format that share bytes, to sum at a time
 //   kPrefetchBytes      how far ahead of the loads of T = 1 to prefetch, or 0
 //   kSteps<kMax>        Dots with codes up to kMax (kSigned: of any int8) that a partial sum takes; at least 2
 //   kIsWide<kMax>       a partial sum has plain int32 lanes, and kSteps is at least 8
@@ -27,25 +28,24 @@
 //   Set(i), SetF(f), Zero(), ZeroF(); Low(v) = v & 0x0f0f0f0f
 //   Pair(a, b)          per lane the low 16 bits of a, above them those of b
 //   OrAnd(a, b, c)      a | (b & c)
-//   And, Or, Xor, Add, Sub, Mul, MaxI(a, b); Shr<N> (zeros come in), Shl<N>; int32 lanes
+//   And, Or, Xor, Add, Sub, MaxI(a, b); Shr<N> (zeros come in), Shl<N>; int32 lanes
 //   Table(p), Lookup(table, v): bytes of a table of 16 by bytes of v, all < 16
 //   Dot<kMax>(partial, codes, get)             partial + codes * 4 activation bytes
 //   FoldScaled<kMax>(sum, partial, scale)      sum + scale * partial; scale = Scale<kMax>(int32 lanes of +-128 or less)
 //   Fold<kMax>(sum, partial)                   sum + partial
 //   DotPairs(sum, pairs, get)                  sum + product of two int16 each
-//   AddF, SubF, MulF, DivF, FmaF(a, b, c) = a * b + c, rounded once; ToFloat(I), ToInt(F) and RoundF(F) to nearest
-//   even; AsFloat, AsInt: the bits; MaxF, MinF(a, b): a is no NaN, one in b is kept LoadF, StoreF(p), StoreI8(p, I) low
-//   bytes, ReduceAdd(I), ReduceMax(I); Prefetch(p)
+//   AddF, SubF, MulF, DivF(a, b); FmaF(a, b, c): a * b + c, rounded once; AsFloat(I), AsInt(F): the same bits
+//   ToFloat(I); ToInt(F), RoundF(F): to nearest even
+//   MaxF, MinF(a, b): a is no NaN, and one in b is kept; LoadF(p), StoreF(p, F), StoreI8(p, I): low bytes
+//   ReduceAdd(I), ReduceMax(I): an int32; Prefetch(p)
 // For every result a single right answer exists, so nothing else about a trait can be seen.
 
 template <int N>
 struct Int {
-  static constexpr int value = N;
   constexpr operator int() const { return N; }
 };
 
-// f(Int<0>), f(Int<1>), .. f(Int<N - 1>). Unlike a loop it leaves nothing for the optimizer to unroll before arrays
-// indexed inside can become registers.
+// f(Int<i>), f(Int<i + 1>), .. f(Int<N - 1>).
 template <int i, int N, class Function>
 static inline __attribute__((always_inline)) void ForFrom(const Function& f) {
   if constexpr (N - i >= 8) {
@@ -59,6 +59,8 @@ static inline __attribute__((always_inline)) void ForFrom(const Function& f) {
     f(Int<i>{});
   }
 }
+// f(Int<0>), .. f(Int<N - 1>). Unlike a loop it leaves nothing for the optimizer to unroll before arrays indexed inside
+// can become registers.
 template <int N, class Function>
 static inline __attribute__((always_inline)) void For(const Function& f) {
   ForFrom<0, N>(f);

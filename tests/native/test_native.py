@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BINARIES = ("edgemoe_tests", "edgemoe_allocation_test")
+BINARIES = ("edgemoe_tests", "edgemoe_simd_tests", "edgemoe_allocation_test")
 GTEST_DIR = Path(os.environ.get("EDGEMOE_GTEST_DIR", "/usr/src/googletest/googletest"))
 BUILD_TIMEOUT_S = 1200
 RUN_TIMEOUT_S = 600

@@ -43,20 +43,12 @@ typedef struct edgemoe_error {
 
 /* Quantization formats that libedgemoe multiplies itself; the bytes of a block are those of GGUF. */
 typedef enum edgemoe_format {
+  /* clang-format off */
   EDGEMOE_FORMAT_OTHER = 0, /* the plug-in's arithmetic only */
-  EDGEMOE_FORMAT_F16,
-  EDGEMOE_FORMAT_BF16,
-  EDGEMOE_FORMAT_Q4_0,
-  EDGEMOE_FORMAT_Q4_1,
-  EDGEMOE_FORMAT_Q8_0,
-  EDGEMOE_FORMAT_Q2_K,
-  EDGEMOE_FORMAT_Q3_K,
-  EDGEMOE_FORMAT_Q4_K,
-  EDGEMOE_FORMAT_Q5_K,
-  EDGEMOE_FORMAT_Q6_K,
-  EDGEMOE_FORMAT_IQ4_NL,
-  EDGEMOE_FORMAT_IQ4_XS,
-  EDGEMOE_FORMAT_MXFP4
+  EDGEMOE_FORMAT_F16, EDGEMOE_FORMAT_BF16, EDGEMOE_FORMAT_Q4_0, EDGEMOE_FORMAT_Q4_1, EDGEMOE_FORMAT_Q8_0,
+  EDGEMOE_FORMAT_Q2_K, EDGEMOE_FORMAT_Q3_K, EDGEMOE_FORMAT_Q4_K, EDGEMOE_FORMAT_Q5_K, EDGEMOE_FORMAT_Q6_K,
+  EDGEMOE_FORMAT_IQ4_NL, EDGEMOE_FORMAT_IQ4_XS, EDGEMOE_FORMAT_MXFP4
+  /* clang-format on */
 } edgemoe_format;
 
 /* One expert projection of one layer, stacked over the experts: expert e occupies
@@ -71,8 +63,7 @@ typedef struct edgemoe_tensor {
   uint64_t expert_bytes;
   int64_t n_cols; /* of one expert's matrix; 0 where format is EDGEMOE_FORMAT_OTHER and nobody knows */
   int64_t n_rows;
-  int32_t format; /* edgemoe_format */
-  int32_t reserved;
+  int32_t format, reserved; /* edgemoe_format */
 } edgemoe_tensor;
 
 typedef enum edgemoe_eviction {
@@ -169,36 +160,26 @@ typedef struct edgemoe_matmul {
 } edgemoe_matmul;
 
 typedef enum edgemoe_glu {
-  EDGEMOE_SWIGLU = 0,
-  EDGEMOE_SWIGLU_OAI = 1,
-  EDGEMOE_SWIGLU_CLAMP = 2,
-  EDGEMOE_GEGLU = 3,
-  EDGEMOE_REGLU = 4,
-  EDGEMOE_SILU = 5, /* without gate_proj, as are the two below */
-  EDGEMOE_GELU = 6,
-  EDGEMOE_RELU_SQUARED = 7
+  /* clang-format off */
+  EDGEMOE_SWIGLU = 0, EDGEMOE_SWIGLU_OAI = 1, EDGEMOE_SWIGLU_CLAMP = 2, EDGEMOE_GEGLU = 3, EDGEMOE_REGLU = 4,
+  EDGEMOE_SILU = 5, EDGEMOE_GELU = 6, EDGEMOE_RELU_SQUARED = 7 /* these without gate_proj */
+  /* clang-format on */
 } edgemoe_glu;
 
-/* A whole expert feed-forward block: out[token] = sum over used of weights[token][used] * down(act(gate(x), up(x))).
- * All its tensors are multiplied by libedgemoe's kernels (edgemoe_runtime_is_own). Results of gate, up and down go to
- * their y, where gate's and up's may not overlap; what act gives is kept inside. */
+/* For edgemoe_session_ffn, a whole expert feed-forward block: out[token] = sum over used of weights[token][used] *
+ * down(act(gate(x), up(x))). All its tensors are multiplied by libedgemoe's kernels (edgemoe_runtime_is_own). Results
+ * of gate, up and down go to their y, where gate's and up's may not overlap; what act gives is kept inside. */
 typedef struct edgemoe_ffn {
   edgemoe_matmul gate; /* gate.n_rows 0: none, `up` holds gate and up (merged) or act needs no gate */
   edgemoe_matmul up;
   edgemoe_matmul down; /* x is ignored */
   int32_t merged;      /* 1: the first half of up's rows is gate */
   int32_t glu;         /* edgemoe_glu */
-  float alpha;
-  float limit;
-  const float* gate_bias; /* of expert 0; NULL: none. Merged: up_bias covers both halves */
-  uint64_t gate_bias_expert_bytes;
-  const float* up_bias;
-  uint64_t up_bias_expert_bytes;
-  const float* down_bias;
-  uint64_t down_bias_expert_bytes;
+  float alpha, limit;
+  const float *gate_bias, *up_bias, *down_bias; /* of expert 0; NULL: none. Merged: up_bias covers both halves */
+  uint64_t gate_bias_expert_bytes, up_bias_expert_bytes, down_bias_expert_bytes;
   const float* weights; /* [n_tokens][n_used] mixing weights */
-  uint64_t weights_used_bytes;
-  uint64_t weights_token_bytes;
+  uint64_t weights_used_bytes, weights_token_bytes;
   float* out; /* [n_tokens][down.n_rows]; NULL: the caller biases, weighs and sums down.y itself */
   uint64_t out_token_bytes;
 } edgemoe_ffn;
@@ -211,8 +192,7 @@ EDGEMOE_API const void* edgemoe_instance_id(void);
 /* Instruction sets that libedgemoe's kernels were compiled for, best first; NULL past the last. */
 EDGEMOE_API const char* edgemoe_isa_name(int32_t idx);
 EDGEMOE_API int32_t edgemoe_isa_is_supported(int32_t idx);
-/* The one in use: that named by the environment's EDGEMOE_ISA (an error when there is no such or the CPU lacks it), or
- * the first supported one. */
+/* The one in use: that named by the environment's EDGEMOE_ISA (an error when it cannot be had), or the best. */
 EDGEMOE_API int32_t edgemoe_isa_active(const char** name, edgemoe_error* error);
 /* The format that ggml calls by that name, in capitals; EDGEMOE_FORMAT_OTHER for all others. */
 EDGEMOE_API int32_t edgemoe_format_find(const char* ggml_name);
@@ -261,7 +241,6 @@ EDGEMOE_API int32_t edgemoe_session_begin_layer(edgemoe_session* session, const 
 /* Products that do not depend on each other; experts already resident are computed while others load. */
 EDGEMOE_API int32_t edgemoe_session_matmul(edgemoe_session* session, const edgemoe_matmul* matmuls, int32_t n_matmuls,
                                            edgemoe_error* error);
-/* The same for a whole feed-forward block. */
 EDGEMOE_API int32_t edgemoe_session_ffn(edgemoe_session* session, const edgemoe_ffn* ffn, edgemoe_error* error);
 EDGEMOE_API void edgemoe_session_end_layer(edgemoe_session* session);
 
