@@ -10,7 +10,6 @@
 namespace edgemoe::bench {
 namespace {
 
-constexpr int64_t kChunks = kRows / kChunkRows;
 constexpr int64_t kExpertsUsed = 8;
 
 ggml_init_params NoData(size_t n_tensors, size_t n_nodes) {
@@ -50,7 +49,7 @@ double VecDotDecode(const Bank& bank, const std::vector<int32_t>& order, const f
   std::vector<uint8_t> row(ggml_row_size(traits->vec_dot_type, kCols));
   const size_t row_bytes = bank.matrix_bytes / kRows;
   std::atomic<int64_t> next{0};
-  const int64_t n = static_cast<int64_t>(order.size()) * kChunks;
+  const int64_t n = static_cast<int64_t>(order.size());
   double begin = 0, end = 0;
 #pragma omp parallel num_threads(n_threads)
   {
@@ -62,11 +61,9 @@ double VecDotDecode(const Bank& bank, const std::vector<int32_t>& order, const f
     }
 #pragma omp barrier
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-      const int64_t first = i % kChunks * kChunkRows;
-      const uint8_t* weights =
-          bank.Matrix(order[static_cast<size_t>(i / kChunks)]) + static_cast<size_t>(first) * row_bytes;
-      for (int64_t r = 0; r < kChunkRows; ++r, weights += row_bytes)
-        traits->vec_dot(static_cast<int>(kCols), y + i / kChunks * kRows + first + r, 0, weights, 0, row.data(), 0, 1);
+      const uint8_t* weights = bank.Matrix(order[static_cast<size_t>(i)]);
+      for (int64_t r = 0; r < kRows; ++r, weights += row_bytes)
+        traits->vec_dot(static_cast<int>(kCols), y + i * kRows + r, 0, weights, 0, row.data(), 0, 1);
     }
 #pragma omp barrier
 #pragma omp master

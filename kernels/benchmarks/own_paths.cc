@@ -46,7 +46,7 @@ double OwnMatrices::Decode(const std::vector<int32_t>& order, const float* x, fl
   Buffer panel = AllocateHuge(static_cast<size_t>(simd::PanelBytes(activation_, kCols, 1)));
   std::fill_n(panel.get(), simd::PanelBytes(activation_, kCols, 1), uint8_t{0});
   std::atomic<int64_t> next{0};
-  const int64_t n = static_cast<int64_t>(order.size()) * kChunks;
+  const int64_t n = static_cast<int64_t>(order.size());
   double begin = 0, end = 0;
 #pragma omp parallel num_threads(n_threads)
   {
@@ -58,9 +58,8 @@ double OwnMatrices::Decode(const std::vector<int32_t>& order, const float* x, fl
     }
 #pragma omp barrier
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-      float* matrix_y = y + i / kChunks * kRows;
-      MultiplyRows(order[static_cast<size_t>(i / kChunks)], i % kChunks * kChunkRows, kChunkRows, 0, panel.get(),
-                   &matrix_y);
+      float* matrix_y = y + i * kRows;
+      MultiplyRows(order[static_cast<size_t>(i)], 0, kRows, 0, panel.get(), &matrix_y);
     }
 #pragma omp barrier
 #pragma omp master

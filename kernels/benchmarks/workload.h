@@ -13,7 +13,8 @@
 
 namespace edgemoe::bench {
 
-// An expert's gate or up matrix of OLMoE. A thread takes 128 rows at a time, as the scheduler of the runtime does.
+// An expert's gate or up matrix of OLMoE. A thread takes a whole one in decode and 128 rows in prefill, as the
+// scheduler of the runtime does while there is much to do.
 inline constexpr int64_t kCols = 2048;
 inline constexpr int64_t kRows = 1024;
 inline constexpr int64_t kChunkRows = 128;

@@ -71,7 +71,8 @@ class MoeLayer {
   void CollectAndIssue();
   void Work(int thread_idx);
   void WaitForReady(int thread_idx, int n_ready_seen);
-  void RunChunk(int thread_idx, const Task& task, int chunk);
+  int RunLength(const Task& task, int n_tasks_left) const;
+  void RunChunks(int thread_idx, const Task& task, int chunk, int n_chunks);
   Status CheckFfn(const edgemoe_ffn& ffn) const;
   void PrepareFfn(const edgemoe_ffn& ffn);
   void EndTaskOfFfn(int thread_idx, int chosen);

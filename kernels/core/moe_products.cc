@@ -15,6 +15,9 @@ constexpr int kDecodeRows = 128;
 constexpr int kPrefillRows = 256;
 constexpr int64_t kPrefillUnitsPerThread = 16;
 constexpr int kPrefillPairs = 4;
+// With runs of 8 chunks two threads read 0.90 to 0.98 of what memory gives, with single chunks 0.72 to 0.87 (AVX-512).
+constexpr int kLongestRun = 8;
+constexpr int kRunsPerThread = 4;
 // Rows of activations above which quantizing them is worth a second start of the threads.
 constexpr int64_t kParallelQuantizeRows = 32;
 // Polls of the ready list before a thread sleeps: about 10 us, the cost of waking it.
@@ -253,13 +256,15 @@ void MoeLayer::Work(int thread_idx) {
       continue;
     }
     Task& task = tasks_[static_cast<size_t>(ready_[static_cast<size_t>(i)].load(std::memory_order_relaxed))];
-    const int chunk = task.next_chunk.fetch_add(1, std::memory_order_relaxed);
+    const int run = RunLength(task, n_tasks_ - i);
+    const int chunk = task.next_chunk.fetch_add(run, std::memory_order_relaxed);
     if (chunk >= task.n_chunks) {
       cursor_.compare_exchange_strong(i, i + 1, std::memory_order_acq_rel);
       continue;
     }
-    RunChunk(thread_idx, task, chunk);
-    if (task.n_done.fetch_add(1, std::memory_order_acq_rel) + 1 == task.n_chunks) {
+    const int n = std::min(run, task.n_chunks - chunk);
+    RunChunks(thread_idx, task, chunk, n);
+    if (task.n_done.fetch_add(n, std::memory_order_acq_rel) + n == task.n_chunks) {
       {
         std::lock_guard<std::mutex> lock(cache_->mutex());
         cache_->Release(task.slice);
@@ -293,7 +298,14 @@ void MoeLayer::WaitForReady(int thread_idx, int n_ready_seen) {
   }
 }
 
-void MoeLayer::RunChunk(int thread_idx, const Task& task, int chunk) {
+// Chunks that a thread takes at once. Decode: many while there is much to do, as a stream that goes on is prefetched
+// and a new one is not, and one at a time at the end, so that the threads end together.
+int MoeLayer::RunLength(const Task& task, int n_tasks_left) const {
+  if (chosen_[static_cast<size_t>(task.chosen)].n_pairs >= kPrefillPairs) return 1;
+  return std::clamp(n_tasks_left * task.n_chunks / (kRunsPerThread * n_threads_), 1, kLongestRun);
+}
+
+void MoeLayer::RunChunks(int thread_idx, const Task& task, int chunk, int n_chunks) {
   const edgemoe_matmul& m = matmuls_[task.matmul];
   const ChosenExpert& chosen = chosen_[static_cast<size_t>(task.chosen)];
   const size_t n_pairs = static_cast<size_t>(n_pairs_);
@@ -309,7 +321,7 @@ void MoeLayer::RunChunk(int thread_idx, const Task& task, int chunk) {
   product.type = m.type;
   product.n_x = chosen.n_pairs;
   product.n_cols = m.n_cols;
-  product.n_rows = std::min<int64_t>(task.rows_per_chunk, m.n_rows - first_row);
+  product.n_rows = std::min<int64_t>(static_cast<int64_t>(n_chunks) * task.rows_per_chunk, m.n_rows - first_row);
   product.weights = task.weights + static_cast<uint64_t>(first_row) * m.row_bytes;
   product.row_bytes = m.row_bytes;
   product.x = x_rows_.data() + static_cast<size_t>(task.matmul) * n_pairs + chosen.first_pair;

@@ -2,8 +2,8 @@
 // vector_avx512.inl: traits (formats.inl) of AVX-512 F, BW, DQ, VL and VNNI. 16 rows per group.
 //
 // Two groups times four tokens: eight chains of dot products, as many as a latency of four and two per cycle need, and
-// 1.25 or fewer loads per two of them; one group times eight tokens would need 2.1, which is more than there are ports.
-// Measured on Zen 5 at 3.5 GHz, weights in L2, T = 8: Q4_0, Q8_0, MXFP4, Q4_K at 0.78 or 0.79 of VNNI's peak; the
+// six loads for eight of them; one group times eight tokens would take nine, in the time of which there are eight.
+// Measured on Zen 5 at 3.5 GHz, weights in L2, T = 8: Q4_0, Q8_0, MXFP4, Q4_K at 0.78 to 0.80 of VNNI's peak; the
 // instructions they need besides, on the same two ports, allow 0.80.
 
 struct Avx512Vnni {
@@ -19,8 +19,8 @@ struct Avx512Vnni {
   template <int T>
   static constexpr int kTileSubs = T == 1 ? 4 : 2;
   static constexpr int kFloatTokens = 4, kFloatGroups = 1;
-  // More than a block, as scales may be its last bytes: of the bandwidth of one core 2 KiB gets 0.55 to 0.93, depending
-  // on the format, 4 KiB 0.76 to 0.97, this 0.92 to 1.
+  // Q4_0, Q2_K, Q4_K, Q5_K, Q6_K get 0.90, 0.78, 0.60, 0.41, 0.29 of one core's bandwidth without, 0.91, 0.80, 0.89,
+  // 0.84, 0.89 with 2 KiB, 0.97, 0.90, 0.95, 0.90, 0.96 with 4, 0.96 to 1 with 8, less again with 16.
   static constexpr int kPrefetchBytes = 8192;
   template <int kMax>
   static constexpr int kSteps = 8;
