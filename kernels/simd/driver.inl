@@ -53,7 +53,7 @@ static inline __attribute__((always_inline)) void MultiplyStrip(const uint8_t* w
     For<T>([&](auto t) __attribute__((always_inline)) { acc[g][t] = is_first ? V::ZeroF() : V::LoadF(y[t] + row[g]); });
   });
   for (int64_t b = 0; b < n_blocks; ++b) {
-    if constexpr (T == 1 && V::kPrefetchBytes > 0 && Product::kCols == 32) {
+    if constexpr (V::kPrefetchBytes > 0 && Product::kCols == 32) {
       for (int g = 0; g < G; ++g) {
         for (int i = 0; i < kBlock; i += 64) V::Prefetch(w[g] + V::kPrefetchBytes + i);
       }

@@ -18,7 +18,7 @@
 //   kTileTokens<T>, kTileGroups<T>   TT, and G, for a panel of T; TT divides T
 //   kFloatTokens, kFloatGroups       the same for F16 and BF16, whose accumulators are four times as many
 //   kTileSubs<T>        how many sub-blocks, of those of a 256-column format that share bytes, to sum at a time
-//   kPrefetchBytes      how far ahead of the loads of T = 1 to prefetch, or 0
+//   kPrefetchBytes      how far ahead of the loads to prefetch, or 0
 //   kSteps<kMax>        Dots with codes up to kMax (kSigned: of any int8) that a partial sum takes; at least 2
 //   kIsWide<kMax>       a partial sum has plain int32 lanes, and kSteps is at least 8
 // and static functions (N: a template argument; p: a pointer of any alignment)

@@ -146,7 +146,7 @@ struct Product256 {
         For<kSubSteps>([&](auto s) __attribute__((always_inline)) {
           For<kTileSubs>([&](auto i) __attribute__((always_inline)) {
             constexpr int h = tile * kTileSubs + i;
-            if constexpr (T == 1) PrefetchSome<(tile * kSubSteps + s) * kTileSubs + i>(w, c);
+            PrefetchSome<(tile * kSubSteps + s) * kTileSubs + i>(w, c);
             SubStep<kTokens, T, h, s>(v, c, scale, q, partial[i], sum);
           });
         });
