@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     targets = find_targets(rows)
     print()
     session.print_targets(targets)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
     line = json.dumps(
         {"benchmark": "kernels", **session.describe(), "settings": settings, "targets": targets, "results": results}
     )

@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     print()
     session.print_targets(targets)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
     document = {"benchmark": "quality", **session.describe(), "settings": settings, "targets": targets}
     line = json.dumps({**document, "layers": layers, "models": models})
     print(line)

@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     print_table(records, options)
     targets = find_targets(records, options)
     session.print_targets(targets)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
     runs = [{name: value for name, value in one.items() if name != "best_ids"} for one in records]
     line = json.dumps(
         {"benchmark": "resident", **session.describe(), "settings": settings, "targets": targets, "runs": runs}

@@ -55,7 +55,7 @@ inline constexpr int kMaxTile = 1 << (kTileCount - 1);
 
 // n_groups groups of weights times one panel.
 struct GroupProduct {
-  const uint8_t* weights;  // n_groups packed groups, 64-byte aligned unless rows_per_group is 1
+  const uint8_t* weights;  // n_groups packed groups, of any alignment
   int64_t n_groups;
   int64_t n_cols;
   const void* panel;
@@ -83,7 +83,8 @@ struct GluParams {
 struct KernelTable {
   const char* isa;         // as EDGEMOE_ISA names it
   int32_t rows_per_group;  // 1: rows as they lie in the file
-  // x: [n_cols] -> a panel of one row. n_cols is a multiple of the kind's block. Inf and NaN give NaN results.
+  // x: [n_cols] -> a panel of one row. n_cols is a multiple of the kind's block. Inf and NaN
+  // give NaN results (kFloat: what IEEE arithmetic makes of them).
   void (*quantize[kActivationCount])(const float* x, void* panel, int64_t n_cols);
   // [format][log2(T)]; null for kNoFormat.
   MultiplyFunction multiply[kFormatCount][kTileCount];
@@ -92,7 +93,7 @@ struct KernelTable {
   void (*glu)(const GluParams& params, const float* gate, const float* gate_bias, const float* up, const float* up_bias,
               float* out, int64_t n);
   // out[i] = sum over u, in order, of weights[u] * (rows[u][i] (+ biases[u][i])); biases may be null. The first product
-  // is rounded, the others are fused into the sum. out may be one of the rows.
+  // is rounded, the others are fused into the sum. out may be one of the rows. Biases: null, or none of them is.
   void (*combine)(const float* const* rows, const float* const* biases, const float* weights, int n_rows, float* out,
                   int64_t n);
 };
