@@ -17,9 +17,9 @@ from typing import Any
 
 from benchmarks import session
 from benchmarks.cgroup import wait_until_idle
-from benchmarks.larger_than_memory import REPO_ROOT, spread
+from benchmarks.larger_than_memory import spread
 
-BUILD_DIR = REPO_ROOT / "build" / "benchmarks"
+BUILD_DIR = session.REPO_ROOT / "build" / "benchmarks"
 FORMATS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "MXFP4", "IQ4_NL", "IQ4_XS", "Q2_K", "Q3_K", "BF16", "F16")
 PEAK_FORMATS = ("Q4_K", "Q8_0", "Q4_0", "MXFP4")
 PEAK_MIN_TOKENS = 16
@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 def build(build_dir: Path = BUILD_DIR) -> Path:
     """Compile the native benchmark against the installed llama-cpp-python; returns the program."""
-    configure = ["cmake", "-S", str(REPO_ROOT / "kernels"), "-B", str(build_dir), "-DEDGEMOE_BENCHMARKS=ON"]
+    configure = ["cmake", "-S", str(session.REPO_ROOT / "kernels"), "-B", str(build_dir), "-DEDGEMOE_BENCHMARKS=ON"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
     compile_it = ["cmake", "--build", str(build_dir), "--target", "kernel_benchmark", "--parallel", "2"]
     for command in (configure, compile_it):
@@ -167,13 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     targets = find_targets(rows)
     print()
     session.print_targets(targets)
-    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
-    line = json.dumps(
-        {"benchmark": "kernels", **session.describe(), "settings": settings, "targets": targets, "results": results}
-    )
-    print(line)
-    if options.json is not None:
-        options.json.write_text(line + "\n")
+    session.finish("kernels", options, targets=targets, results=results)
     return 0
 
 

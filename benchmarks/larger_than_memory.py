@@ -10,16 +10,13 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,10 +25,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cgroup, loopdev
+from benchmarks import cgroup, loopdev, session
 
 MIB = 1 << 20
-REPO_ROOT = Path(__file__).resolve().parent.parent
 N_BATCH = 512
 RESIDENT = "resident"
 ENGINES = ("ours", "ours-ggml", "stock")  # edgemoe with its own kernels, with ggml's; llama.cpp
@@ -74,7 +70,7 @@ def run_child() -> None:
         kernels = "ggml" if task["engine"] == "ours-ggml" else "auto"
         make = functools.partial(edgemoe.Llama, memory=task["limit_bytes"], kernels=kernels)
     else:
-        make = functools.partial(_stock_class(), use_mmap=True)
+        make = functools.partial(session.stock_without_repacking(), use_mmap=True)
     import llama_cpp
     import numpy as np
 
@@ -113,20 +109,6 @@ def run_child() -> None:
     peak_rss_bytes = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     load = {"load_s": load_s, "load_read_bytes": load_read, "peak_rss_bytes": peak_rss_bytes}
     print(json.dumps({"load": load, "passes": passes}))
-
-
-def _stock_class() -> Any:
-    import llama_cpp
-
-    defaults = llama_cpp.llama_cpp.llama_model_default_params
-
-    def without_repacking() -> Any:
-        params = defaults()
-        params.use_extra_bufts = False  # repacked experts are a second, anonymous copy: no mmap baseline would be left
-        return params
-
-    llama_cpp.llama_cpp.llama_model_default_params = without_repacking
-    return llama_cpp.Llama
 
 
 def _expert_counters(llm: Any) -> dict[str, float]:
@@ -308,28 +290,11 @@ def find_faults(records: list[Record]) -> list[str]:
     return faults
 
 
-def describe_session(model: Path, sizes: ModelSizes, options: Options) -> Record:
-    """Machine, commit, versions, model and settings: what a number means nothing without."""
-    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")), None)
-    memory_kib = Path("/proc/meminfo").read_text().split()[1]
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    git = subprocess.run(describe, cwd=REPO_ROOT, capture_output=True, text=True, check=False)
-    names = ("edgemoe", "llama_cpp_python", "numpy")
-    versions = {one.name: one.version for one in importlib.metadata.distributions() if one.name in names}
-    versions |= {"python": platform.python_version(), "kernel": platform.release()}
+def describe_model(model: Path) -> Record:
+    """Which file it was."""
     with model.open("rb") as file:
         head_sha256 = hashlib.sha256(file.read(MIB)).hexdigest()
-    return {
-        "benchmark": "larger_than_memory",
-        "machine": {"cpu": cpu, "n_cpus": os.cpu_count(), "memory_bytes": int(memory_kib) * 1024},
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
-        "versions": versions,
-        "model": {"name": model.name, "size_bytes": model.stat().st_size, "first_mib_sha256": head_sha256},
-        "sizes": dataclasses.asdict(sizes),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-    }
+    return {"name": model.name, "size_bytes": model.stat().st_size, "first_mib_sha256": head_sha256}
 
 
 def parse_options(arguments: list[str] | None) -> Options:
@@ -389,10 +354,8 @@ def main(arguments: list[str] | None = None) -> int:
     print_table(records, scenarios)
     faults = find_faults(records)
     print("".join(f"FAULT {fault}\n" for fault in faults), end="", file=sys.stderr)
-    line = json.dumps({**describe_session(model, sizes, options), "faults": faults, "runs": records})
-    print(line)
-    if options.json is not None:
-        options.json.write_text(line + "\n")
+    described = {"model": describe_model(model), "sizes": dataclasses.asdict(sizes)}
+    session.finish("larger_than_memory", options, **described, faults=faults, runs=records)
     return 1 if faults else 0
 
 

@@ -25,7 +25,6 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import kernels, session
-from benchmarks.larger_than_memory import REPO_ROOT
 from benchmarks.session import Record
 
 LIMIT = 1.05
@@ -61,7 +60,7 @@ def logits_of(engine: str, model: Path, sequences: list[list[int]], folder: Path
     task = {"engine": engine, "model": str(model), "sequences": sequences, "out": str(out)}
     command = [sys.executable, "-m", "benchmarks.quality", "--worker"]
     done = subprocess.run(
-        command, cwd=REPO_ROOT, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=False
+        command, cwd=session.REPO_ROOT, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode != 0:
         sys.exit(f"quality: {engine} failed on {model} with exit code {done.returncode}")
@@ -272,12 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     print()
     session.print_targets(targets)
-    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
-    document = {"benchmark": "quality", **session.describe(), "settings": settings, "targets": targets}
-    line = json.dumps({**document, "layers": layers, "models": models})
-    print(line)
-    if options.json is not None:
-        options.json.write_text(line + "\n")
+    session.finish("quality", options, targets=targets, layers=layers, models=models)
     return 0 if all(one["met"] for one in targets) else 1
 
 

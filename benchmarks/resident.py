@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import session
 from benchmarks.cgroup import wait_until_idle
-from benchmarks.larger_than_memory import MIN_CLEAN_PAIRS, REPO_ROOT, measure_sizes, spread
+from benchmarks.larger_than_memory import MIN_CLEAN_PAIRS, measure_sizes, spread
 from benchmarks.session import MIB, Record
 
 MODELS = ("olmoe", "qwen3moe-30b-slim", "gpt-oss-20b-slim", "olmoe:Q4_0")
@@ -84,7 +84,7 @@ class Worker:
         command = [sys.executable, "-m", "benchmarks.resident", "--worker"]
         self.engine = engine
         self._process = subprocess.Popen(
-            command, cwd=REPO_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command, cwd=session.REPO_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
         self.load = self.ask({"engine": engine, "model": str(model), "n_ctx": n_ctx, "threads": n_threads})
 
@@ -310,14 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
     print_table(records, options)
     targets = find_targets(records, options)
     session.print_targets(targets)
-    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
     runs = [{name: value for name, value in one.items() if name != "best_ids"} for one in records]
-    line = json.dumps(
-        {"benchmark": "resident", **session.describe(), "settings": settings, "targets": targets, "runs": runs}
-    )
-    print(line)
-    if options.json is not None:
-        options.json.write_text(line + "\n")
+    session.finish("resident", options, targets=targets, runs=runs)
     return 0
 
 

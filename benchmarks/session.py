@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -13,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cgroup import DISTURBED_OTHER_CPU_SHARE, DISTURBED_STEAL_SHARE, CpuTicks
-from benchmarks.larger_than_memory import REPO_ROOT
 
 MIB = 1 << 20
+REPO_ROOT = Path(__file__).resolve().parent.parent
 ENGINES = {
     "ours": "edgemoe, kernels=auto",
     "ours-ggml": "edgemoe, kernels=ggml",
@@ -71,6 +73,15 @@ def describe() -> Record:
     }
 
 
+def finish(benchmark: str, options: argparse.Namespace, **parts: Any) -> None:
+    """Print the benchmark's JSON line, its last, and write it to `options.json` if that is set."""
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
+    line = json.dumps({"benchmark": benchmark, **describe(), "settings": settings, **parts})
+    print(line)
+    if options.json is not None:
+        options.json.write_text(line + "\n")
+
+
 def load_engine(engine: str, model: Path | str, **options: Any) -> Any:
     """Load a model with one of `ENGINES`, with memory for all of it. One engine per process: OpenMP is set up once."""
     if engine.startswith("ours"):
@@ -79,14 +90,21 @@ def load_engine(engine: str, model: Path | str, **options: Any) -> Any:
         memory = Path(model).stat().st_size + 2048 * MIB
         kernels = "ggml" if engine == "ours-ggml" else "auto"
         return edgemoe.Llama(str(model), memory=memory, kernels=kernels, verbose=False, **options)
+    if engine == "stock-plain":
+        return stock_without_repacking()(str(model), verbose=False, **options)
     import llama_cpp
 
-    if engine == "stock-plain":
-        low_level = llama_cpp.llama_cpp
-        low_level.llama_model_default_params = functools.partial(
-            _without_repacking, low_level.llama_model_default_params
-        )
     return llama_cpp.Llama(str(model), verbose=False, **options)
+
+
+def stock_without_repacking() -> Any:
+    """`llama_cpp.Llama`, from now on in this process without weight repacking: repacked experts are a second, anonymous
+    copy, and no mmap baseline would be left."""
+    import llama_cpp
+
+    low_level = llama_cpp.llama_cpp
+    low_level.llama_model_default_params = functools.partial(_without_repacking, low_level.llama_model_default_params)
+    return llama_cpp.Llama
 
 
 def _without_repacking(defaults: Any) -> Any:

@@ -79,8 +79,7 @@ OwnMatrices::PrefillSeconds OwnMatrices::Prefill(int64_t n_experts, int64_t n_to
   std::vector<Panel> layout;  // of all experts; the largest panels first, a panel of T rows is as large as T of one
   for (int64_t expert = 0; expert < n_experts; ++expert) {
     for (int64_t i = 0; i < n_tokens;) {
-      int32_t log2_rows = simd::kTileCount - 1;
-      while (i + (1 << log2_rows) > n_tokens) --log2_rows;
+      const int32_t log2_rows = simd::NextTile(n_tokens - i);
       const int64_t first_row = expert * n_tokens + i;
       layout.push_back({first_row, log2_rows, row_bytes * static_cast<size_t>(first_row)});
       i += 1 << log2_rows;

@@ -8,9 +8,7 @@
 namespace edgemoe {
 namespace {
 
-using simd::GroupProduct;
 using simd::KernelTable;
-using simd::kMaxTile;
 
 const char* IsaAskedFor() {
   const char* isa = std::getenv("EDGEMOE_ISA");
@@ -21,22 +19,7 @@ const char* IsaAskedFor() {
 // kernels want several groups in a call: with one, a prompt took twice as long.
 constexpr int64_t kPanelRows = 128;
 
-bool IsPortable(const KernelTable& table) { return table.rows_per_group == 1; }
-
 simd::Format FormatOf(const ExpertTensor& tensor) { return static_cast<simd::Format>(tensor.format); }
-
-// The panels of n_x rows: as many of kMaxTile as there are, then halves.
-int TileOf(int64_t n_left) {
-  int tile = kMaxTile;
-  while (tile > n_left) tile /= 2;
-  return tile;
-}
-
-int Log2(int tile) {
-  int n = 0;
-  while ((1 << n) < tile) ++n;
-  return n;
-}
 
 }  // namespace
 
@@ -52,7 +35,7 @@ Status KernelsFor(int32_t arithmetic, const KernelTable** table) {
     return Status(EDGEMOE_INVALID_ARGUMENT, Format("arithmetic %d, expected 0 (auto) or 1 (plug-in)", arithmetic));
   }
   if (Status s = ActiveKernels(table); !s.ok()) return s;
-  const bool portable = IsPortable(**table) && IsaAskedFor() == nullptr;
+  const bool portable = *table == &simd::Portable() && IsaAskedFor() == nullptr;
   if (arithmetic == EDGEMOE_ARITHMETIC_PLUGIN || portable) *table = nullptr;
   return Status();
 }
@@ -71,7 +54,7 @@ uint64_t PackScratchBytes(const KernelTable& table, const ExpertTensor& t) {
 
 void PackSlice(const KernelTable& table, const ExpertTensor& t, char* slot, uint64_t head_bytes, char* scratch) {
   const uint64_t group_bytes = PackScratchBytes(table, t);
-  const int64_t n_groups = IsPortable(table) ? 0 : t.n_rows / table.rows_per_group;
+  const int64_t n_groups = &table == &simd::Portable() ? 0 : t.n_rows / table.rows_per_group;
   // Each group ends in the slot before the next begins in what was read, so packing forward overwrites nothing unread.
   for (int64_t g = 0; g < n_groups; ++g) {
     char* const to = slot + static_cast<uint64_t>(g) * group_bytes;
@@ -120,8 +103,10 @@ void Arithmetic::MultiplyOwn(Panels* panels, simd::Format format, const edgemoe_
   const char* x = static_cast<const char*>(p.x[0]);
   if (p.n_x > 1) {
     if (panels->key != p.x_key) {
-      for (int32_t i = 0; i < p.n_x; i += TileOf(p.n_x - i)) {
-        simd::PackPanel(kind, p.n_cols, TileOf(p.n_x - i), p.x + i, panels->bytes.data() + i * row_bytes);
+      for (int32_t i = 0; i < p.n_x;) {
+        const int n_rows = 1 << simd::NextTile(p.n_x - i);
+        simd::PackPanel(kind, p.n_cols, n_rows, p.x + i, panels->bytes.data() + i * row_bytes);
+        i += n_rows;
       }
       panels->key = p.x_key;
     }
@@ -130,26 +115,23 @@ void Arithmetic::MultiplyOwn(Panels* panels, simd::Format format, const edgemoe_
   const int rows_per_group = table_->rows_per_group;
   const int64_t n_groups = p.n_rows / rows_per_group;
   // One panel: all groups in one call. Several: panels times as many rows as L2 keeps for the next panel.
-  const int64_t n_step = TileOf(p.n_x) == p.n_x ? n_groups : std::max<int64_t>(1, kPanelRows / rows_per_group);
+  const int64_t n_step =
+      1 << simd::NextTile(p.n_x) == p.n_x ? n_groups : std::max<int64_t>(1, kPanelRows / rows_per_group);
   const auto multiply = [&](const KernelTable& table, int64_t first_row, int64_t n) {
     for (int32_t i = 0; i < p.n_x;) {
-      const int tile = TileOf(p.n_x - i);
-      float* y[kMaxTile];
-      for (int t = 0; t < tile; ++t) y[t] = p.y[i + t] + first_row;
-      table.multiply[format][Log2(tile)](
+      const int tile = simd::NextTile(p.n_x - i);
+      float* y[simd::kMaxTile];
+      for (int t = 0; t < 1 << tile; ++t) y[t] = p.y[i + t] + first_row;
+      table.multiply[format][tile](
           {static_cast<const uint8_t*>(p.weights) + static_cast<uint64_t>(first_row) * p.row_bytes, n, p.n_cols,
            x + i * row_bytes, y});
-      i += tile;
+      i += 1 << tile;
     }
   };
   for (int64_t g = 0; g < n_groups; g += n_step) multiply(*table_, g * rows_per_group, std::min(n_step, n_groups - g));
-  // Rows beyond the last whole group lie as in the file, and the portable table, last of all, takes them so.
+  // Rows beyond the last whole group lie as in the file, and the portable table takes them so.
   const int64_t n_tail = p.n_rows - n_groups * rows_per_group;
-  if (n_tail > 0) {
-    const KernelTable* const* last = simd::Compiled();
-    while (last[1] != nullptr) ++last;
-    multiply(**last, n_groups * rows_per_group, n_tail);
-  }
+  if (n_tail > 0) multiply(simd::Portable(), n_groups * rows_per_group, n_tail);
 }
 
 }  // namespace edgemoe

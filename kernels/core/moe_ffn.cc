@@ -116,14 +116,10 @@ void MoeLayer::Activate(int thread_idx, const ChosenExpert& chosen) {
   float* const act = act_.data() + static_cast<int64_t>(thread_idx) * n_ff;
   for (int64_t p = chosen.first_pair; p < chosen.first_pair + chosen.n_pairs; ++p) {
     const Pair& pair = pairs_[static_cast<size_t>(p)];
-    const auto row_of = [&](const edgemoe_matmul& m) {
-      return At(
-          m.y, static_cast<uint64_t>(pair.token) * m.y_token_bytes + static_cast<uint64_t>(pair.used) * m.y_used_bytes);
-    };
-    const float* up = row_of(ffn.up);
+    const float* up = ResultsOf(ffn.up, pair.token, pair.used);
     const float* gate = up;
     if (HasGate(ffn)) {
-      gate = row_of(ffn.gate);
+      gate = ResultsOf(ffn.gate, pair.token, pair.used);
     } else if (ffn.merged) {
       up += n_ff;
     } else {
@@ -161,8 +157,7 @@ void MoeLayer::Combine(const edgemoe_ffn& ffn, int thread_idx, int64_t token) {
   CombineRows& c = combine_[static_cast<size_t>(thread_idx)];
   for (int64_t u = 0; u < n_used_; ++u) {
     const size_t i = static_cast<size_t>(u);
-    c.rows[i] = At(ffn.down.y, static_cast<uint64_t>(token) * ffn.down.y_token_bytes +
-                                   static_cast<uint64_t>(u) * ffn.down.y_used_bytes);
+    c.rows[i] = ResultsOf(ffn.down, token, u);
     c.biases[i] =
         BiasOf(ffn.down_bias, ffn.down_bias_expert_bytes, expert_of_[static_cast<size_t>(token * n_used_ + u)]);
     c.weights[i] = *At(ffn.weights, static_cast<uint64_t>(token) * ffn.weights_token_bytes +

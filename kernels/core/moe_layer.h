@@ -79,6 +79,11 @@ class MoeLayer {
   void Activate(int thread_idx, const ChosenExpert& chosen);
   void Combine(const edgemoe_ffn& ffn, int thread_idx, int64_t token);
   void CombineAll(const edgemoe_ffn& ffn);
+  // Where the results of one token and used expert go.
+  static float* ResultsOf(const edgemoe_matmul& m, int64_t token, int64_t used) {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(m.y) + static_cast<uint64_t>(token) * m.y_token_bytes +
+                                    static_cast<uint64_t>(used) * m.y_used_bytes);
+  }
   const ExpertTensor& Tensor(const edgemoe_matmul& m) const {
     return cache_->file().tensors()[static_cast<size_t>(m.tensor_idx)];
   }

@@ -313,9 +313,7 @@ void MoeLayer::RunChunks(int thread_idx, const Task& task, int chunk, int n_chun
   float** y = y_rows_.data() + static_cast<int64_t>(thread_idx) * max_pairs_;
   for (int p = 0; p < chosen.n_pairs; ++p) {
     const Pair& pair = pairs_[static_cast<size_t>(chosen.first_pair + p)];
-    y[p] = reinterpret_cast<float*>(reinterpret_cast<char*>(m.y) + static_cast<uint64_t>(pair.token) * m.y_token_bytes +
-                                    static_cast<uint64_t>(pair.used) * m.y_used_bytes) +
-           first_row;
+    y[p] = ResultsOf(m, pair.token, pair.used) + first_row;
   }
   edgemoe_product product;
   product.type = m.type;

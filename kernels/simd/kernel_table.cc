@@ -72,6 +72,8 @@ void WriteError(const CpuFeatures& cpu, const char* isa, bool is_compiled, char*
 
 const KernelTable* const* Compiled() { return kCompiled; }
 
+const KernelTable& Portable() { return kScalarTable; }
+
 bool SupportedOn(const CpuFeatures& cpu, const KernelTable& table) {
   for (const Requirement& r : kRequirements) {
     if (strcmp(r.isa, table.isa) == 0) return r.met_by(cpu);

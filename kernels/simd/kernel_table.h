@@ -52,6 +52,12 @@ inline constexpr int64_t PanelBytes(Activation a, int64_t n_cols, int64_t n_rows
 // Panels have 1, 2, 4 or 8 rows.
 inline constexpr int kTileCount = 4;
 inline constexpr int kMaxTile = 1 << (kTileCount - 1);
+// log2 of the rows of the next panel where n_left > 0 rows are left: the largest panel that they fill.
+inline constexpr int NextTile(int64_t n_left) {
+  int log2_rows = kTileCount - 1;
+  while ((1 << log2_rows) > n_left) --log2_rows;
+  return log2_rows;
+}
 
 // n_groups groups of weights times one panel.
 struct GroupProduct {
@@ -83,8 +89,8 @@ struct GluParams {
 struct KernelTable {
   const char* isa;         // as EDGEMOE_ISA names it
   int32_t rows_per_group;  // 1: rows as they lie in the file
-  // x: [n_cols] -> a panel of one row. n_cols is a multiple of the kind's block. Inf and NaN
-  // give NaN results (kFloat: what IEEE arithmetic makes of them).
+  // x: [n_cols] -> a panel of one row. n_cols is a multiple of the kind's block. Inf and NaN give NaN results (kFloat:
+  // what IEEE arithmetic makes of them).
   void (*quantize[kActivationCount])(const float* x, void* panel, int64_t n_cols);
   // [format][log2(T)]; null for kNoFormat.
   MultiplyFunction multiply[kFormatCount][kTileCount];
@@ -100,6 +106,8 @@ struct KernelTable {
 
 // What is compiled into this build, best first; the last is scalar. Null-terminated.
 const KernelTable* const* Compiled();
+// The last of them: it takes rows as they lie in a file, and every CPU runs it.
+const KernelTable& Portable();
 // Whether this CPU (and its operating system) can run it.
 bool Supported(const KernelTable& table);
 // The table to use: that named by EDGEMOE_ISA, or the first supported one. On failure null, and `error` (n_error bytes)

@@ -1,9 +1,5 @@
 // SPDX-License-Identifier: MIT
 // The kernels for Advanced SIMD with dot products of bytes. See formats.inl.
-// GCC's scheduling before register allocation moves so many loads ahead of the products that sums spill.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-schedule-insns")
-#endif
 #include <arm_neon.h>
 #include <stddef.h>
 #include <stdint.h>

@@ -144,8 +144,8 @@ TEST_P(FfnTest, EqualsItsPartsByThePortableTable) {
         const float* up_part = up_y.data() + (c.merged ? kFf : 0);
         if (c.merged && up_b != nullptr) up_b += kFf;
         const bool alone = !c.gate && !c.merged;
-        PortableTable().glu({static_cast<simd::GluKind>(c.glu), 1.702f, 7.0f}, gate_y.data(), gate_b,
-                            alone ? nullptr : up_part, alone ? nullptr : up_b, act.data(), kFf);
+        simd::Portable().glu({static_cast<simd::GluKind>(c.glu), 1.702f, 7.0f}, gate_y.data(), gate_b,
+                             alone ? nullptr : up_part, alone ? nullptr : up_b, act.data(), kFf);
         downs.push_back(model.Product(1, expert, act.data()));
         ExpectSameBits(downs.back().data(), down.data() + pair * kEmbd, kEmbd, "down of pair " + std::to_string(pair));
       }
@@ -154,8 +154,8 @@ TEST_P(FfnTest, EqualsItsPartsByThePortableTable) {
       const float* const biases[] = {down_bias.data() + ids[static_cast<size_t>(token * kUsed)] * kEmbd,
                                      down_bias.data() + ids[static_cast<size_t>(token * kUsed) + 1] * kEmbd};
       std::vector<float> expected(kEmbd);
-      PortableTable().combine(rows, c.biases ? biases : nullptr, weights.data() + token * kUsed, kUsed, expected.data(),
-                              kEmbd);
+      simd::Portable().combine(rows, c.biases ? biases : nullptr, weights.data() + token * kUsed, kUsed,
+                               expected.data(), kEmbd);
       ExpectSameBits(expected.data(), out.data() + token * kEmbd, kEmbd, "sum of token " + std::to_string(token));
     }
   }

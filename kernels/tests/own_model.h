@@ -19,12 +19,6 @@ namespace edgemoe::test {
 
 inline constexpr int kOwnExperts = 8;
 
-inline const simd::KernelTable& PortableTable() {
-  const simd::KernelTable* const* last = simd::Compiled();
-  while (last[1] != nullptr) ++last;
-  return **last;
-}
-
 // Random bytes of blocks whose 16-bit scales are finite: every byte above 0x3f is kept out of them by halving.
 inline std::vector<char> RandomWeights(std::mt19937* rng, simd::Format format, int64_t n_rows, int64_t n_cols) {
   std::vector<char> bytes(static_cast<size_t>(n_rows * simd::RowBytes(format, n_cols)));
@@ -102,13 +96,13 @@ class OwnModel {
   std::vector<float> Product(size_t i, int32_t expert, const float* x) const {
     const Matrix& m = matrices_[i];
     std::vector<char> panel(static_cast<size_t>(simd::PanelBytes(simd::Info(m.format).activation, m.n_cols, 1)));
-    PortableTable().quantize[simd::Info(m.format).activation](x, panel.data(), m.n_cols);
+    simd::Portable().quantize[simd::Info(m.format).activation](x, panel.data(), m.n_cols);
     std::vector<float> y(static_cast<size_t>(m.n_rows));
     float* const rows[] = {y.data()};
     const edgemoe_tensor& t = tensors_[i];
-    PortableTable().multiply[m.format][0]({reinterpret_cast<const uint8_t*>(storage_->bytes.data()) + t.offset +
-                                               static_cast<uint64_t>(expert) * t.expert_bytes,
-                                           m.n_rows, m.n_cols, panel.data(), rows});
+    simd::Portable().multiply[m.format][0]({reinterpret_cast<const uint8_t*>(storage_->bytes.data()) + t.offset +
+                                                static_cast<uint64_t>(expert) * t.expert_bytes,
+                                            m.n_rows, m.n_cols, panel.data(), rows});
     return y;
   }
 

@@ -104,8 +104,8 @@ def test_own_bits(case: tuple[str, dict[str, object]], write_model: ModelWriter)
         set_threads(llm, 1)
         expected = logits(llm, PROMPT, STEPS)
         difference = logits(reference, PROMPT, STEPS) - expected
-        # The median position: where a router was undecided, rounding may choose another expert. Largest measured: 2e-4.
-        assert np.median((difference**2).mean(axis=1)) < 1e-3 * expected.var()
+        # The median position: where a router was undecided, rounding may choose another expert. At most 4e-5 (AVX-512).
+        assert np.median((difference**2).mean(axis=1)) < 3e-4 * expected.var()
         for n_threads, residency in ((1, "cycle"), (1, "fewest"), (2, "cycle")):
             set_threads(llm, n_threads)
             set_residency(llm, residency)
