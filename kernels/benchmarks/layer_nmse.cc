@@ -62,9 +62,7 @@ class PackedMatrix {
  public:
   PackedMatrix(const simd::KernelTable& table, const Matrix& m)
       : table_(table), matrix_(m), packed_(AllocateHuge(m.rows.size())) {
-    const auto group_bytes = static_cast<size_t>(simd::RowBytes(m.format, m.n_cols) * table.rows_per_group);
-    for (size_t at = 0; at < m.rows.size(); at += group_bytes)
-      simd::PackGroup(m.format, table.rows_per_group, m.n_cols, m.rows.data() + at, packed_.get() + at);
+    table.interleave[m.format](m.rows.data(), m.n_rows / table.rows_per_group, m.n_cols, packed_.get());
   }
 
   std::vector<float> Multiply(const std::vector<float>& x) const {

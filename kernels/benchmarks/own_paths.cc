@@ -18,10 +18,8 @@ OwnMatrices::OwnMatrices(const simd::KernelTable& table, const Bank& bank)
       packed_(AllocateHuge(bank.TotalBytes())) {
   std::fill_n(packed_.get(), bank.TotalBytes(), uint8_t{0});  // page faults are not packing
   const auto pack = [&](int64_t i) {
-    for (size_t at = 0; at < bank.matrix_bytes; at += group_bytes_) {
-      uint8_t* out = packed_.get() + static_cast<size_t>(i) * bank.matrix_bytes + at;
-      simd::PackGroup(bank.format, table.rows_per_group, kCols, bank.Matrix(i) + at, out);
-    }
+    table.interleave[bank.format](bank.Matrix(i), kRows / table.rows_per_group, kCols,
+                                  packed_.get() + static_cast<size_t>(i) * bank.matrix_bytes);
   };
   const int64_t n_timed = std::min(kTimedPacks, bank.n_matrices);
   const double begin = NowSeconds();

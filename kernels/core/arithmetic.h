@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // arithmetic.h: who multiplies what. A tensor is libedgemoe's *own* when the table of kernels in use (simd/) has its
-// format; own slices are interleaved when they arrive. All other tensors are multiplied by the plug-in's functions.
+// format; all others are multiplied by the plug-in's functions. Slices of own tensors are either packed, their rows
+// interleaved when they arrived, or lie as in the file and are interleaved piece by piece on their way to the kernels.
 // Thread promise: Multiply may run on several threads at once with distinct thread indices; the rest on one thread.
 #ifndef EDGEMOE_CORE_ARITHMETIC_H_
 #define EDGEMOE_CORE_ARITHMETIC_H_
@@ -37,23 +38,26 @@ class Arithmetic {
   const simd::KernelTable& table() const { return *table_; }
   uint64_t RowBytes(const ExpertTensor& tensor, const edgemoe_matmul& m) const;
   void Quantize(const ExpertTensor& tensor, const edgemoe_matmul& m, const float* x, void* row) const;
-  // Room for the panels of up to n_x activation rows on each thread; forgets the panels of earlier products.
-  void Prepare(int n_threads, int64_t n_x, uint64_t row_bytes);
-  void Multiply(int thread_idx, const ExpertTensor& tensor, const edgemoe_product& product);
+  // Room on each thread for the panels of up to n_x activation rows, and to interleave rows of up to weight_row_bytes
+  // (0: none); forgets the panels of earlier products.
+  void Prepare(int n_threads, int64_t n_x, uint64_t row_bytes, uint64_t weight_row_bytes);
+  // packed: whether the rows of an own tensor are.
+  void Multiply(int thread_idx, const ExpertTensor& tensor, bool packed, const edgemoe_product& product);
   void Parallel(int n_threads, void (*fn)(void*, int32_t, int32_t), void* arg) const {
     engine_.parallel(engine_.context, n_threads, fn, arg);
   }
 
  private:
-  struct Panels {
-    std::vector<char> bytes;
-    uint64_t key = 0;  // of the activation rows in them; 0: none
+  struct Scratch {
+    std::vector<char> panels;
+    uint64_t panels_key = 0;  // of the activation rows in them; 0: none
+    std::vector<char> groups;
   };
-  void MultiplyOwn(Panels* panels, simd::Format format, const edgemoe_product& product) const;
+  void MultiplyOwn(Scratch* scratch, simd::Format format, bool packed, const edgemoe_product& product) const;
 
   const simd::KernelTable* const table_;
   const edgemoe_kernels engine_;
-  std::vector<Panels> panels_;  // [thread]
+  std::vector<Scratch> scratch_;  // [thread]
 };
 
 }  // namespace edgemoe

@@ -159,9 +159,10 @@ Acquired ExpertCache::Acquire(int64_t slice) {
   Slice& s = At(slice);
   ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
   if (s.state == State::kAbsent) {
-    const int32_t slot = TakeSlot(&c);
+    bool pack = false;
+    const int32_t slot = TakeSlot(&c, &pack);
     if (slot < 0) return Acquired::kNoRoom;
-    StartRead(slice, slot);
+    StartRead(slice, slot, pack);
     ++s.n_pins;
     return Acquired::kStarted;
   }
@@ -176,7 +177,9 @@ bool ExpertCache::ReadAhead(int64_t slice, double time) {
   ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
   if (!Absent(slice)) return true;
   if (c.free_slots.empty() && (c.evictable.empty() || At(c.evictable.front()).heat.time >= time)) return false;
-  StartRead(slice, TakeSlot(&c));
+  bool pack = false;
+  const int32_t slot = TakeSlot(&c, &pack);
+  StartRead(slice, slot, pack);
   return true;
 }
 
@@ -189,8 +192,7 @@ void ExpertCache::Release(int64_t slice) {
 
 const char* ExpertCache::Data(int64_t slice) const {
   const char* slot = pool_.SlotAddress(ClassIdx(slice), At(slice).slot);
-  const bool own = file_->tensors()[static_cast<size_t>(file_->TensorOf(slice))].own;
-  return own ? slot : slot + file_->Extent(slice).head_bytes;
+  return Packed(slice) ? slot : slot + file_->Extent(slice).head_bytes;
 }
 
 void ExpertCache::WaitForEvent(std::unique_lock<std::mutex>* lock) {
@@ -205,8 +207,9 @@ void ExpertCache::NotifyEvent() {
   if (n_event_waiters_ > 0) event_cv_.notify_all();
 }
 
-int32_t ExpertCache::TakeSlot(ClassState* c) {
-  if (c->free_slots.empty()) {
+int32_t ExpertCache::TakeSlot(ClassState* c, bool* was_free) {
+  *was_free = !c->free_slots.empty();
+  if (!*was_free) {
     if (c->evictable.empty()) return -1;
     const int64_t victim = c->evictable.front();
     const int32_t slot = At(victim).slot;
@@ -227,9 +230,10 @@ void ExpertCache::DropFromSlot(ClassState* c, int64_t slice) {
   counters_.evictions.fetch_add(1, std::memory_order_relaxed);
 }
 
-void ExpertCache::StartRead(int64_t slice, int32_t slot) {
+void ExpertCache::StartRead(int64_t slice, int32_t slot, bool pack) {
   Slice& s = At(slice);
   s.state = State::kLoading;
+  s.packed = pack && file_->tensors()[static_cast<size_t>(file_->TensorOf(slice))].own;
   s.slot = slot;
   classes_[static_cast<size_t>(ClassIdx(slice))].slice_of_slot[static_cast<size_t>(slot)] = slice;
   queue_[(queue_head_ + queue_size_++) % queue_.size()] = slice;
@@ -237,10 +241,10 @@ void ExpertCache::StartRead(int64_t slice, int32_t slot) {
 }
 
 // Without the lock. Own slices are interleaved here, on the thread that read them, never on one that computes.
-Status ExpertCache::ReadAndPack(int64_t slice, char* slot, char* scratch) {
+Status ExpertCache::ReadAndPack(int64_t slice, bool pack, char* slot, char* scratch) {
   Status status = file_->ReadSlice(slice, slot);
   const ExpertTensor& tensor = file_->tensors()[static_cast<size_t>(file_->TensorOf(slice))];
-  if (!status.ok() || !tensor.own) return status;
+  if (!status.ok() || !pack) return status;
   const auto begin = std::chrono::steady_clock::now();
   PackSlice(*kernels_, tensor, slot, file_->Extent(slice).head_bytes, scratch);
   const auto taken = std::chrono::steady_clock::now() - begin;
@@ -259,8 +263,9 @@ void ExpertCache::ReaderLoop(std::vector<char>* scratch) {
     queue_head_ = (queue_head_ + 1) % queue_.size();
     --queue_size_;
     char* const to = pool_.SlotAddress(ClassIdx(slice), At(slice).slot);
+    const bool pack = At(slice).packed;
     lock.unlock();
-    Status status = ReadAndPack(slice, to, scratch->data());
+    Status status = ReadAndPack(slice, pack, to, scratch->data());
     lock.lock();
     Slice& s = At(slice);
     ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];

@@ -71,6 +71,7 @@ class ExpertCache {
   bool ReadAhead(int64_t slice, double time);
   void Release(int64_t slice);
   const char* Data(int64_t slice) const;
+  bool Packed(int64_t slice) const { return At(slice).packed; }
   int n_classes() const { return static_cast<int>(classes_.size()); }
   int64_t n_slots(int class_idx) const { return pool_.classes()[static_cast<size_t>(class_idx)].n_slots; }
   // Slots of a class that layers in progress have been promised; see MoeLayer.
@@ -86,6 +87,7 @@ class ExpertCache {
   enum class State : uint8_t { kAbsent, kLoading, kResident };
   struct Slice {
     State state = State::kAbsent;
+    bool packed = false;
     int32_t slot = -1;
     int32_t n_pins = 0;
     int32_t heap_idx = -1;
@@ -104,10 +106,10 @@ class ExpertCache {
   void HeapErase(ClassState* c, int64_t slice);
   void HeapSiftUp(ClassState* c, size_t i);
   void HeapSiftDown(ClassState* c, size_t i);
-  int32_t TakeSlot(ClassState* c);  // -1: none free or evictable
+  int32_t TakeSlot(ClassState* c, bool* was_free);  // -1: none free or evictable
   void DropFromSlot(ClassState* c, int64_t slice);
-  void StartRead(int64_t slice, int32_t slot);
-  Status ReadAndPack(int64_t slice, char* slot, char* scratch);
+  void StartRead(int64_t slice, int32_t slot, bool pack);
+  Status ReadAndPack(int64_t slice, bool pack, char* slot, char* scratch);
   void ReaderLoop(std::vector<char>* scratch);
   void NotifyEvent();
   bool TrimClass(int class_idx, int64_t n_slots);

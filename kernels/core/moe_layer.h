@@ -55,6 +55,7 @@ class MoeLayer {
     int32_t chosen = 0;
     int32_t n_chunks = 0;
     int32_t rows_per_chunk = 0;
+    bool packed = false;
     bool joined = false;  // waits for a read that it did not start
     std::atomic<int32_t> next_chunk{0};
     std::atomic<int32_t> n_done{0};

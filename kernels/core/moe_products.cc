@@ -149,7 +149,11 @@ void MoeLayer::QuantizeInputs() {
 void MoeLayer::PrepareTasks() {
   uint64_t row_bytes = 0;
   for (const InputRows& in : inputs_) row_bytes = std::max(row_bytes, in.row_bytes);
-  arithmetic_.Prepare(n_threads_, max_pairs_, row_bytes);
+  uint64_t weight_row_bytes = 0;
+  for (int i = 0; i < n_matmuls_; ++i) {
+    if (Tensor(matmuls_[i]).own) weight_row_bytes = std::max(weight_row_bytes, matmuls_[i].row_bytes);
+  }
+  arithmetic_.Prepare(n_threads_, max_pairs_, row_bytes, weight_row_bytes);
   const size_t y_rows = static_cast<size_t>(n_threads_) * static_cast<size_t>(max_pairs_);
   if (y_rows_.size() < y_rows) y_rows_.resize(y_rows);
   n_tasks_ = n_matmuls_ * static_cast<int>(chosen_.size());
@@ -204,7 +208,9 @@ void MoeLayer::PrepareTasks() {
 }
 
 void MoeLayer::PushReady(int32_t task) {
-  tasks_[static_cast<size_t>(task)].weights = cache_->Data(tasks_[static_cast<size_t>(task)].slice);
+  Task& t = tasks_[static_cast<size_t>(task)];
+  t.weights = cache_->Data(t.slice);
+  t.packed = cache_->Packed(t.slice);
   const int n = n_ready_.load(std::memory_order_relaxed);
   ready_[static_cast<size_t>(n)].store(task, std::memory_order_relaxed);
   n_ready_.store(n + 1, std::memory_order_release);
@@ -326,7 +332,7 @@ void MoeLayer::RunChunks(int thread_idx, const Task& task, int chunk, int n_chun
   product.y = y;
   // Products that share an input share its rows: gate and up of one expert.
   product.x_key = inputs_[static_cast<size_t>(task.matmul)].offset * 65536 + static_cast<uint64_t>(chosen.expert) + 1;
-  arithmetic_.Multiply(thread_idx, Tensor(m), product);
+  arithmetic_.Multiply(thread_idx, Tensor(m), task.packed, product);
 }
 
 }  // namespace edgemoe

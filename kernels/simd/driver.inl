@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // driver.inl: loops over groups and blocks, quantization of activations, and the KernelTable of a traits class V.
 // Included after formats.inl and pointwise.inl, in the same anonymous namespace.
+#include "simd/interleave.inl"
 #include "simd/products.inl"
 
 // A panel's sums are prepared for this many columns at a time: what a kernel keeps on its stack is bounded, 4 KiB, for
@@ -53,12 +54,9 @@ static inline __attribute__((always_inline)) void MultiplyStrip(const uint8_t* w
     For<T>([&](auto t) __attribute__((always_inline)) { acc[g][t] = is_first ? V::ZeroF() : V::LoadF(y[t] + row[g]); });
   });
   for (int64_t b = 0; b < n_blocks; ++b) {
-    if constexpr (V::kPrefetchBytes > 0 && Product::kCols == 32) {
-      for (int g = 0; g < G; ++g) {
-        for (int i = 0; i < kBlock; i += 64) V::Prefetch(w[g] + V::kPrefetchBytes + i);
-      }
-    }
-    Product::template Multiply<G, T>(w, acts, acc);
+    const uint8_t* ahead[G];
+    for (int g = 0; g < G; ++g) ahead[g] = w[g] + V::kPrefetchBytes;
+    Product::template Multiply<G, T>(w, ahead, acts, acc);
     For<G>([&](auto g) __attribute__((always_inline)) { w[g] += kBlock; });
     acts.q += Product::kCols * T;
     acts.d += T;
@@ -93,6 +91,42 @@ static void MultiplyIntegers(const GroupProduct& p) {
   }
 }
 
+// Groups whose rows lie as in a file, times one row of activations: block by block they are interleaved into a buffer
+// that stays in the first-level cache.
+template <class V, class Product, Format format>
+static void MultiplyRows(const GroupProduct& p) {
+  constexpr int kBlock = Product::kBlockBytes * V::kLanes;
+  const int64_t stride = p.n_cols / Product::kCols * Product::kBlockBytes;
+  const int8_t* const q = static_cast<const int8_t*>(p.panel);
+  const float* const d = reinterpret_cast<const float*>(q + p.n_cols);
+  const int32_t* const sums = reinterpret_cast<const int32_t*>(d + p.n_cols / Product::kCols);
+  for (int64_t col = 0; col < p.n_cols; col += kStripCols) {
+    const int64_t n_cols = p.n_cols - col < kStripCols ? p.n_cols - col : kStripCols;
+    const int64_t first = col / Product::kCols, n_blocks = n_cols / Product::kCols;
+    alignas(64) int32_t prepared[Product::kSums == kNoSums ? 1 : kStripCols / 32];
+    PrepareSums<Product::kSums, Product::kBias, 1>(sums + col / 16, d + first, n_cols, prepared);
+    for (int64_t g = 0; g < p.n_groups; ++g) {
+      const uint8_t* const rows = p.weights + g * V::kLanes * stride;
+      const uint8_t* const next = rows + V::kLanes * stride;
+      BlockActs acts = {q + col, d + first, prepared};
+      float* const y = p.y[0] + g * V::kLanes;
+      typename V::F acc[1][1] = {{col == 0 ? V::ZeroF() : V::LoadF(y)}};
+      for (int64_t b = first; b < first + n_blocks; ++b) {
+        alignas(64) uint8_t block[kBlock];
+        Interleave<V, format>::Block(rows + b * Product::kBlockBytes, stride, nullptr, block);
+        const uint8_t* const w[1] = {block};
+        const uint8_t* const ahead[1] = {next + b * kBlock};
+        Product::template Multiply<1, 1>(w, ahead, acts, acc);
+        acts.q += Product::kCols;
+        acts.d += 1;
+        constexpr int kSumCols = Product::kSums == kPairs32 ? 64 : 32;
+        if constexpr (Product::kSums != kNoSums) acts.sums += Product::kCols / kSumCols;
+      }
+      V::StoreF(y, acc[0][0]);
+    }
+  }
+}
+
 template <class V, template <class> class Format, int T>
 static void MultiplyFloatFormat(const GroupProduct& p) {
   constexpr int kTokens = T < V::kFloatTokens ? T : V::kFloatTokens;
@@ -103,19 +137,42 @@ static void MultiplyFloatFormat(const GroupProduct& p) {
     const uint8_t* w[G];
     for (int i = 0; i < G; ++i) w[i] = p.weights + (i < n_groups ? g + i : g) * group_bytes;
     for (int t0 = 0; t0 < T; t0 += kTokens) {
-      typename V::F y[G][kTokens];
-      MultiplyFloats<V, Format, G, kTokens, T>(w, p.n_cols, static_cast<const float*>(p.panel), t0, y);
-      for (int i = 0; i < n_groups; ++i) {
-        For<kTokens>([&](auto t)
-                         __attribute__((always_inline)) { V::StoreF(p.y[t0 + t] + (g + i) * V::kLanes, y[i][t]); });
-      }
+      FloatSums<V, G, kTokens> sums;
+      AddFloats<V, Format, T>(w, w[0] + V::kPrefetchBytes, p.n_cols, static_cast<const float*>(p.panel), t0, &sums);
+      For<G>([&](auto i) __attribute__((always_inline)) {
+        if (i >= n_groups) return;
+        For<kTokens>([&](auto t) __attribute__((always_inline)) {
+          V::StoreF(p.y[t0 + t] + (g + i) * V::kLanes, sums.Total(i, t));
+        });
+      });
     }
     g += n_groups;
   }
 }
 
-template <class V, class Product, class ProductOfOne = Product>
-static constexpr void SetIntegers(MultiplyFunction (&f)[kTileCount]) {
+template <class V, template <class> class Format>
+static void MultiplyFloatRows(const GroupProduct& p) {
+  const int64_t stride = p.n_cols * 2;
+  for (int64_t g = 0; g < p.n_groups; ++g) {
+    const uint8_t* const rows = p.weights + g * V::kLanes * stride;
+    const uint8_t* const next = rows + V::kLanes * stride;
+    FloatSums<V, 1, 1> sums;
+    for (int64_t col = 0; col < p.n_cols; col += kLineCols) {
+      alignas(64) uint8_t line[kLineCols * 2 * V::kLanes];
+      InterleaveLine<V>(rows + col * 2, stride, line);
+      const uint8_t* const w[1] = {line};
+      AddFloats<V, Format, 1>(w, next + col * 2 * V::kLanes, kLineCols, static_cast<const float*>(p.panel) + col, 0,
+                              &sums);
+    }
+    V::StoreF(p.y[0] + g * V::kLanes, sums.Total(Int<0>{}, Int<0>{}));
+  }
+}
+
+template <class V, Format format, class Product, class ProductOfOne = Product>
+static constexpr void SetIntegers(KernelTable* table) {
+  table->interleave[format] = Interleave<V, format>::Groups;
+  table->multiply_rows[format] = MultiplyRows<V, ProductOfOne, format>;
+  MultiplyFunction(&f)[kTileCount] = table->multiply[format];
   f[0] = MultiplyIntegers<V, ProductOfOne, 1>;
   f[1] = MultiplyIntegers<V, Product, 2>;
   f[2] = MultiplyIntegers<V, Product, 4>;
@@ -123,12 +180,15 @@ static constexpr void SetIntegers(MultiplyFunction (&f)[kTileCount]) {
   static_assert(kTileCount == 4, "a function for each tile");
 }
 
-template <class V, template <class> class Format>
-static constexpr void SetFloats(MultiplyFunction (&f)[kTileCount]) {
-  f[0] = MultiplyFloatFormat<V, Format, 1>;
-  f[1] = MultiplyFloatFormat<V, Format, 2>;
-  f[2] = MultiplyFloatFormat<V, Format, 4>;
-  f[3] = MultiplyFloatFormat<V, Format, 8>;
+template <class V, Format format, template <class> class FloatFormat>
+static constexpr void SetFloats(KernelTable* table) {
+  table->interleave[format] = InterleaveHalves<V>;
+  table->multiply_rows[format] = MultiplyFloatRows<V, FloatFormat>;
+  MultiplyFunction(&f)[kTileCount] = table->multiply[format];
+  f[0] = MultiplyFloatFormat<V, FloatFormat, 1>;
+  f[1] = MultiplyFloatFormat<V, FloatFormat, 2>;
+  f[2] = MultiplyFloatFormat<V, FloatFormat, 4>;
+  f[3] = MultiplyFloatFormat<V, FloatFormat, 8>;
 }
 
 template <class V>
@@ -139,19 +199,19 @@ static constexpr KernelTable MakeTable(const char* isa) {
   table.quantize[kFloat] = CopyFloats;
   table.quantize[kInt8x32] = Quantize<V, 32>;
   table.quantize[kInt8x256] = Quantize<V, 256>;
-  SetFloats<V, FormatF16>(table.multiply[kF16]);
-  SetFloats<V, FormatBF16>(table.multiply[kBF16]);
-  SetIntegers<V, Product32<V, FormatQ4_0>>(table.multiply[kQ4_0]);
-  SetIntegers<V, Product32<V, FormatQ4_1>>(table.multiply[kQ4_1]);
-  SetIntegers<V, Product32<V, FormatQ8_0>>(table.multiply[kQ8_0]);
-  SetIntegers<V, Product32<V, FormatIQ4_NL>>(table.multiply[kIQ4_NL]);
-  SetIntegers<V, Product32<V, FormatMXFP4>>(table.multiply[kMXFP4]);
-  SetIntegers<V, Product256<V, FormatQ2_K>>(table.multiply[kQ2_K]);
-  SetIntegers<V, Product256<V, FormatQ3_K>>(table.multiply[kQ3_K]);
-  SetIntegers<V, Product256<V, FormatQ4_K>>(table.multiply[kQ4_K]);
-  SetIntegers<V, Product256<V, FormatQ5_K>, Product256<V, FormatQ5_KLooped>>(table.multiply[kQ5_K]);
-  SetIntegers<V, Product256<V, FormatQ6_K>>(table.multiply[kQ6_K]);
-  SetIntegers<V, Product256<V, FormatIQ4_XS>>(table.multiply[kIQ4_XS]);
+  SetFloats<V, kF16, FormatF16>(&table);
+  SetFloats<V, kBF16, FormatBF16>(&table);
+  SetIntegers<V, kQ4_0, Product32<V, FormatQ4_0>>(&table);
+  SetIntegers<V, kQ4_1, Product32<V, FormatQ4_1>>(&table);
+  SetIntegers<V, kQ8_0, Product32<V, FormatQ8_0>>(&table);
+  SetIntegers<V, kIQ4_NL, Product32<V, FormatIQ4_NL>>(&table);
+  SetIntegers<V, kMXFP4, Product32<V, FormatMXFP4>>(&table);
+  SetIntegers<V, kQ2_K, Product256<V, FormatQ2_K>>(&table);
+  SetIntegers<V, kQ3_K, Product256<V, FormatQ3_K>>(&table);
+  SetIntegers<V, kQ4_K, Product256<V, FormatQ4_K>>(&table);
+  SetIntegers<V, kQ5_K, Product256<V, FormatQ5_K>, Product256<V, FormatQ5_KLooped>>(&table);
+  SetIntegers<V, kQ6_K, Product256<V, FormatQ6_K>>(&table);
+  SetIntegers<V, kIQ4_XS, Product256<V, FormatIQ4_XS>>(&table);
   table.glu = Glu<V>;
   table.combine = Combine<V>;
   return table;

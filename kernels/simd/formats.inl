@@ -23,6 +23,9 @@
 //   kIsWide<kMax>       a partial sum has plain int32 lanes, and kSteps is at least 8
 // and static functions (N: a template argument; p: a pointer of any alignment)
 //   Load(p) [4 bytes per lane], LoadU16, LoadU8, LoadS8(p) [widened to 32 bits], LoadF16, LoadBF16(p) [widened to F]
+//   Store(p, I)         4 bytes per lane
+//   Transpose(p, stride, words[4])  words[k] lane r: bytes 4 k .. 4 k + 3 of the 16 at p + r * stride
+//   Split<B>(I)         of the B-byte units (1, 2, 4) of each lane: the first of all lanes, then the second, ..
 //   LoadActs<TT>(p)     4 bytes of each of TT tokens, next to each other
 //   Get(acts, Int<t>)   of one token, as whatever Dot takes; Splat(p): one int32 in all lanes; SplatF(p): one float
 //   Set(i), SetF(f), Zero(), ZeroF(); Low(v) = v & 0x0f0f0f0f

@@ -2,8 +2,8 @@
 // kernel_table.h: arithmetic on quantized expert weights, one table of functions per instruction set. This folder is
 // arithmetic only: it owns no memory, starts no thread, reads no file, and knows neither cache nor engine.
 //
-// *Rows.* A table multiplies groups of `rows_per_group` consecutive matrix rows, one row per 32-bit lane. Groups are
-// interleaved once, when a slice arrives (pack.h); the bytes are a permutation of the file's and no more than they.
+// *Rows.* A table multiplies groups of `rows_per_group` consecutive matrix rows, one row per 32-bit lane, interleaved
+// as pack.h says; the bytes are a permutation of the file's and no more than they.
 //
 // *Activations.* A format multiplies with one kind of activation row (Activation). A panel is T activation rows
 // interleaved, so that a kernel finds what it multiplies next to each other; one row is a panel of T = 1.
@@ -68,6 +68,9 @@ struct GroupProduct {
   float* const* y;  // [T], each n_groups * rows_per_group results
 };
 using MultiplyFunction = void (*)(const GroupProduct&);
+// rows: n_groups * rows_per_group rows as in a file, of any alignment -> out: as many packed groups, as many bytes.
+// They must not overlap.
+using InterleaveFunction = void (*)(const uint8_t* rows, int64_t n_groups, int64_t n_cols, uint8_t* out);
 
 enum GluKind : int32_t {
   kSwiGlu = 0,       // silu(gate) * up
@@ -92,7 +95,10 @@ struct KernelTable {
   // x: [n_cols] -> a panel of one row. n_cols is a multiple of the kind's block. Inf and NaN give NaN results (kFloat:
   // what IEEE arithmetic makes of them).
   void (*quantize[kActivationCount])(const float* x, void* panel, int64_t n_cols);
-  // [format][log2(T)]; null for kNoFormat.
+  InterleaveFunction interleave[kFormatCount];  // null for kNoFormat, as are the functions below
+  // Groups that are not packed, times a panel of one row: the results of multiply.
+  MultiplyFunction multiply_rows[kFormatCount];
+  // [format][log2(T)]
   MultiplyFunction multiply[kFormatCount][kTileCount];
   // out[i] = act(gate[i] (+ gate_bias[i])) * (up[i] (+ up_bias[i])). Biases may be null; up is null for the kinds of
   // gate alone. out may be gate or up.

@@ -26,9 +26,15 @@ struct Product32 {
   static constexpr int kBias = F_::kBias;
 
   template <int G, int T>
-  static inline __attribute__((always_inline)) void Multiply(const uint8_t* const (&w)[G], const BlockActs& x,
+  static inline __attribute__((always_inline)) void Multiply(const uint8_t* const (&w)[G],
+                                                             const uint8_t* const (&ahead)[G], const BlockActs& x,
                                                              F (&acc)[G][T]) {
     constexpr int kTokens = V::template kTileTokens<T>;
+    if constexpr (V::kPrefetchBytes > 0) {
+      for (int g = 0; g < G; ++g) {
+        for (int i = 0; i < kBlockBytes * V::kLanes; i += 64) V::Prefetch(ahead[g] + i);
+      }
+    }
     F scale[G];
     For<G>([&](auto g) __attribute__((always_inline)) { scale[g] = F_::Scale(w[g]); });
     For<T / kTokens>([&](auto pass) __attribute__((always_inline)) {
@@ -94,7 +100,8 @@ struct Product256 {
   static constexpr bool kHasMins = F_::kPairs > 0 && F_::kBiasBits < 0;
 
   template <int G, int T>
-  static inline __attribute__((always_inline)) void Multiply(const uint8_t* const (&w)[G], const BlockActs& x,
+  static inline __attribute__((always_inline)) void Multiply(const uint8_t* const (&w)[G],
+                                                             const uint8_t* const (&ahead)[G], const BlockActs& x,
                                                              F (&acc)[G][T]) {
     constexpr int kTokens = V::template kTileTokens<T>;
     I scale[G][F_::kSubs], pair[G][F_::kPairs > 0 ? F_::kPairs : 1];
@@ -109,7 +116,7 @@ struct Product256 {
     });
     for (int t0 = 0; t0 < T; t0 += kTokens) {
       I sum[G][kTokens], lack[G][kTokens];
-      Dots<G, T, kTokens>(w, scale, x.q + 4 * t0, sum);
+      Dots<G, T, kTokens>(w, ahead, scale, x.q + 4 * t0, sum);
       Pairs<G, T, kTokens>(pair, x.sums + t0, lack);
       For<kTokens>([&](auto t) __attribute__((always_inline)) {
         const F xd = V::SplatF(x.d + t0 + t);
@@ -126,8 +133,9 @@ struct Product256 {
 
  private:
   template <int G, int T, int kTokens>
-  static inline __attribute__((always_inline)) void Dots(const uint8_t* const (&w)[G], const I (&scale)[G][F_::kSubs],
-                                                         const int8_t* q, I (&sum)[G][kTokens]) {
+  static inline __attribute__((always_inline)) void Dots(const uint8_t* const (&w)[G], const uint8_t* const (&ahead)[G],
+                                                         const I (&scale)[G][F_::kSubs], const int8_t* q,
+                                                         I (&sum)[G][kTokens]) {
     constexpr int kSubSteps = 64 / F_::kSubs;
     constexpr int kTileSubs = V::template kTileSubs<T> < F_::kInner ? V::template kTileSubs<T> : F_::kInner;
     For<G>([&](auto g) __attribute__((always_inline)) {
@@ -146,7 +154,7 @@ struct Product256 {
         For<kSubSteps>([&](auto s) __attribute__((always_inline)) {
           For<kTileSubs>([&](auto i) __attribute__((always_inline)) {
             constexpr int h = tile * kTileSubs + i;
-            PrefetchSome<(tile * kSubSteps + s) * kTileSubs + i>(w, c);
+            PrefetchSome<(tile * kSubSteps + s) * kTileSubs + i>(ahead, c);
             SubStep<kTokens, T, h, s>(v, c, scale, q, partial[i], sum);
           });
         });
@@ -180,13 +188,13 @@ struct Product256 {
   // The lines of a block, a share of them at each step: as many at once as a block has would fill the core's list of
   // outstanding misses, and its loads would wait.
   template <int step, int G>
-  static inline __attribute__((always_inline)) void PrefetchSome(const uint8_t* const (&w)[G], size_t c) {
+  static inline __attribute__((always_inline)) void PrefetchSome(const uint8_t* const (&ahead)[G], size_t c) {
     if constexpr (V::kPrefetchBytes > 0) {
       constexpr int n_c = F_::kSubs / F_::kInner, kSteps = 64 / n_c;
       constexpr int kLines = (kBlockBytes * V::kLanes + 64 * n_c - 1) / (64 * n_c);  // in one turn of c
       if constexpr (step * kLines / kSteps != (step + 1) * kLines / kSteps) {
-        constexpr int kAhead = V::kPrefetchBytes + step * kLines / kSteps * 64;
-        for (int g = 0; g < G; ++g) V::Prefetch(w[g] + kAhead + c * (kLines * 64));
+        constexpr int kLine = step * kLines / kSteps * 64;
+        for (int g = 0; g < G; ++g) V::Prefetch(ahead[g] + kLine + c * (kLines * 64));
       }
     }
   }
@@ -207,36 +215,43 @@ struct Product256 {
   }
 };
 
-// F16 and BF16: four sums, of the columns by their number mod 4, added in pairs. n_cols columns of G groups times
-// tokens t0 .. t0 + kTokens of a panel of T.
-template <class V, template <class> class Format, int G, int kTokens, int T>
-static inline __attribute__((always_inline)) void MultiplyFloats(const uint8_t* const (&w)[G], int64_t n_cols,
-                                                                 const float* x, int t0,
-                                                                 typename V::F (&y)[G][kTokens]) {
+// F16 and BF16: four sums, of the columns by their number mod 4, to be added in pairs.
+template <class V, int G, int kTokens>
+struct FloatSums {
   using F = typename V::F;
-  F sum[4][G][kTokens];
-  For<4>([&](auto k) __attribute__((always_inline)) {
-    For<G>([&](auto g) __attribute__((always_inline)) {
-      For<kTokens>([&](auto t) __attribute__((always_inline)) { sum[k][g][t] = V::ZeroF(); });
-    });
-  });
-  for (int64_t i = 0; i < n_cols; i += 4) {
-    if constexpr (T == 1 && V::kPrefetchBytes > 0) {
-      for (int b = 0; b < 8 * V::kLanes; b += 64) V::Prefetch(w[0] + i * 2 * V::kLanes + V::kPrefetchBytes + b);
-    }
+  F v[4][G][kTokens];
+
+  inline __attribute__((always_inline)) FloatSums() {
     For<4>([&](auto k) __attribute__((always_inline)) {
-      F codes[G];
-      For<G>([&](auto g)
-                 __attribute__((always_inline)) { codes[g] = Format<V>::Load(w[g] + (i + k) * 2 * V::kLanes); });
-      For<kTokens>([&](auto t) __attribute__((always_inline)) {
-        const F a = V::SplatF(x + (i + k) * T + t0 + t);
-        For<G>([&](auto g) __attribute__((always_inline)) { sum[k][g][t] = V::FmaF(codes[g], a, sum[k][g][t]); });
+      For<G>([&](auto g) __attribute__((always_inline)) {
+        For<kTokens>([&](auto t) __attribute__((always_inline)) { v[k][g][t] = V::ZeroF(); });
       });
     });
   }
-  For<G>([&](auto g) __attribute__((always_inline)) {
-    For<kTokens>([&](auto t) __attribute__((always_inline)) {
-      y[g][t] = V::AddF(V::AddF(sum[0][g][t], sum[1][g][t]), V::AddF(sum[2][g][t], sum[3][g][t]));
+  template <class Group, class Token>
+  inline __attribute__((always_inline)) F Total(Group g, Token t) const {
+    return V::AddF(V::AddF(v[0][g][t], v[1][g][t]), V::AddF(v[2][g][t], v[3][g][t]));
+  }
+};
+
+// Adds n_cols columns of G groups times tokens t0 .. t0 + kTokens of a panel of T, of which x is the first column.
+template <class V, template <class> class Format, int T, int G, int kTokens>
+static inline __attribute__((always_inline)) void AddFloats(const uint8_t* const (&w)[G], const uint8_t* ahead,
+                                                            int64_t n_cols, const float* x, int t0,
+                                                            FloatSums<V, G, kTokens>* sums) {
+  for (int64_t i = 0; i < n_cols; i += 4) {
+    if constexpr (T == 1 && V::kPrefetchBytes > 0) {
+      for (int b = 0; b < 8 * V::kLanes; b += 64) V::Prefetch(ahead + i * 2 * V::kLanes + b);
+    }
+    For<4>([&](auto k) __attribute__((always_inline)) {
+      typename V::F codes[G];
+      For<G>([&](auto g)
+                 __attribute__((always_inline)) { codes[g] = Format<V>::Load(w[g] + (i + k) * 2 * V::kLanes); });
+      For<kTokens>([&](auto t) __attribute__((always_inline)) {
+        const typename V::F a = V::SplatF(x + (i + k) * T + t0 + t);
+        For<G>([&](auto g)
+                   __attribute__((always_inline)) { sums->v[k][g][t] = V::FmaF(codes[g], a, sums->v[k][g][t]); });
+      });
     });
-  });
+  }
 }

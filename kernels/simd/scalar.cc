@@ -411,6 +411,11 @@ void Combine(const float* const* rows, const float* const* biases, const float* 
   }
 }
 
+template <Format format>
+void CopyRows(const uint8_t* rows, int64_t n_groups, int64_t n_cols, uint8_t* out) {
+  memcpy(out, rows, static_cast<size_t>(n_groups * RowBytes(format, n_cols)));
+}
+
 }  // namespace
 
 #define EDGEMOE_TILES(F) {Multiply<F, 1>, Multiply<F, 2>, Multiply<F, 4>, Multiply<F, 8>}
@@ -419,6 +424,12 @@ const KernelTable kScalarTable = {
     "scalar",
     1,
     {QuantizeFloat, QuantizeInt8<32>, QuantizeInt8<256>},
+    {nullptr, CopyRows<kF16>, CopyRows<kBF16>, CopyRows<kQ4_0>, CopyRows<kQ4_1>, CopyRows<kQ8_0>, CopyRows<kQ2_K>,
+     CopyRows<kQ3_K>, CopyRows<kQ4_K>, CopyRows<kQ5_K>, CopyRows<kQ6_K>, CopyRows<kIQ4_NL>, CopyRows<kIQ4_XS>,
+     CopyRows<kMXFP4>},
+    {nullptr, MultiplyFloat<LoadF16, 1>, MultiplyFloat<LoadBF16, 1>, Multiply<Q4_0, 1>, Multiply<Q4_1, 1>,
+     Multiply<Q8_0, 1>, Multiply<Q2_K, 1>, Multiply<Q3_K, 1>, Multiply<Q4_K, 1>, Multiply<Q5_K, 1>, Multiply<Q6_K, 1>,
+     Multiply<IQ4_NL, 1>, Multiply<IQ4_XS, 1>, Multiply<MXFP4, 1>},
     {{nullptr, nullptr, nullptr, nullptr},
      EDGEMOE_FLOAT_TILES(LoadF16),
      EDGEMOE_FLOAT_TILES(LoadBF16),

@@ -6,6 +6,7 @@
 
 #include "simd/cpu_features.h"
 #include "simd/kernel_table.h"
+#include "simd/pack.h"
 
 namespace edgemoe::simd {
 

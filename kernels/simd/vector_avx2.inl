@@ -31,6 +31,7 @@ struct Avx2 {
   static __m128i LoadHalf(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m128i LoadQuarter(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
   static I Load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void Store(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static I LoadU16(const void* p) { return _mm256_cvtepu16_epi32(LoadHalf(p)); }
   static I LoadU8(const void* p) { return _mm256_cvtepu8_epi32(LoadQuarter(p)); }
   static I LoadS8(const void* p) { return _mm256_cvtepi8_epi32(LoadQuarter(p)); }
@@ -79,6 +80,34 @@ struct Avx2 {
   static I Pair(I a, I b) { return _mm256_blend_epi16(a, Shl<16>(b), 0xaa); }
   static I Table(const uint8_t* p) { return _mm256_broadcastsi128_si256(LoadHalf(p)); }
   static I Lookup(I table, I v) { return _mm256_shuffle_epi8(table, v); }
+
+  // 128-bit lane l is of row 4 l + j; the lanes are transposed side by side.
+  static void Transpose(const uint8_t* rows, int64_t stride, I (&words)[4]) {
+    I v[4];
+    for (int j = 0; j < 4; ++j) {
+      const uint8_t* const p = rows + j * stride;
+      v[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(LoadHalf(p)), LoadHalf(p + 4 * stride), 1);
+    }
+    const I low01 = _mm256_unpacklo_epi32(v[0], v[1]), high01 = _mm256_unpackhi_epi32(v[0], v[1]);
+    const I low23 = _mm256_unpacklo_epi32(v[2], v[3]), high23 = _mm256_unpackhi_epi32(v[2], v[3]);
+    words[0] = _mm256_unpacklo_epi64(low01, low23);
+    words[1] = _mm256_unpackhi_epi64(low01, low23);
+    words[2] = _mm256_unpacklo_epi64(high01, high23);
+    words[3] = _mm256_unpackhi_epi64(high01, high23);
+  }
+  template <int kUnitBytes>
+  static I Split(I words) {
+    if constexpr (kUnitBytes == 4) {
+      return words;
+    } else if constexpr (kUnitBytes == 2) {
+      const __m128i lanes = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+      return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(lanes)), 0xd8);
+    } else {
+      const __m128i lanes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+      return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(lanes)), order);
+    }
+  }
 
   // Left alone, GCC adds up products in another order, later, and has to put them on the stack until then.
   static I Fixed(I v) {

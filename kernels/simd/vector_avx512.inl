@@ -28,6 +28,7 @@ struct Avx512Vnni {
   static constexpr bool kIsWide = true;
 
   static I Load(const void* p) { return _mm512_loadu_si512(p); }
+  static void Store(void* p, I v) { _mm512_storeu_si512(p, v); }
   static I LoadU16(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
   static I LoadU8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
   static I LoadS8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
@@ -75,10 +76,41 @@ struct Avx512Vnni {
   }
   static I Low(I v) { return And(v, Set(0x0f0f0f0f)); }
   static I Pair(I a, I b) { return Or(And(a, Set(0xffff)), Shl<16>(b)); }
-  static I Table(const uint8_t* p) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
+  static I Table(const uint8_t* p) { return _mm512_broadcast_i32x4(Load16(p)); }
   static I Lookup(I table, I v) { return _mm512_shuffle_epi8(table, v); }
+
+  static __m128i Load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  // 128-bit lane l is of row 4 l + j; the lanes are transposed side by side.
+  static void Transpose(const uint8_t* rows, int64_t stride, I (&words)[4]) {
+    I v[4];
+    for (int j = 0; j < 4; ++j) {
+      const uint8_t* const p = rows + j * stride;
+      v[j] = _mm512_castsi128_si512(Load16(p));
+      v[j] = _mm512_mask_broadcast_i32x4(v[j], 0x00f0, Load16(p + 4 * stride));
+      v[j] = _mm512_mask_broadcast_i32x4(v[j], 0x0f00, Load16(p + 8 * stride));
+      v[j] = _mm512_mask_broadcast_i32x4(v[j], 0xf000, Load16(p + 12 * stride));
+    }
+    const I low01 = _mm512_unpacklo_epi32(v[0], v[1]), high01 = _mm512_unpackhi_epi32(v[0], v[1]);
+    const I low23 = _mm512_unpacklo_epi32(v[2], v[3]), high23 = _mm512_unpackhi_epi32(v[2], v[3]);
+    words[0] = _mm512_unpacklo_epi64(low01, low23);
+    words[1] = _mm512_unpackhi_epi64(low01, low23);
+    words[2] = _mm512_unpacklo_epi64(high01, high23);
+    words[3] = _mm512_unpackhi_epi64(high01, high23);
+  }
+  template <int kUnitBytes>
+  static I Split(I words) {
+    if constexpr (kUnitBytes == 4) {
+      return words;
+    } else if constexpr (kUnitBytes == 2) {
+      const I lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+      const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+      return _mm512_permutexvar_epi64(order, _mm512_shuffle_epi8(words, lanes));
+    } else {
+      const I lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+      const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      return _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(words, lanes));
+    }
+  }
 
   // Left alone, GCC adds up products in another order, later, and has to put them on the stack until then.
   static I Fixed(I v) {

@@ -42,6 +42,7 @@ struct Neon {
     return word;
   }
   static I Load(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
+  static void Store(void* p, I v) { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_s32(v)); }
   static I LoadU16(const void* p) { return vreinterpretq_s32_u32(vmovl_u16(vreinterpret_u16_u8(LoadHalf(p)))); }
   static I LoadU8(const void* p) {
     return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(LoadWord(p))))));
@@ -107,6 +108,29 @@ struct Neon {
   static I Pair(I a, I b) { return vsliq_n_s32(a, b, 16); }
   static uint8x16_t Table(const uint8_t* p) { return vld1q_u8(p); }
   static I Lookup(uint8x16_t table, I v) { return vreinterpretq_s32_u8(vqtbl1q_u8(table, vreinterpretq_u8_s32(v))); }
+
+  static void Transpose(const uint8_t* rows, int64_t stride, I (&words)[4]) {
+    I v[4];
+    for (int j = 0; j < 4; ++j) v[j] = Load(rows + j * stride);
+    const int64x2_t even01 = vreinterpretq_s64_s32(vtrn1q_s32(v[0], v[1]));
+    const int64x2_t odd01 = vreinterpretq_s64_s32(vtrn2q_s32(v[0], v[1]));
+    const int64x2_t even23 = vreinterpretq_s64_s32(vtrn1q_s32(v[2], v[3]));
+    const int64x2_t odd23 = vreinterpretq_s64_s32(vtrn2q_s32(v[2], v[3]));
+    words[0] = vreinterpretq_s32_s64(vtrn1q_s64(even01, even23));
+    words[1] = vreinterpretq_s32_s64(vtrn1q_s64(odd01, odd23));
+    words[2] = vreinterpretq_s32_s64(vtrn2q_s64(even01, even23));
+    words[3] = vreinterpretq_s32_s64(vtrn2q_s64(odd01, odd23));
+  }
+  template <int kUnitBytes>
+  static I Split(I words) {
+    if constexpr (kUnitBytes == 4) {
+      return words;
+    } else {
+      static constexpr uint8_t kHalves[16] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+      static constexpr uint8_t kBytes[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+      return Lookup(Table(kUnitBytes == 2 ? kHalves : kBytes), words);
+    }
+  }
 
   template <int kMax, class Partial, int t>
   static auto Dot(Partial partial, I codes, Element<t> acts) {

@@ -340,10 +340,7 @@ std::vector<std::vector<float>> Multiply(const KernelTable& table, Format format
   const int T = static_cast<int>(panels.size());
   const int R = table.rows_per_group;
   AlignedBytes weights(rows.size());
-  for (int64_t row = 0; row < n_rows; row += R) {
-    const int64_t at = row * RowBytes(format, n_cols);
-    PackGroup(format, R, n_cols, rows.data() + at, weights.data() + at);
-  }
+  table.interleave[format](rows.data(), n_rows / R, n_cols, weights.data());
   std::vector<const void*> panel_data;
   for (const AlignedBytes& p : panels) panel_data.push_back(p.data());
   AlignedBytes panel(static_cast<size_t>(PanelBytes(activation, n_cols, T)));
@@ -354,6 +351,16 @@ std::vector<std::vector<float>> Multiply(const KernelTable& table, Format format
   int log2_of_T = 0;
   while (1 << log2_of_T < T) ++log2_of_T;
   table.multiply[format][log2_of_T]({weights.data(), n_rows / R, n_cols, panel.data(), y_data.data()});
+  return y;
+}
+
+std::vector<float> MultiplyRows(const KernelTable& table, Format format, int64_t n_cols, int64_t n_rows,
+                                const std::vector<uint8_t>& rows, const AlignedBytes& panel) {
+  AlignedBytes weights(rows.size() + 1);
+  std::copy(rows.begin(), rows.end(), weights.data() + 1);
+  std::vector<float> y(static_cast<size_t>(n_rows), -12345.0f);
+  float* const y_data[1] = {y.data()};
+  table.multiply_rows[format]({weights.data() + 1, n_rows / table.rows_per_group, n_cols, panel.data(), y_data});
   return y;
 }
 

@@ -81,6 +81,10 @@ AlignedBytes Quantize(const KernelTable& table, Activation activation, const std
 std::vector<std::vector<float>> Multiply(const KernelTable& table, Format format, int64_t n_cols, int64_t n_rows,
                                          const std::vector<uint8_t>& rows, const std::vector<AlignedBytes>& panels);
 
+// y[row] of one panel of one: the rows are not packed, and begin at an odd address.
+std::vector<float> MultiplyRows(const KernelTable& table, Format format, int64_t n_cols, int64_t n_rows,
+                                const std::vector<uint8_t>& rows, const AlignedBytes& panel);
+
 // Bit for bit; every NaN is like every other.
 ::testing::AssertionResult SameBits(const std::vector<float>& got, const std::vector<float>& want);
 

@@ -112,6 +112,11 @@ class SimdTableFormatTest : public ::testing::TestWithParam<TableAndFormat> {
         panel.push_back(MakePanel(n_cols, values, static_cast<int>(t)));
         want.push_back(Multiply(kScalarTable, format, n_cols, n_rows, rows, panel)[0]);
       }
+      if (T == 1) {
+        EXPECT_TRUE(SameBits(MultiplyRows(*table, format, n_cols, n_rows, rows, panels[0]), want[0]))
+            << table->isa << " " << Info(format).name << ", rows as in a file, " << n_groups << " groups of " << n_cols
+            << " columns, weights " << static_cast<int>(weights) << ", values " << values;
+      }
       const std::vector<std::vector<float>> got = Multiply(*table, format, n_cols, n_rows, rows, panels);
       for (size_t t = 0; t < panels.size(); ++t) {
         EXPECT_TRUE(SameBits(got[t], want[t]))
