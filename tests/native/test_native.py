@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from edgemoe import _native
+
 ROOT = Path(__file__).parents[2]
 BINARIES = ("edgemoe_tests", "edgemoe_simd_tests", "edgemoe_allocation_test")
 GTEST_DIR = Path(os.environ.get("EDGEMOE_GTEST_DIR", "/usr/src/googletest/googletest"))
@@ -32,11 +34,11 @@ def require(tool: str, package: str) -> None:
         pytest.skip(f"no {tool}: apt-get install {package}")
 
 
-def run(command: list[str], timeout_s: int, cwd: Path = ROOT / "kernels") -> None:
+def run(command: list[str], timeout_s: int, cwd: Path = ROOT / "kernels", isa: str = "") -> None:
     result = subprocess.run(
         command,
         cwd=cwd,
-        env={**os.environ, **SANITIZER_OPTIONS},
+        env={**os.environ, **SANITIZER_OPTIONS, **({"EDGEMOE_ISA": isa} if isa else {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,7 +46,7 @@ def run(command: list[str], timeout_s: int, cwd: Path = ROOT / "kernels") -> Non
         timeout=timeout_s,
         check=False,
     )
-    assert result.returncode == 0, f"{' '.join(command)}: exit code {result.returncode}\n{result.stdout[-12000:]}"
+    assert result.returncode == 0, f"{isa} {' '.join(command)}: exit code {result.returncode}\n{result.stdout[-12000:]}"
 
 
 def build(preset: str) -> Path:
@@ -79,6 +81,10 @@ def test_native(preset: str) -> None:
     prefix = without_address_randomization() if preset == "tsan" else []
     for binary in BINARIES:
         run([*prefix, str(folder / binary), "--gtest_brief=1"], RUN_TIMEOUT_S)
+    if preset == "release":
+        for isa in _native.isas():
+            if isa.is_supported:
+                run([str(folder / "edgemoe_tests"), "--gtest_brief=1"], RUN_TIMEOUT_S, isa=isa.name)
 
 
 @pytest.mark.slow
