@@ -130,9 +130,14 @@ def kl_divergences(reference: Logits, found: Logits) -> npt.NDArray[np.float64]:
 
 
 def bootstrap_interval(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """The 5 % and 95 % quantiles of mean(ours) / mean(theirs) under resampling of the positions."""
+    """The 5 % and 95 % quantiles of mean(ours) / mean(theirs) under resampling of the rows.
+
+    Rows are sequences: positions of one sequence share what earlier ones left in the KV cache, so they are no
+    independent samples.
+    """
     picks = np.random.default_rng(0).integers(len(ours), size=(N_BOOTSTRAP, len(ours)))
-    quantiles = np.quantile(ours[picks].mean(axis=1) / theirs[picks].mean(axis=1), [0.05, 0.95])
+    ratios = ours.mean(axis=1)[picks].mean(axis=1) / theirs.mean(axis=1)[picks].mean(axis=1)
+    quantiles = np.quantile(ratios, [0.05, 0.95])
     return float(quantiles[0]), float(quantiles[1])
 
 
@@ -153,7 +158,8 @@ def compare_model(name: str, model: Path, sequences: list[list[int]], options: O
     if "ours" in divergences and "stock-plain" in divergences:
         ours, theirs = divergences["ours"], divergences["stock-plain"]
         record["ratio"] = float(ours.mean() / theirs.mean())
-        record["ratio_interval"] = bootstrap_interval(ours, theirs)
+        shape = (len(sequences), -1)
+        record["ratio_interval"] = bootstrap_interval(ours.reshape(shape), theirs.reshape(shape))
         record["ratio_of_medians"] = float(np.median(ours) / np.median(theirs))
     return record
 
@@ -185,7 +191,8 @@ def make_demo(quant: str, folder: Path, options: Options) -> tuple[Path, list[li
     n = options.positions
     if len(tokens) < n:
         sys.exit(f"quality: the calibration text has {len(tokens)} tokens, expected {n}; use fewer --positions")
-    return model, [tokens[begin : begin + n] for begin in range(0, len(tokens) - n + 1, n)][: options.sequences]
+    begins = np.linspace(0, len(tokens) - n, options.sequences).astype(int)
+    return model, [tokens[begin : begin + n] for begin in begins]
 
 
 def tokenize(model: Path, text: str) -> list[int]:
@@ -236,7 +243,7 @@ def parse_options(arguments: list[str] | None) -> Options:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="of the models' experts")
     parser.add_argument("--engines", nargs="+", choices=session.ENGINES, default=["ours", "stock-plain", "stock"])
     parser.add_argument("--positions", type=int, default=256, help="of one sequence")
-    parser.add_argument("--sequences", type=int, default=8, help="the demo's text has 9 of 256")
+    parser.add_argument("--sequences", type=int, default=8, help="those of the demo's text overlap from 10 on")
     parser.add_argument("--program", type=Path, help="the native benchmark; default: build it")
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "edgemoe-bench")
     parser.add_argument("--json", type=Path, help="also write the JSON line to this file")

@@ -27,6 +27,8 @@ _TOLERANCE_BYTES = 4 << 20
 _ROW_EXTRA_BYTES = 64
 # The most rows that our kernels interleave into one group, over all instruction sets (AVX-512: one in each lane).
 _GROUP_ROWS = 16
+# What a thread interleaves at a time of rows that lie as in the file; kernels/core/arithmetic.cc, kInterleavedBytes.
+_INTERLEAVED_BYTES = 288 << 10
 
 
 def context_size(n_ctx: int, model: GgufModel) -> int:
@@ -45,7 +47,7 @@ def _panel_bytes(t: GgufTensor) -> int:
 
 
 def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int) -> int:
-    """Buffers of our kernels: activation rows of a layer, what each thread gathers of them, and where readers pack.
+    """Buffers of our kernels: activation rows of a layer, what each thread gathers of them, and where rows are packed.
 
     Gate and up take one row a token, down takes one for each expert that a token uses.
     """
@@ -62,7 +64,8 @@ def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int) -> int:
     # A block that is not ours as a whole keeps down's rows where others keep gate's; theirs have a place of their own.
     rows = n_ubatch * (shared + used * len(has_format))
     widest = max((_panel_bytes(t) for t in model.expert_tensors), default=0)
-    return rows + n_threads * (n_ubatch * widest + 4 * n_ff) + runtime.N_IO_THREADS * packing
+    thread_bytes = n_ubatch * widest + 4 * n_ff + (max(packing, _INTERLEAVED_BYTES) if packing else 0)
+    return rows + n_threads * thread_bytes + runtime.N_IO_THREADS * packing
 
 
 def _batch_bytes(model: GgufModel, llama_kwargs: dict[str, Any]) -> int:
