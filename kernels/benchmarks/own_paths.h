@@ -35,7 +35,7 @@ class OwnMatrices {
     int32_t log2_rows;
     size_t offset;
   };
-  void MultiplyRows(int64_t matrix, int64_t first_row, int64_t n_rows, int log2_panel_rows, const void* panel,
+  void MultiplyRows(int64_t matrix, int64_t first_row, int64_t n_rows, const void* panels, int32_t n_x,
                     float* const* y) const;
 
   const simd::KernelTable& table_;

@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: MIT
 #include "core/arithmetic.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <new>
+
+#include "core/io.h"
+#include "simd/panels.h"
 
 namespace edgemoe {
 namespace {
@@ -15,9 +21,9 @@ const char* IsaAskedFor() {
   return isa != nullptr && *isa != '\0' ? isa : nullptr;
 }
 
-// 128 rows of 2048 columns in 4 bits are 144 KiB, of 8 bits 272 KiB: within half of the 1 MiB of L2 that is usual. The
-// kernels want several groups in a call: with one, a prompt took twice as long.
-constexpr int64_t kPanelRows = 128;
+constexpr uint64_t kLineBytes = 64;
+constexpr uint64_t kHugePageBytes = uint64_t{2} << 20;
+constexpr uint64_t kHugePanelBytes = uint64_t{64} << 10;  // 24 rows of 2048 columns
 
 simd::Format FormatOf(const ExpertTensor& tensor) { return static_cast<simd::Format>(tensor.format); }
 
@@ -79,13 +85,25 @@ void Arithmetic::Quantize(const ExpertTensor& tensor, const edgemoe_matmul& m, c
   }
 }
 
+// Panels of 64 rows in huge pages are multiplied 1.08 to 1.14 times as fast as in pages of 4 KiB (AVX-512 on Zen 5).
+void Arithmetic::Panels::Reserve(uint64_t n_bytes) {
+  if (n_bytes <= capacity) return;
+  const bool is_huge = n_bytes >= kHugePanelBytes;
+  const uint64_t alignment = is_huge ? kHugePageBytes : kLineBytes;
+  capacity = 0;
+  bytes.reset(static_cast<char*>(std::aligned_alloc(alignment, RoundUp(n_bytes, alignment))));
+  if (bytes == nullptr) throw std::bad_alloc();
+  capacity = RoundUp(n_bytes, alignment);
+#if defined(MADV_HUGEPAGE)
+  if (is_huge) ::madvise(bytes.get(), capacity, MADV_HUGEPAGE);
+#endif
+}
+
 void Arithmetic::Prepare(int n_threads, int64_t n_x, uint64_t row_bytes) {
   if (panels_.size() < static_cast<size_t>(n_threads)) panels_.resize(static_cast<size_t>(n_threads));
   for (Panels& p : panels_) {
     p.key = 0;
-    if (n_x > 1 && p.bytes.size() < static_cast<uint64_t>(n_x) * row_bytes) {
-      p.bytes.resize(static_cast<uint64_t>(n_x) * row_bytes);
-    }
+    if (n_x > 1) p.Reserve(static_cast<uint64_t>(n_x) * row_bytes);
   }
 }
 
@@ -99,39 +117,22 @@ void Arithmetic::Multiply(int thread_idx, const ExpertTensor& tensor, const edge
 
 void Arithmetic::MultiplyOwn(Panels* panels, simd::Format format, const edgemoe_product& p) const {
   const simd::Activation kind = simd::Info(format).activation;
-  const int64_t row_bytes = simd::PanelBytes(kind, p.n_cols, 1);
-  const char* x = static_cast<const char*>(p.x[0]);
+  const void* x = p.x[0];
   if (p.n_x > 1) {
     if (panels->key != p.x_key) {
-      for (int32_t i = 0; i < p.n_x;) {
-        const int n_rows = 1 << simd::NextTile(p.n_x - i);
-        simd::PackPanel(kind, p.n_cols, n_rows, p.x + i, panels->bytes.data() + i * row_bytes);
-        i += n_rows;
-      }
+      simd::PackPanels(kind, p.n_cols, p.n_x, p.x, panels->bytes.get());
       panels->key = p.x_key;
     }
-    x = panels->bytes.data();
+    x = panels->bytes.get();
   }
-  const int rows_per_group = table_->rows_per_group;
-  const int64_t n_groups = p.n_rows / rows_per_group;
-  // One panel: all groups in one call. Several: panels times as many rows as L2 keeps for the next panel.
-  const int64_t n_step =
-      1 << simd::NextTile(p.n_x) == p.n_x ? n_groups : std::max<int64_t>(1, kPanelRows / rows_per_group);
-  const auto multiply = [&](const KernelTable& table, int64_t first_row, int64_t n) {
-    for (int32_t i = 0; i < p.n_x;) {
-      const int tile = simd::NextTile(p.n_x - i);
-      float* y[simd::kMaxTile];
-      for (int t = 0; t < 1 << tile; ++t) y[t] = p.y[i + t] + first_row;
-      table.multiply[format][tile](
-          {static_cast<const uint8_t*>(p.weights) + static_cast<uint64_t>(first_row) * p.row_bytes, n, p.n_cols,
-           x + i * row_bytes, y});
-      i += 1 << tile;
-    }
+  const auto multiply = [&](const KernelTable& table, int64_t first_row, int64_t n_rows) {
+    const auto* weights = static_cast<const uint8_t*>(p.weights) + static_cast<uint64_t>(first_row) * p.row_bytes;
+    simd::MultiplyPanels(table, format, {weights, n_rows, p.n_cols, x, p.n_x, p.y, first_row});
   };
-  for (int64_t g = 0; g < n_groups; g += n_step) multiply(*table_, g * rows_per_group, std::min(n_step, n_groups - g));
+  const int64_t n_tail = p.n_rows % table_->rows_per_group;
+  multiply(*table_, 0, p.n_rows - n_tail);
   // Rows beyond the last whole group lie as in the file, and the portable table takes them so.
-  const int64_t n_tail = p.n_rows - n_groups * rows_per_group;
-  if (n_tail > 0) multiply(simd::Portable(), n_groups * rows_per_group, n_tail);
+  if (n_tail > 0) multiply(simd::Portable(), p.n_rows - n_tail, n_tail);
 }
 
 }  // namespace edgemoe

@@ -6,6 +6,8 @@
 #define EDGEMOE_CORE_ARITHMETIC_H_
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "core/expert_file.h"
@@ -45,8 +47,14 @@ class Arithmetic {
   }
 
  private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
   struct Panels {
-    std::vector<char> bytes;
+    void Reserve(uint64_t n_bytes);
+
+    std::unique_ptr<char, Free> bytes;
+    uint64_t capacity = 0;
     uint64_t key = 0;  // of the activation rows in them; 0: none
   };
   void MultiplyOwn(Panels* panels, simd::Format format, const edgemoe_product& product) const;

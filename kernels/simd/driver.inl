@@ -42,7 +42,8 @@ static void PrepareSums(const int32_t* sums, const float* d, int64_t n_cols, int
 template <class V, class Product, int G, int T>
 static inline __attribute__((always_inline)) void MultiplyStrip(const uint8_t* weights, int64_t group_bytes,
                                                                 int64_t n_groups, int64_t n_blocks, BlockActs acts,
-                                                                bool is_first, float* const* y, int64_t y0) {
+                                                                bool is_first, float* const* y, int64_t y0,
+                                                                Ahead& ahead) {
   constexpr int kBlock = Product::kBlockBytes * V::kLanes;
   typename V::F acc[G][T];
   const uint8_t* w[G];
@@ -50,15 +51,20 @@ static inline __attribute__((always_inline)) void MultiplyStrip(const uint8_t* w
   For<G>([&](auto g) __attribute__((always_inline)) {
     w[g] = weights + (g < n_groups ? g * group_bytes : 0);
     row[g] = y0 + (g < n_groups ? g * V::kLanes : 0);
-    For<T>([&](auto t) __attribute__((always_inline)) { acc[g][t] = is_first ? V::ZeroF() : V::LoadF(y[t] + row[g]); });
+    For<T>([&](auto t) __attribute__((always_inline)) {
+      // The results of a panel lie in as many pages, and none of them is in a cache: fetched now, the stores at the end
+      // need not wait for each of them.
+      if constexpr (T > 1 && V::kPrefetchBytes > 0) V::Prefetch(y[t] + row[g]);
+      acc[g][t] = is_first ? V::ZeroF() : V::LoadF(y[t] + row[g]);
+    });
   });
   for (int64_t b = 0; b < n_blocks; ++b) {
-    if constexpr (V::kPrefetchBytes > 0 && Product::kCols == 32) {
+    if constexpr (T < kMaxTile && V::kPrefetchBytes > 0 && Product::kCols == 32) {
       for (int g = 0; g < G; ++g) {
         for (int i = 0; i < kBlock; i += 64) V::Prefetch(w[g] + V::kPrefetchBytes + i);
       }
     }
-    Product::template Multiply<G, T>(w, acts, acc);
+    Product::template Multiply<G, T>(w, acts, acc, ahead);
     For<G>([&](auto g) __attribute__((always_inline)) { w[g] += kBlock; });
     acts.q += Product::kCols * T;
     acts.d += T;
@@ -77,6 +83,8 @@ static void MultiplyIntegers(const GroupProduct& p) {
   const int8_t* const q = static_cast<const int8_t*>(p.panel);
   const float* const d = reinterpret_cast<const float*>(q + p.n_cols * T);
   const int32_t* const sums = reinterpret_cast<const int32_t*>(d + p.n_cols / Product::kCols * T);
+  const int64_t n_turns = (p.n_groups + G - 1) / G * (p.n_cols / Product::kCols) * Product::template kTurns<T>;
+  Ahead ahead = {p.next, p.next + p.n_next_bytes, (p.n_next_bytes + 64 * n_turns - 1) / (64 * n_turns) * 64};
   for (int64_t col = 0; col < p.n_cols; col += kStripCols) {
     const int64_t n_cols = p.n_cols - col < kStripCols ? p.n_cols - col : kStripCols;
     const int64_t block = col / Product::kCols, n_blocks = n_cols / Product::kCols;
@@ -87,7 +95,7 @@ static void MultiplyIntegers(const GroupProduct& p) {
     for (int64_t g = 0; g < p.n_groups;) {
       const int64_t n_groups = g + G <= p.n_groups ? G : 1;
       MultiplyStrip<V, Product, G, T>(w + g * group_bytes, group_bytes, n_groups, n_blocks, acts, col == 0, p.y,
-                                      g * V::kLanes);
+                                      g * V::kLanes, ahead);
       g += n_groups;
     }
   }

@@ -19,6 +19,7 @@
 //   kFloatTokens, kFloatGroups       the same for F16 and BF16, whose accumulators are four times as many
 //   kTileSubs<T>        how many sub-blocks, of those of a 256-column format that share bytes, to sum at a time
 //   kPrefetchBytes      how far ahead of the loads to prefetch, or 0
+//   kHasScaleF          there is a ScaleF, which does not take the place of a Dot
 //   kSteps<kMax>        Dots with codes up to kMax (kSigned: of any int8) that a partial sum takes; at least 2
 //   kIsWide<kMax>       a partial sum has plain int32 lanes, and kSteps is at least 8
 // and static functions (N: a template argument; p: a pointer of any alignment)
@@ -34,6 +35,7 @@
 //   FoldScaled<kMax>(sum, partial, scale)      sum + scale * partial; scale = Scale<kMax>(int32 lanes of +-128 or less)
 //   Fold<kMax>(sum, partial)                   sum + partial
 //   DotPairs(sum, pairs, get)                  sum + product of two int16 each
+//   ScaleF(x, e)        x * 2^e, rounded once, with kHasScaleF
 //   AddF, SubF, MulF, DivF(a, b); FmaF(a, b, c): a * b + c, rounded once; AsFloat(I), AsInt(F): the same bits
 //   ToFloat(I); ToInt(F), RoundF(F): to nearest even
 //   MaxF, MinF(a, b): a is no NaN, and one in b is kept; LoadF(p), StoreF(p, F), StoreI8(p, I): low bytes
@@ -112,6 +114,7 @@ struct FormatQ4_0 {
   static constexpr int kMax = 15, kBias = 8;
   static constexpr SumsKind kSums = kBiasSums;
   static typename V::F Scale(const uint8_t* w) { return V::LoadF16(w + offsetof(Block, d) * V::kLanes); }
+  static typename V::F Times(typename V::F scale, typename V::F d) { return V::MulF(scale, d); }
   template <int s>
   static typename V::I Codes(const uint8_t* w) {
     return Nibbles<V, s>(w + offsetof(Block, qs) * V::kLanes);
@@ -125,6 +128,7 @@ struct FormatQ4_1 {
   static constexpr SumsKind kSums = kFloatSums;
   static typename V::F Scale(const uint8_t* w) { return V::LoadF16(w + offsetof(Block, d) * V::kLanes); }
   static typename V::F Min(const uint8_t* w) { return V::LoadF16(w + offsetof(Block, m) * V::kLanes); }
+  static typename V::F Times(typename V::F scale, typename V::F d) { return V::MulF(scale, d); }
   template <int s>
   static typename V::I Codes(const uint8_t* w) {
     return Nibbles<V, s>(w + offsetof(Block, qs) * V::kLanes);
@@ -138,6 +142,7 @@ struct FormatQ8_0 {
   static constexpr int kMax = kIsSigned ? kSigned : 255, kBias = kIsSigned ? 0 : 128;
   static constexpr SumsKind kSums = kIsSigned ? kNoSums : kBiasSums;
   static typename V::F Scale(const uint8_t* w) { return V::LoadF16(w + offsetof(Block, d) * V::kLanes); }
+  static typename V::F Times(typename V::F scale, typename V::F d) { return V::MulF(scale, d); }
   template <int s>
   static typename V::I Codes(const uint8_t* w) {
     const typename V::I v = V::Load(w + (offsetof(Block, qs) + s * 4) * V::kLanes);
@@ -157,6 +162,7 @@ struct FormatIQ4_NL {
   static constexpr SumsKind kSums = kIsSigned ? kNoSums : kBiasSums;
   static constexpr ByteTable kTable = Biased(kValuesIQ4NL, kBias);
   static typename V::F Scale(const uint8_t* w) { return V::LoadF16(w + offsetof(Block, d) * V::kLanes); }
+  static typename V::F Times(typename V::F scale, typename V::F d) { return V::MulF(scale, d); }
   template <int s>
   static typename V::I Codes(const uint8_t* w) {
     return V::Lookup(V::Table(kTable.v), Nibbles<V, s>(w + offsetof(Block, qs) * V::kLanes));
@@ -169,10 +175,22 @@ struct FormatMXFP4 {
   static constexpr int kMax = V::kPrefersSigned ? kSigned : 24, kBias = V::kPrefersSigned ? 0 : 12;
   static constexpr SumsKind kSums = V::kPrefersSigned ? kNoSums : kBiasSums;
   static constexpr ByteTable kTable = Biased(kValuesMXFP4, kBias);
-  // MXFP4ScaleBits: (e - 1) << 23 is the larger one from e = 2 on, (e + 1) << 21 for e = 0 and 1.
+  // A power of two; or its exponent, with V::kHasScaleF. MXFP4ScaleBits: (e - 1) << 23 is the larger one from e = 2 on,
+  // (e + 1) << 21 for e = 0 and 1.
   static typename V::F Scale(const uint8_t* w) {
     const typename V::I e = V::LoadU8(w + offsetof(Block, e) * V::kLanes), one = V::Set(1);
-    return V::AsFloat(V::MaxI(V::template Shl<23>(V::Sub(e, one)), V::template Shl<21>(V::Add(e, one))));
+    if constexpr (V::kHasScaleF) {
+      return V::ToFloat(V::Sub(e, V::Set(128)));
+    } else {
+      return V::AsFloat(V::MaxI(V::template Shl<23>(V::Sub(e, one)), V::template Shl<21>(V::Add(e, one))));
+    }
+  }
+  static typename V::F Times(typename V::F scale, typename V::F d) {
+    if constexpr (V::kHasScaleF) {
+      return V::ScaleF(d, scale);
+    } else {
+      return V::MulF(scale, d);
+    }
   }
   template <int s>
   static typename V::I Codes(const uint8_t* w) {
