@@ -122,12 +122,12 @@ static void MultiplyFloatFormat(const GroupProduct& p) {
   }
 }
 
-template <class V, class Product, class ProductOfOne = Product>
+template <class V, class Product, class ProductOfOne = Product, class ProductOfMost = Product>
 static constexpr void SetIntegers(MultiplyFunction (&f)[kTileCount]) {
   f[0] = MultiplyIntegers<V, ProductOfOne, 1>;
   f[1] = MultiplyIntegers<V, Product, 2>;
   f[2] = MultiplyIntegers<V, Product, 4>;
-  f[3] = MultiplyIntegers<V, Product, 8>;
+  f[3] = MultiplyIntegers<V, ProductOfMost, 8>;
   static_assert(kTileCount == 4, "a function for each tile");
 }
 
@@ -153,7 +153,12 @@ static constexpr KernelTable MakeTable(const char* isa) {
   SetIntegers<V, Product32<V, FormatQ4_1>>(table.multiply[kQ4_1]);
   SetIntegers<V, Product32<V, FormatQ8_0>>(table.multiply[kQ8_0]);
   SetIntegers<V, Product32<V, FormatIQ4_NL>>(table.multiply[kIQ4_NL]);
-  SetIntegers<V, Product32<V, FormatMXFP4>>(table.multiply[kMXFP4]);
+  using ProductMXFP4 = Product32<V, FormatMXFP4>;
+  if constexpr (V::kHasScaleF) {
+    SetIntegers<V, ProductMXFP4, ProductMXFP4, Product32<V, FormatMXFP4ByExponent>>(table.multiply[kMXFP4]);
+  } else {
+    SetIntegers<V, ProductMXFP4>(table.multiply[kMXFP4]);
+  }
   SetIntegers<V, Product256<V, FormatQ2_K>>(table.multiply[kQ2_K]);
   SetIntegers<V, Product256<V, FormatQ3_K>>(table.multiply[kQ3_K]);
   SetIntegers<V, Product256<V, FormatQ4_K>>(table.multiply[kQ4_K]);

@@ -37,8 +37,8 @@ void MultiplyPart(const KernelTable& table, Format format, const PanelsProduct& 
   const int64_t panel_bytes = PanelBytes(Info(format).activation, p.n_cols, 1);
   const int64_t group_bytes = RowBytes(format, p.n_cols) * table.rows_per_group;
   const int64_t n_groups = p.n_rows / table.rows_per_group;
-  // A small panel alone is over before its weights are there, and fetches them better itself: groups of 2 rows lost 15
-  // %.
+  // A panel of less than kMaxTile rows fetches its own weights, and alone it takes all groups in one call: in blocks
+  // that fetch the next one, 2 rows were 0.85 times as fast.
   const bool is_one_call = p.n_x < kMaxTile && 1 << NextTile(p.n_x) == p.n_x;
   const int64_t n_step = is_one_call ? n_groups : kBlockRows / table.rows_per_group;
   const int64_t step_bytes = n_step * group_bytes;
