@@ -116,8 +116,7 @@ def print_tables(rows: list[Record]) -> None:
             "prefill": ("ggml_mul_mat", "ggml_mul_mat_id", "ggml_mul_mat_repacked", "ggml_mul_mat_id_repacked"),
         }[kind]
         head = f"{kind:8}{'isa':14}{'thr':>4}{'tokens':>7}{roof:>9}{'ours':>9}{f'/{roof}':>20}"
-        if kind == "prefill":
-            head += f"{'+quantize':>10}"
+        head += f"{'+quantize' if kind == 'prefill' else 'rows':>10}"
         print(
             f"\n{head}"
             + "".join(f"{name.removeprefix('ggml_'):>20}" for name in names)
@@ -127,8 +126,7 @@ def print_tables(rows: list[Record]) -> None:
             median = row["median"]
             line = f"{row['format'].upper():8}{row['isa']:14}{row['threads']:4}{row['n_tokens'] or 1:7}"
             line += f"{median[roof]:9.1f}{median['ours']:9.1f}{row['roof_share_spread']:>20}"
-            if kind == "prefill":
-                line += f"{median['ours_quantize']:10.1f}"
+            line += f"{median['ours_quantize' if kind == 'prefill' else 'ours_rows']:10.1f}"
             line += "".join(f"{_cell(median.get(name)):>20}" for name in names)
             print(f"{line}{row['ratio_spread']:>20}{' DISTURBED' * row['disturbed']}")
     packed = [row for row in rows if row["kind"] == "decode" and row["threads"] == rows[0]["threads"]]

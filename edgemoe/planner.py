@@ -29,6 +29,7 @@ _ROW_EXTRA_BYTES = 64
 _GROUP_ROWS = 16
 # What a thread interleaves at a time of rows that lie as in the file; kernels/core/arithmetic.cc, kInterleavedBytes.
 _INTERLEAVED_BYTES = 288 << 10
+_HUGE_PAGE_BYTES = 2 << 20  # what a thread gathers and interleaves lies in such pages
 
 
 def context_size(n_ctx: int, model: GgufModel) -> int:
@@ -64,8 +65,9 @@ def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int) -> int:
     # A block that is not ours as a whole keeps down's rows where others keep gate's; theirs have a place of their own.
     rows = n_ubatch * (shared + used * len(has_format))
     widest = max((_panel_bytes(t) for t in model.expert_tensors), default=0)
-    thread_bytes = n_ubatch * widest + 4 * n_ff + (max(packing, _INTERLEAVED_BYTES) if packing else 0)
-    return rows + n_threads * thread_bytes + runtime.N_IO_THREADS * packing
+    scratch = n_ubatch * widest + max(packing, _INTERLEAVED_BYTES)
+    scratch = -(-scratch // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    return rows + n_threads * (scratch + 4 * n_ff) + runtime.N_IO_THREADS * packing
 
 
 def _batch_bytes(model: GgufModel, llama_kwargs: dict[str, Any]) -> int:

@@ -202,7 +202,8 @@ class FormatBenchmark {
     for (int i = -1; i < options_.repetitions; ++i) {
       if (i == 0) readings.clear();  // the first warms up
       readings["memory"].push_back(MeasureReadBytesPerSecond(read_buffer_.get(), options_.bank_bytes, n_threads) / 1e9);
-      record("ours", own.Decode(order_, x.data(), y.data(), n_threads));
+      record("ours_rows", own.Decode(order_, false, x.data(), y.data(), n_threads));
+      record("ours", own.Decode(order_, true, x.data(), y.data(), n_threads));
       record("ggml_vec_dot", VecDotDecode(bank_, order_, x.data(), expected.data(), n_threads));
       record("ggml_mul_mat_id", plain.Run(n_threads));
       if (repacked) record("ggml_mul_mat_id_repacked", repacked->Run(n_threads));

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "simd/panels.h"
+
 namespace edgemoe::bench {
 namespace {
 constexpr int64_t kChunks = kRows / kChunkRows;
@@ -30,17 +32,15 @@ OwnMatrices::OwnMatrices(const simd::KernelTable& table, const Bank& bank)
   for (int64_t i = n_timed; i < bank.n_matrices; ++i) pack(i);
 }
 
-void OwnMatrices::MultiplyRows(int64_t matrix, int64_t first_row, int64_t n_rows, int log2_panel_rows,
-                               const void* panel, float* const* y) const {
-  const int64_t first_group = first_row / table_.rows_per_group;
-  const uint8_t* weights = packed_.get() + static_cast<size_t>(matrix) * bank_.matrix_bytes +
-                           static_cast<size_t>(first_group) * group_bytes_;
-  float* rows_y[simd::kMaxTile];
-  for (int i = 0; i < 1 << log2_panel_rows; ++i) rows_y[i] = y[i] + first_row;
-  table_.multiply[bank_.format][log2_panel_rows]({weights, n_rows / table_.rows_per_group, kCols, panel, rows_y});
+void OwnMatrices::MultiplyRows(int64_t matrix, int64_t first_row, int64_t n_rows, const void* panels, int32_t n_x,
+                               float* const* y) const {
+  const size_t first_group = static_cast<size_t>(first_row / table_.rows_per_group);
+  const uint8_t* weights =
+      packed_.get() + static_cast<size_t>(matrix) * bank_.matrix_bytes + first_group * group_bytes_;
+  simd::MultiplyPanels(table_, bank_.format, {weights, n_rows, kCols, panels, n_x, y, first_row});
 }
 
-double OwnMatrices::Decode(const std::vector<int32_t>& order, const float* x, float* y, int n_threads) {
+double OwnMatrices::Decode(const std::vector<int32_t>& order, bool is_packed, const float* x, float* y, int n_threads) {
   Buffer panel = AllocateHuge(static_cast<size_t>(simd::PanelBytes(activation_, kCols, 1)));
   std::fill_n(panel.get(), simd::PanelBytes(activation_, kCols, 1), uint8_t{0});
   std::atomic<int64_t> next{0};
@@ -57,7 +57,13 @@ double OwnMatrices::Decode(const std::vector<int32_t>& order, const float* x, fl
 #pragma omp barrier
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
       float* matrix_y = y + i * kRows;
-      MultiplyRows(order[static_cast<size_t>(i)], 0, kRows, 0, panel.get(), &matrix_y);
+      const int32_t matrix = order[static_cast<size_t>(i)];
+      if (is_packed) {
+        MultiplyRows(matrix, 0, kRows, panel.get(), 1, &matrix_y);
+      } else {
+        table_.multiply_rows[bank_.format](
+            {bank_.Matrix(matrix), kRows / table_.rows_per_group, kCols, panel.get(), &matrix_y});
+      }
     }
 #pragma omp barrier
 #pragma omp master
@@ -83,7 +89,9 @@ OwnMatrices::PrefillSeconds OwnMatrices::Prefill(int64_t n_experts, int64_t n_to
       i += 1 << log2_rows;
     }
   }
-  const int64_t n_panels = static_cast<int64_t>(layout.size()), n_panels_each = n_panels / n_experts;
+  const int64_t n_panels = static_cast<int64_t>(layout.size());
+  std::vector<float*> rows_y;
+  for (int64_t i = 0; i < n_rows; ++i) rows_y.push_back(y + i * kRows);
   std::atomic<int64_t> next{0};
   PrefillSeconds seconds{};
 #pragma omp parallel num_threads(n_threads)
@@ -111,15 +119,10 @@ OwnMatrices::PrefillSeconds OwnMatrices::Prefill(int64_t n_experts, int64_t n_to
       packed = NowSeconds();
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n_experts * kChunks;) {
         const int64_t expert = i / kChunks;
-        // A whole chunk per call. Group by group, weights would be read from L2 once and not for each panel, but
-        // kernels work on two groups at a time: one alone is half as fast (Q4_K, avx512_vnni: 139 and 276 GMAC/s).
-        for (int64_t p = 0; p < n_panels_each; ++p) {
-          const Panel& panel = layout[static_cast<size_t>(expert * n_panels_each + p)];
-          float* panel_y[simd::kMaxTile];
-          for (int k = 0; k < 1 << panel.log2_rows; ++k) panel_y[k] = y + (panel.first_row + k) * kRows;
-          MultiplyRows(expert, i % kChunks * kChunkRows, kChunkRows, panel.log2_rows, panels.get() + panel.offset,
-                       panel_y);
-        }
+        const int64_t first = expert * n_tokens;
+        MultiplyRows(expert, i % kChunks * kChunkRows, kChunkRows,
+                     panels.get() + row_bytes * static_cast<size_t>(first), static_cast<int32_t>(n_tokens),
+                     rows_y.data() + first);
       }
 #pragma omp barrier
 #pragma omp master

@@ -17,8 +17,9 @@ class OwnMatrices {
   // One core, from the bank's bytes to packed ones, over more than the caches hold.
   double pack_bytes_per_second() const { return pack_bytes_per_second_; }
 
-  // One activation row times the matrices of `order`. Returns seconds, quantizing x included. y: [order.size()][kRows].
-  double Decode(const std::vector<int32_t>& order, const float* x, float* y, int n_threads);
+  // One activation row times the matrices of `order`, packed or with their rows as in a file. Returns seconds,
+  // quantizing x included. y: [order.size()][kRows].
+  double Decode(const std::vector<int32_t>& order, bool is_packed, const float* x, float* y, int n_threads);
 
   struct PrefillSeconds {
     double quantize;
@@ -35,7 +36,7 @@ class OwnMatrices {
     int32_t log2_rows;
     size_t offset;
   };
-  void MultiplyRows(int64_t matrix, int64_t first_row, int64_t n_rows, int log2_panel_rows, const void* panel,
+  void MultiplyRows(int64_t matrix, int64_t first_row, int64_t n_rows, const void* panels, int32_t n_x,
                     float* const* y) const;
 
   const simd::KernelTable& table_;

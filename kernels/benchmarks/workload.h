@@ -13,11 +13,11 @@
 
 namespace edgemoe::bench {
 
-// An expert's gate or up matrix of OLMoE. A thread takes a whole one in decode and 128 rows in prefill, as the
-// scheduler of the runtime does while there is much to do.
+// An expert's gate or up matrix of OLMoE. A thread takes a whole one in decode and 256 rows in prefill, as the
+// scheduler of the runtime does for a few experts; of many it takes whole ones in prefill too.
 inline constexpr int64_t kCols = 2048;
 inline constexpr int64_t kRows = 1024;
-inline constexpr int64_t kChunkRows = 128;
+inline constexpr int64_t kChunkRows = 256;
 
 ggml_type GgmlTypeOf(simd::Format format);
 // Ignores case; kNoFormat when there is none of that name.

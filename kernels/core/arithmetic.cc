@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: MIT
 #include "core/arithmetic.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <new>
+
+#include "core/io.h"
+#include "simd/panels.h"
 
 namespace edgemoe {
 namespace {
@@ -15,11 +21,11 @@ const char* IsaAskedFor() {
   return isa != nullptr && *isa != '\0' ? isa : nullptr;
 }
 
-// 128 rows of 2048 columns in 4 bits are 144 KiB, of 8 bits 272 KiB: within half of the 1 MiB of L2 that is usual. The
-// kernels want several groups in a call: with one, a prompt took twice as long.
-constexpr int64_t kPanelRows = 128;
-// What is interleaved at a time where the rows do not come packed: for several panels up to this, at least a group.
+// What several activation rows interleave at a time of weights that are not packed, and at least a group: rows of 2048
+// columns are 256 of 4 bits or 132 of 8, and are multiplied out of L2.
 constexpr uint64_t kInterleavedBytes = 288 * 1024;
+constexpr uint64_t kLineBytes = 64;
+constexpr uint64_t kHugePageBytes = uint64_t{2} << 20;
 
 simd::Format FormatOf(const ExpertTensor& tensor) { return static_cast<simd::Format>(tensor.format); }
 
@@ -81,19 +87,25 @@ void Arithmetic::Quantize(const ExpertTensor& tensor, const edgemoe_matmul& m, c
   }
 }
 
+// Panels of 64 rows in huge pages are multiplied 1.08 to 1.14 times as fast as in pages of 4 KiB (AVX-512 on Zen 5).
+void Arithmetic::Scratch::Reserve(uint64_t n_bytes) {
+  if (n_bytes <= capacity) return;
+  capacity = 0;
+  bytes.reset(static_cast<char*>(std::aligned_alloc(kHugePageBytes, RoundUp(n_bytes, kHugePageBytes))));
+  if (bytes == nullptr) throw std::bad_alloc();
+  capacity = RoundUp(n_bytes, kHugePageBytes);
+#if defined(MADV_HUGEPAGE)
+  ::madvise(bytes.get(), capacity, MADV_HUGEPAGE);
+#endif
+}
+
 void Arithmetic::Prepare(int n_threads, int64_t n_x, uint64_t row_bytes, uint64_t weight_row_bytes) {
   if (scratch_.size() < static_cast<size_t>(n_threads)) scratch_.resize(static_cast<size_t>(n_threads));
-  uint64_t groups_bytes = 0;
-  if (weight_row_bytes > 0) {
-    groups_bytes = std::max(weight_row_bytes * static_cast<uint64_t>(table_->rows_per_group), kInterleavedBytes);
-  }
-  for (Scratch& s : scratch_) {
-    s.panels_key = 0;
-    if (n_x > 1 && s.panels.size() < static_cast<uint64_t>(n_x) * row_bytes) {
-      s.panels.resize(static_cast<uint64_t>(n_x) * row_bytes);
-    }
-    if (s.groups.size() < groups_bytes) s.groups.resize(groups_bytes);
-  }
+  for (Scratch& s : scratch_) s.panels_key = 0;
+  if (n_x == 1 || weight_row_bytes == 0) return;
+  groups_bytes_ = std::max(weight_row_bytes * static_cast<uint64_t>(table_->rows_per_group), kInterleavedBytes);
+  groups_bytes_ = RoundUp(groups_bytes_, kLineBytes);
+  for (Scratch& s : scratch_) s.Reserve(groups_bytes_ + static_cast<uint64_t>(n_x) * row_bytes);
 }
 
 void Arithmetic::Multiply(int thread_idx, const ExpertTensor& tensor, bool packed, const edgemoe_product& product) {
@@ -105,57 +117,37 @@ void Arithmetic::Multiply(int thread_idx, const ExpertTensor& tensor, bool packe
 }
 
 void Arithmetic::MultiplyOwn(Scratch* scratch, simd::Format format, bool packed, const edgemoe_product& p) const {
-  const simd::Activation kind = simd::Info(format).activation;
-  const int64_t row_bytes = simd::PanelBytes(kind, p.n_cols, 1);
-  const char* x = static_cast<const char*>(p.x[0]);
+  const void* x = p.x[0];
   if (p.n_x > 1) {
+    char* const panels = scratch->bytes.get() + groups_bytes_;
     if (scratch->panels_key != p.x_key) {
-      for (int32_t i = 0; i < p.n_x;) {
-        const int n_rows = 1 << simd::NextTile(p.n_x - i);
-        simd::PackPanel(kind, p.n_cols, n_rows, p.x + i, scratch->panels.data() + i * row_bytes);
-        i += n_rows;
-      }
+      simd::PackPanels(simd::Info(format).activation, p.n_cols, p.n_x, p.x, panels);
       scratch->panels_key = p.x_key;
     }
-    x = scratch->panels.data();
+    x = panels;
   }
-  const int rows_per_group = table_->rows_per_group;
-  const int64_t n_groups = p.n_rows / rows_per_group;
-  const uint64_t group_bytes = p.row_bytes * static_cast<uint64_t>(rows_per_group);
-  const bool interleave = !packed && p.n_x > 1;  // one row has a function of its own
-  // One panel: all groups in one call. Several: panels times as many rows as L2 keeps for the next panel.
-  int64_t n_step = n_groups;
-  if (1 << simd::NextTile(p.n_x) != p.n_x) n_step = std::max<int64_t>(1, kPanelRows / rows_per_group);
-  if (interleave) {
-    n_step = std::clamp<int64_t>(static_cast<int64_t>(kInterleavedBytes / group_bytes), 1,
-                                 std::max<int64_t>(1, kPanelRows / rows_per_group));
-  }
-  const auto multiply = [&](const KernelTable& table, const uint8_t* weights, int64_t first_row, int64_t n) {
-    for (int32_t i = 0; i < p.n_x;) {
-      const int tile = simd::NextTile(p.n_x - i);
-      float* y[simd::kMaxTile];
-      for (int t = 0; t < 1 << tile; ++t) y[t] = p.y[i + t] + first_row;
-      const simd::MultiplyFunction f = packed || p.n_x > 1 ? table.multiply[format][tile] : table.multiply_rows[format];
-      f({weights, n, p.n_cols, x + i * row_bytes, y});
-      i += 1 << tile;
-    }
-  };
   const auto* const rows = static_cast<const uint8_t*>(p.weights);
-  for (int64_t g = 0; g < n_groups; g += n_step) {
-    const int64_t n = std::min(n_step, n_groups - g);
-    const uint8_t* weights = rows + static_cast<uint64_t>(g) * group_bytes;
-    if (interleave) {
-      auto* const groups = reinterpret_cast<uint8_t*>(scratch->groups.data());
-      table_->interleave[format](weights, n, p.n_cols, groups);
-      weights = groups;
+  const auto multiply = [&](const KernelTable& table, const uint8_t* weights, int64_t first_row, int64_t n_rows) {
+    simd::MultiplyPanels(table, format, {weights, n_rows, p.n_cols, x, p.n_x, p.y, first_row});
+  };
+  const int64_t n_tail = p.n_rows % table_->rows_per_group, n_whole = p.n_rows - n_tail;
+  if (packed) {
+    multiply(*table_, rows, 0, n_whole);
+  } else if (p.n_x == 1) {
+    table_->multiply_rows[format]({rows, n_whole / table_->rows_per_group, p.n_cols, x, p.y});
+  } else {
+    auto* const groups = reinterpret_cast<uint8_t*>(scratch->bytes.get());
+    const uint64_t group_bytes = p.row_bytes * static_cast<uint64_t>(table_->rows_per_group);
+    const int64_t n_step = static_cast<int64_t>(groups_bytes_ / group_bytes) * table_->rows_per_group;
+    for (int64_t row = 0; row < n_whole; row += n_step) {
+      const int64_t n = std::min(n_step, n_whole - row);
+      table_->interleave[format](rows + static_cast<uint64_t>(row) * p.row_bytes, n / table_->rows_per_group, p.n_cols,
+                                 groups);
+      multiply(*table_, groups, row, n);
     }
-    multiply(*table_, weights, g * rows_per_group, n);
   }
   // Rows beyond the last whole group lie as in the file, and the portable table takes them so.
-  const int64_t n_tail = p.n_rows - n_groups * rows_per_group;
-  if (n_tail > 0) {
-    multiply(simd::Portable(), rows + static_cast<uint64_t>(n_groups) * group_bytes, n_groups * rows_per_group, n_tail);
-  }
+  if (n_tail > 0) multiply(simd::Portable(), rows + static_cast<uint64_t>(n_whole) * p.row_bytes, n_whole, n_tail);
 }
 
 }  // namespace edgemoe

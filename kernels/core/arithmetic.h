@@ -7,6 +7,8 @@
 #define EDGEMOE_CORE_ARITHMETIC_H_
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "core/expert_file.h"
@@ -48,16 +50,23 @@ class Arithmetic {
   }
 
  private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  // Of one thread: packed groups of weights, groups_bytes_ of them, and then panels.
   struct Scratch {
-    std::vector<char> panels;
+    void Reserve(uint64_t n_bytes);
+
+    std::unique_ptr<char, Free> bytes;
+    uint64_t capacity = 0;
     uint64_t panels_key = 0;  // of the activation rows in them; 0: none
-    std::vector<char> groups;
   };
   void MultiplyOwn(Scratch* scratch, simd::Format format, bool packed, const edgemoe_product& product) const;
 
   const simd::KernelTable* const table_;
   const edgemoe_kernels engine_;
   std::vector<Scratch> scratch_;  // [thread]
+  uint64_t groups_bytes_ = 0;
 };
 
 }  // namespace edgemoe

@@ -43,7 +43,8 @@ static void PrepareSums(const int32_t* sums, const float* d, int64_t n_cols, int
 template <class V, class Product, int G, int T>
 static inline __attribute__((always_inline)) void MultiplyStrip(const uint8_t* weights, int64_t group_bytes,
                                                                 int64_t n_groups, int64_t n_blocks, BlockActs acts,
-                                                                bool is_first, float* const* y, int64_t y0) {
+                                                                bool is_first, float* const* y, int64_t y0,
+                                                                Ahead& ahead) {
   constexpr int kBlock = Product::kBlockBytes * V::kLanes;
   typename V::F acc[G][T];
   const uint8_t* w[G];
@@ -51,12 +52,17 @@ static inline __attribute__((always_inline)) void MultiplyStrip(const uint8_t* w
   For<G>([&](auto g) __attribute__((always_inline)) {
     w[g] = weights + (g < n_groups ? g * group_bytes : 0);
     row[g] = y0 + (g < n_groups ? g * V::kLanes : 0);
-    For<T>([&](auto t) __attribute__((always_inline)) { acc[g][t] = is_first ? V::ZeroF() : V::LoadF(y[t] + row[g]); });
+    For<T>([&](auto t) __attribute__((always_inline)) {
+      // The results of a panel lie in as many pages, and none of them is in a cache: fetched now, the stores at the end
+      // need not wait for each of them.
+      if constexpr (T > 1 && V::kPrefetchBytes > 0) V::Prefetch(y[t] + row[g]);
+      acc[g][t] = is_first ? V::ZeroF() : V::LoadF(y[t] + row[g]);
+    });
   });
   for (int64_t b = 0; b < n_blocks; ++b) {
-    const uint8_t* ahead[G];
-    for (int g = 0; g < G; ++g) ahead[g] = w[g] + V::kPrefetchBytes;
-    Product::template Multiply<G, T>(w, ahead, acts, acc);
+    const uint8_t* soon[G];
+    for (int g = 0; g < G; ++g) soon[g] = w[g] + V::kPrefetchBytes;
+    Product::template Multiply<G, T>(w, soon, acts, acc, ahead);
     For<G>([&](auto g) __attribute__((always_inline)) { w[g] += kBlock; });
     acts.q += Product::kCols * T;
     acts.d += T;
@@ -75,6 +81,8 @@ static void MultiplyIntegers(const GroupProduct& p) {
   const int8_t* const q = static_cast<const int8_t*>(p.panel);
   const float* const d = reinterpret_cast<const float*>(q + p.n_cols * T);
   const int32_t* const sums = reinterpret_cast<const int32_t*>(d + p.n_cols / Product::kCols * T);
+  const int64_t n_turns = (p.n_groups + G - 1) / G * (p.n_cols / Product::kCols) * Product::template kTurns<T>;
+  Ahead ahead = {p.next, p.next + p.n_next_bytes, (p.n_next_bytes + 64 * n_turns - 1) / (64 * n_turns) * 64};
   for (int64_t col = 0; col < p.n_cols; col += kStripCols) {
     const int64_t n_cols = p.n_cols - col < kStripCols ? p.n_cols - col : kStripCols;
     const int64_t block = col / Product::kCols, n_blocks = n_cols / Product::kCols;
@@ -85,7 +93,7 @@ static void MultiplyIntegers(const GroupProduct& p) {
     for (int64_t g = 0; g < p.n_groups;) {
       const int64_t n_groups = g + G <= p.n_groups ? G : 1;
       MultiplyStrip<V, Product, G, T>(w + g * group_bytes, group_bytes, n_groups, n_blocks, acts, col == 0, p.y,
-                                      g * V::kLanes);
+                                      g * V::kLanes, ahead);
       g += n_groups;
     }
   }
@@ -105,6 +113,7 @@ static void MultiplyRows(const GroupProduct& p) {
     const int64_t first = col / Product::kCols, n_blocks = n_cols / Product::kCols;
     alignas(64) int32_t prepared[Product::kSums == kNoSums ? 1 : kStripCols / 32];
     PrepareSums<Product::kSums, Product::kBias, 1>(sums + col / 16, d + first, n_cols, prepared);
+    Ahead ahead = {};
     for (int64_t g = 0; g < p.n_groups; ++g) {
       const uint8_t* const rows = p.weights + g * V::kLanes * stride;
       const uint8_t* const next = rows + V::kLanes * stride;
@@ -115,8 +124,8 @@ static void MultiplyRows(const GroupProduct& p) {
         alignas(64) uint8_t block[kBlock];
         Interleave<V, format>::Block(rows + b * Product::kBlockBytes, stride, nullptr, block);
         const uint8_t* const w[1] = {block};
-        const uint8_t* const ahead[1] = {next + b * kBlock};
-        Product::template Multiply<1, 1>(w, ahead, acts, acc);
+        const uint8_t* const soon[1] = {next + b * kBlock};
+        Product::template Multiply<1, 1>(w, soon, acts, acc, ahead);
         acts.q += Product::kCols;
         acts.d += 1;
         constexpr int kSumCols = Product::kSums == kPairs32 ? 64 : 32;
@@ -168,7 +177,7 @@ static void MultiplyFloatRows(const GroupProduct& p) {
   }
 }
 
-template <class V, Format format, class Product, class ProductOfOne = Product>
+template <class V, Format format, class Product, class ProductOfOne = Product, class ProductOfMost = Product>
 static constexpr void SetIntegers(KernelTable* table) {
   table->interleave[format] = Interleave<V, format>::Groups;
   table->multiply_rows[format] = MultiplyRows<V, ProductOfOne, format>;
@@ -176,7 +185,7 @@ static constexpr void SetIntegers(KernelTable* table) {
   f[0] = MultiplyIntegers<V, ProductOfOne, 1>;
   f[1] = MultiplyIntegers<V, Product, 2>;
   f[2] = MultiplyIntegers<V, Product, 4>;
-  f[3] = MultiplyIntegers<V, Product, 8>;
+  f[3] = MultiplyIntegers<V, ProductOfMost, 8>;
   static_assert(kTileCount == 4, "a function for each tile");
 }
 
@@ -205,7 +214,12 @@ static constexpr KernelTable MakeTable(const char* isa) {
   SetIntegers<V, kQ4_1, Product32<V, FormatQ4_1>>(&table);
   SetIntegers<V, kQ8_0, Product32<V, FormatQ8_0>>(&table);
   SetIntegers<V, kIQ4_NL, Product32<V, FormatIQ4_NL>>(&table);
-  SetIntegers<V, kMXFP4, Product32<V, FormatMXFP4>>(&table);
+  using ProductMXFP4 = Product32<V, FormatMXFP4>;
+  if constexpr (V::kHasScaleF) {
+    SetIntegers<V, kMXFP4, ProductMXFP4, ProductMXFP4, Product32<V, FormatMXFP4ByExponent>>(&table);
+  } else {
+    SetIntegers<V, kMXFP4, ProductMXFP4>(&table);
+  }
   SetIntegers<V, kQ2_K, Product256<V, FormatQ2_K>>(&table);
   SetIntegers<V, kQ3_K, Product256<V, FormatQ3_K>>(&table);
   SetIntegers<V, kQ4_K, Product256<V, FormatQ4_K>>(&table);

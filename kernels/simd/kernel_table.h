@@ -66,6 +66,9 @@ struct GroupProduct {
   int64_t n_cols;
   const void* panel;
   float* const* y;  // [T], each n_groups * rows_per_group results
+  // Weights that later calls multiply, for panels of several rows to fetch into the caches on the way.
+  const uint8_t* next = nullptr;
+  int64_t n_next_bytes = 0;
 };
 using MultiplyFunction = void (*)(const GroupProduct&);
 // rows: n_groups * rows_per_group rows as in a file, of any alignment -> out: as many packed groups, as many bytes.

@@ -14,6 +14,22 @@ struct BlockActs {
   const int32_t* sums;  // as the format's SumsKind
 };
 
+// What panels of kMaxTile rows fetch for later calls: turn_bytes of it at each turn, of which a block has kTurns<T>, so
+// that requests are spread over all of a call. Smaller ones fetch as much as they read, at `soon`.
+struct Ahead {
+  const uint8_t* next;
+  const uint8_t* end;
+  int64_t turn_bytes;
+};
+template <class V, int T>
+static inline __attribute__((always_inline)) void PrefetchTurn(Ahead& ahead) {
+  if constexpr (T == kMaxTile && V::kPrefetchBytes > 0) {
+    if (ahead.next >= ahead.end) return;
+    const uint8_t* const stop = ahead.next + ahead.turn_bytes;
+    for (; ahead.next < stop; ahead.next += 64) V::Prefetch(ahead.next);
+  }
+}
+
 // acc = fma(isum, wd * xd, acc), and for Q4_1 acc = fma(wm, xd * sum, acc).
 template <class V, template <class> class Format>
 struct Product32 {
@@ -24,15 +40,18 @@ struct Product32 {
   static constexpr int kBlockBytes = sizeof(typename F_::Block);
   static constexpr SumsKind kSums = F_::kSums;
   static constexpr int kBias = F_::kBias;
+  template <int T>
+  static constexpr int kTurns = 1;
 
   template <int G, int T>
   static inline __attribute__((always_inline)) void Multiply(const uint8_t* const (&w)[G],
-                                                             const uint8_t* const (&ahead)[G], const BlockActs& x,
-                                                             F (&acc)[G][T]) {
+                                                             const uint8_t* const (&soon)[G], const BlockActs& x,
+                                                             F (&acc)[G][T], Ahead& ahead) {
     constexpr int kTokens = V::template kTileTokens<T>;
-    if constexpr (V::kPrefetchBytes > 0) {
+    PrefetchTurn<V, T>(ahead);
+    if constexpr (T < kMaxTile && V::kPrefetchBytes > 0) {
       for (int g = 0; g < G; ++g) {
-        for (int i = 0; i < kBlockBytes * V::kLanes; i += 64) V::Prefetch(ahead[g] + i);
+        for (int i = 0; i < kBlockBytes * V::kLanes; i += 64) V::Prefetch(soon[g] + i);
       }
     }
     F scale[G];
@@ -45,7 +64,7 @@ struct Product32 {
         const F d = V::SplatF(x.d + t0 + t);
         For<G>([&](auto g) __attribute__((always_inline)) {
           F& a = acc[g][t0 + t];
-          a = V::FmaF(V::ToFloat(sum[g][t]), V::MulF(scale[g], d), a);
+          a = V::FmaF(V::ToFloat(sum[g][t]), F_::Times(scale[g], d), a);
           if constexpr (kSums == kFloatSums) {
             a = V::FmaF(F_::Min(w[g]), V::AsFloat(V::Splat(x.sums + t0 + t)), a);
           }
@@ -99,10 +118,15 @@ struct Product256 {
   static constexpr int kBias = 0;
   static constexpr bool kHasMins = F_::kPairs > 0 && F_::kBiasBits < 0;
 
+  template <int T>
+  static constexpr int kSubsAtOnce = V::template kTileSubs<T> < F_::kInner ? V::template kTileSubs<T> : F_::kInner;
+  template <int T>
+  static constexpr int kTurns = F_::kSubs / kSubsAtOnce<T> * (T / V::template kTileTokens<T>);
+
   template <int G, int T>
   static inline __attribute__((always_inline)) void Multiply(const uint8_t* const (&w)[G],
-                                                             const uint8_t* const (&ahead)[G], const BlockActs& x,
-                                                             F (&acc)[G][T]) {
+                                                             const uint8_t* const (&soon)[G], const BlockActs& x,
+                                                             F (&acc)[G][T], Ahead& ahead) {
     constexpr int kTokens = V::template kTileTokens<T>;
     I scale[G][F_::kSubs], pair[G][F_::kPairs > 0 ? F_::kPairs : 1];
     F d[G], dmin[G];
@@ -116,7 +140,7 @@ struct Product256 {
     });
     for (int t0 = 0; t0 < T; t0 += kTokens) {
       I sum[G][kTokens], lack[G][kTokens];
-      Dots<G, T, kTokens>(w, ahead, scale, x.q + 4 * t0, sum);
+      Dots<G, T, kTokens>(w, soon, scale, x.q + 4 * t0, sum, ahead);
       Pairs<G, T, kTokens>(pair, x.sums + t0, lack);
       For<kTokens>([&](auto t) __attribute__((always_inline)) {
         const F xd = V::SplatF(x.d + t0 + t);
@@ -133,16 +157,16 @@ struct Product256 {
 
  private:
   template <int G, int T, int kTokens>
-  static inline __attribute__((always_inline)) void Dots(const uint8_t* const (&w)[G], const uint8_t* const (&ahead)[G],
+  static inline __attribute__((always_inline)) void Dots(const uint8_t* const (&w)[G], const uint8_t* const (&soon)[G],
                                                          const I (&scale)[G][F_::kSubs], const int8_t* q,
-                                                         I (&sum)[G][kTokens]) {
-    constexpr int kSubSteps = 64 / F_::kSubs;
-    constexpr int kTileSubs = V::template kTileSubs<T> < F_::kInner ? V::template kTileSubs<T> : F_::kInner;
+                                                         I (&sum)[G][kTokens], Ahead& ahead) {
+    constexpr int kSubSteps = 64 / F_::kSubs, kTileSubs = kSubsAtOnce<T>;
     For<G>([&](auto g) __attribute__((always_inline)) {
       For<kTokens>([&](auto t) __attribute__((always_inline)) { sum[g][t] = V::Zero(); });
     });
     for (size_t c = 0; c < F_::kSubs / F_::kInner; ++c) {
       For<F_::kInner / kTileSubs>([&](auto tile) __attribute__((always_inline)) {
+        PrefetchTurn<V, T>(ahead);
         PartialOf<V, F_::kMax> partial[kTileSubs][G][kTokens];
         // Other tiles of sub-blocks and of tokens use the same bytes, which the compiler must not see: it would keep
         // all that it unpacked on the stack.
@@ -154,7 +178,7 @@ struct Product256 {
         For<kSubSteps>([&](auto s) __attribute__((always_inline)) {
           For<kTileSubs>([&](auto i) __attribute__((always_inline)) {
             constexpr int h = tile * kTileSubs + i;
-            PrefetchSome<(tile * kSubSteps + s) * kTileSubs + i>(ahead, c);
+            if constexpr (T < kMaxTile) PrefetchSome<(tile * kSubSteps + s) * kTileSubs + i>(soon, c);
             SubStep<kTokens, T, h, s>(v, c, scale, q, partial[i], sum);
           });
         });
@@ -188,13 +212,13 @@ struct Product256 {
   // The lines of a block, a share of them at each step: as many at once as a block has would fill the core's list of
   // outstanding misses, and its loads would wait.
   template <int step, int G>
-  static inline __attribute__((always_inline)) void PrefetchSome(const uint8_t* const (&ahead)[G], size_t c) {
+  static inline __attribute__((always_inline)) void PrefetchSome(const uint8_t* const (&soon)[G], size_t c) {
     if constexpr (V::kPrefetchBytes > 0) {
       constexpr int n_c = F_::kSubs / F_::kInner, kSteps = 64 / n_c;
       constexpr int kLines = (kBlockBytes * V::kLanes + 64 * n_c - 1) / (64 * n_c);  // in one turn of c
       if constexpr (step * kLines / kSteps != (step + 1) * kLines / kSteps) {
         constexpr int kLine = step * kLines / kSteps * 64;
-        for (int g = 0; g < G; ++g) V::Prefetch(ahead[g] + kLine + c * (kLines * 64));
+        for (int g = 0; g < G; ++g) V::Prefetch(soon[g] + kLine + c * (kLines * 64));
       }
     }
   }

@@ -20,6 +20,7 @@ struct Avx2 {
   static constexpr int kTileSubs = T == 1 ? 4 : 1;
   static constexpr int kFloatTokens = 2, kFloatGroups = 1;
   static constexpr int kPrefetchBytes = 8192;  // as AVX-512
+  static constexpr bool kHasScaleF = false;
   // 2 * 127 * kMax * kSteps < 2^15
   template <int kMax>
   static constexpr int kSteps = kMax <= 15   ? 8

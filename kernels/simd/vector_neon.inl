@@ -21,6 +21,7 @@ struct Neon {
   static constexpr int kTileSubs = 1;
   static constexpr int kFloatTokens = 4, kFloatGroups = 1;
   static constexpr int kPrefetchBytes = 0;
+  static constexpr bool kHasScaleF = false;
   // 127 * kMax * kSteps < 2^15
   template <int kMax>
   static constexpr int kSteps = kMax <= 31 ? 8 : 4;
