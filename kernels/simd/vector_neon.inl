@@ -129,7 +129,7 @@ struct Neon {
     } else {
       static constexpr uint8_t kHalves[16] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
       static constexpr uint8_t kBytes[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-      return Lookup(Table(kUnitBytes == 2 ? kHalves : kBytes), words);
+      return Lookup(vreinterpretq_u8_s32(words), vreinterpretq_s32_u8(vld1q_u8(kUnitBytes == 2 ? kHalves : kBytes)));
     }
   }
 
