@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // formats.inl: codes and scales of each format, written once for all vector instruction sets; what traits those need.
-// Then come, in this order, the traits, pointwise.inl, and driver.inl, which includes products.inl. The one file of an
-// instruction set includes them into its anonymous namespace: code for a newer CPU must not be linked into code for all
-// CPUs.
+// Then come, in this order, the traits, pointwise.inl, and driver.inl, which includes interleave.inl and products.inl.
+// The one file of an instruction set includes them into its anonymous namespace: code for a newer CPU must not be
+// linked into code for all CPUs.
 //
 // *Idea.* A vector has one 32-bit lane per matrix row. A packed group (pack.h) has the same 4-byte unit of all rows
 // next to each other, so one load yields, per row, codes of 4 consecutive columns; one Dot with the 4 activation bytes

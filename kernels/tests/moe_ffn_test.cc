@@ -73,6 +73,39 @@ INSTANTIATE_TEST_SUITE_P(All, OwnProductTest,
                                                           Format::kMXFP4, Format::kBF16),
                                           testing::Values(2, 3, kOwnExperts), testing::Values(1, 3)));
 
+// Guards against: reader threads that take the cores from those that compute while experts stream, and against packing
+// that never happens where there is room for all.
+TEST(OwnPackingTest, OnlySlicesThatFillFreeSlotsArePacked) {
+  Watchdog watchdog("OnlySlicesThatFillFreeSlotsArePacked");
+  OwnModel model({{Format::kQ4_K, 64, 512}}, 32);
+  RuntimePtr runtime = model.Open(2);
+  if (edgemoe_runtime_is_own(runtime.get(), 0) == 0) GTEST_SKIP() << "this CPU has only the portable kernels";
+  SessionPtr session = NewSession(runtime.get(), 1);
+  std::mt19937 rng(5);
+  const std::vector<float> x = RandomRows(&rng, 1, 512);
+  uint64_t pack_ns = 0;
+  for (const int32_t first : {0, 2, 4, 0}) {
+    const std::vector<int32_t> ids = {first, first + 1};
+    std::vector<float> y(2 * 64);
+    const int32_t tensor_idx = 0;
+    ASSERT_EQ(edgemoe_session_begin_layer(session.get(), ids.data(), 1, 2, 8, &tensor_idx, 1, nullptr), 0);
+    const edgemoe_matmul m = model.Matmul(0, x.data(), 1, y.data(), 2);
+    ASSERT_EQ(edgemoe_session_matmul(session.get(), &m, 1, nullptr), EDGEMOE_OK);
+    edgemoe_session_end_layer(session.get());
+    for (size_t used = 0; used < 2; ++used) {
+      const std::vector<float> expected = model.Product(0, ids[used], x.data());
+      ExpectSameBits(expected.data(), y.data() + used * 64, 64, "expert " + std::to_string(ids[used]));
+    }
+    edgemoe_stats stats;
+    edgemoe_runtime_stats(runtime.get(), &stats);
+    if (pack_ns == 0) {
+      pack_ns = stats.pack_ns;
+      EXPECT_GT(pack_ns, 0u) << "both slots were free";
+    }
+    EXPECT_EQ(stats.pack_ns, pack_ns) << "experts from " << first;
+  }
+}
+
 struct FfnCase {
   const char* name;
   edgemoe_glu glu;
