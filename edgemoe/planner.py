@@ -52,6 +52,8 @@ def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int) -> int:
 
     Gate and up take one row a token, down takes one for each expert that a token uses.
     """
+    if not model.expert_tensors:
+        return 0
     shared = used = n_ff = packing = 0
     has_format = set()
     for t in model.expert_tensors:
@@ -64,7 +66,7 @@ def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int) -> int:
     used *= model.n_experts_used
     # A block that is not ours as a whole keeps down's rows where others keep gate's; theirs have a place of their own.
     rows = n_ubatch * (shared + used * len(has_format))
-    widest = max((_panel_bytes(t) for t in model.expert_tensors), default=0)
+    widest = max(_panel_bytes(t) for t in model.expert_tensors)
     scratch = n_ubatch * widest + max(packing, _INTERLEAVED_BYTES)
     scratch = -(-scratch // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     return rows + n_threads * (scratch + 4 * n_ff) + runtime.N_IO_THREADS * packing
