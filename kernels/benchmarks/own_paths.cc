@@ -80,18 +80,12 @@ OwnMatrices::PrefillSeconds OwnMatrices::Prefill(int64_t n_experts, int64_t n_to
   Buffer panels = AllocateHuge(row_bytes * static_cast<size_t>(n_rows));
   std::fill_n(rows.get(), row_bytes * static_cast<size_t>(n_rows), uint8_t{0});
   std::fill_n(panels.get(), row_bytes * static_cast<size_t>(n_rows), uint8_t{0});
-  std::vector<Panel> layout;  // of all experts; the largest panels first, a panel of T rows is as large as T of one
-  for (int64_t expert = 0; expert < n_experts; ++expert) {
-    for (int64_t i = 0; i < n_tokens;) {
-      const int32_t log2_rows = simd::NextTile(n_tokens - i);
-      const int64_t first_row = expert * n_tokens + i;
-      layout.push_back({first_row, log2_rows, row_bytes * static_cast<size_t>(first_row)});
-      i += 1 << log2_rows;
-    }
-  }
-  const int64_t n_panels = static_cast<int64_t>(layout.size());
+  std::vector<const void*> panel_rows;
   std::vector<float*> rows_y;
-  for (int64_t i = 0; i < n_rows; ++i) rows_y.push_back(y + i * kRows);
+  for (int64_t i = 0; i < n_rows; ++i) {
+    panel_rows.push_back(rows.get() + static_cast<size_t>(i) * row_bytes);
+    rows_y.push_back(y + i * kRows);
+  }
   std::atomic<int64_t> next{0};
   PrefillSeconds seconds{};
 #pragma omp parallel num_threads(n_threads)
@@ -109,13 +103,9 @@ OwnMatrices::PrefillSeconds OwnMatrices::Prefill(int64_t n_experts, int64_t n_to
         table_.quantize[activation_](x + i * kCols, rows.get() + static_cast<size_t>(i) * row_bytes, kCols);
       quantized = NowSeconds();
 #pragma omp for
-      for (int64_t i = 0; i < n_panels; ++i) {
-        const Panel& panel = layout[static_cast<size_t>(i)];
-        const void* panel_rows[simd::kMaxTile];
-        for (int k = 0; k < 1 << panel.log2_rows; ++k)
-          panel_rows[k] = rows.get() + static_cast<size_t>(panel.first_row + k) * row_bytes;
-        simd::PackPanel(activation_, kCols, 1 << panel.log2_rows, panel_rows, panels.get() + panel.offset);
-      }
+      for (int64_t first = 0; first < n_rows; first += n_tokens)
+        simd::PackPanels(activation_, kCols, static_cast<int32_t>(n_tokens), panel_rows.data() + first,
+                         panels.get() + row_bytes * static_cast<size_t>(first));
       packed = NowSeconds();
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n_experts * kChunks;) {
         const int64_t expert = i / kChunks;

@@ -31,11 +31,6 @@ class OwnMatrices {
   PrefillSeconds Prefill(int64_t n_experts, int64_t n_tokens, int n_repeats, const float* x, float* y, int n_threads);
 
  private:
-  struct Panel {
-    int64_t first_row;
-    int32_t log2_rows;
-    size_t offset;
-  };
   void MultiplyRows(int64_t matrix, int64_t first_row, int64_t n_rows, const void* panels, int32_t n_x,
                     float* const* y) const;
 

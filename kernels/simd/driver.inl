@@ -37,6 +37,14 @@ static void PrepareSums(const int32_t* sums, const float* d, int64_t n_cols, int
   }
 }
 
+template <class Product, int T>
+static inline __attribute__((always_inline)) void ToNextBlock(BlockActs& acts) {
+  constexpr int kSumCols = Product::kSums == kPairs32 ? 64 : 32;
+  acts.q += Product::kCols * T;
+  acts.d += T;
+  if constexpr (Product::kSums != kNoSums) acts.sums += Product::kCols / kSumCols * T;
+}
+
 // n_blocks blocks of G groups, of which the first has its rows at y0 of the T results; acts: of the first block.
 // n_groups is G, or 1: then it takes the place of the others too, at G times the time, which spares as many functions
 // again for what a number of groups not divisible by G leaves over.
@@ -64,39 +72,44 @@ static inline __attribute__((always_inline)) void MultiplyStrip(const uint8_t* w
     for (int g = 0; g < G; ++g) soon[g] = w[g] + V::kPrefetchBytes;
     Product::template Multiply<G, T>(w, soon, acts, acc, ahead);
     For<G>([&](auto g) __attribute__((always_inline)) { w[g] += kBlock; });
-    acts.q += Product::kCols * T;
-    acts.d += T;
-    constexpr int kSumCols = Product::kSums == kPairs32 ? 64 : 32;
-    if constexpr (Product::kSums != kNoSums) acts.sums += Product::kCols / kSumCols * T;
+    ToNextBlock<Product, T>(acts);
   }
   For<G>([&](auto g) __attribute__((always_inline)) {
     For<T>([&](auto t) __attribute__((always_inline)) { V::StoreF(y[t] + row[g], acc[g][t]); });
   });
 }
 
-template <class V, class Product, int T>
-static void MultiplyIntegers(const GroupProduct& p) {
-  constexpr int G = V::template kTileGroups<T>;
-  const int64_t group_bytes = p.n_cols / Product::kCols * (Product::kBlockBytes * V::kLanes);
+// f(first block, number of blocks, activations of the first) for each strip of the columns.
+template <class Product, int T, class Function>
+static inline __attribute__((always_inline)) void ForStrips(const GroupProduct& p, const Function& f) {
   const int8_t* const q = static_cast<const int8_t*>(p.panel);
   const float* const d = reinterpret_cast<const float*>(q + p.n_cols * T);
   const int32_t* const sums = reinterpret_cast<const int32_t*>(d + p.n_cols / Product::kCols * T);
-  const int64_t n_turns = (p.n_groups + G - 1) / G * (p.n_cols / Product::kCols) * Product::template kTurns<T>;
-  Ahead ahead = {p.next, p.next + p.n_next_bytes, (p.n_next_bytes + 64 * n_turns - 1) / (64 * n_turns) * 64};
   for (int64_t col = 0; col < p.n_cols; col += kStripCols) {
     const int64_t n_cols = p.n_cols - col < kStripCols ? p.n_cols - col : kStripCols;
-    const int64_t block = col / Product::kCols, n_blocks = n_cols / Product::kCols;
+    const int64_t block = col / Product::kCols;
     alignas(64) int32_t prepared[Product::kSums == kNoSums ? 1 : kStripCols / 32 * T];
     PrepareSums<Product::kSums, Product::kBias, T>(sums + col / 16 * T, d + block * T, n_cols, prepared);
-    const BlockActs acts = {q + col * T, d + block * T, prepared};
-    const uint8_t* const w = p.weights + block * (Product::kBlockBytes * V::kLanes);
+    f(block, n_cols / Product::kCols, BlockActs{q + col * T, d + block * T, prepared});
+  }
+}
+
+template <class V, class Product, int T>
+static void MultiplyIntegers(const GroupProduct& p) {
+  constexpr int G = V::template kTileGroups<T>;
+  constexpr int kBlock = Product::kBlockBytes * V::kLanes;
+  const int64_t group_bytes = p.n_cols / Product::kCols * kBlock;
+  const int64_t n_turns = (p.n_groups + G - 1) / G * (p.n_cols / Product::kCols) * Product::template kTurns<T>;
+  Ahead ahead = {p.next, p.next + p.n_next_bytes, (p.n_next_bytes + 64 * n_turns - 1) / (64 * n_turns) * 64};
+  ForStrips<Product, T>(p, [&](int64_t block, int64_t n_blocks, const BlockActs& acts) __attribute__((always_inline)) {
+    const uint8_t* const w = p.weights + block * kBlock;
     for (int64_t g = 0; g < p.n_groups;) {
       const int64_t n_groups = g + G <= p.n_groups ? G : 1;
-      MultiplyStrip<V, Product, G, T>(w + g * group_bytes, group_bytes, n_groups, n_blocks, acts, col == 0, p.y,
+      MultiplyStrip<V, Product, G, T>(w + g * group_bytes, group_bytes, n_groups, n_blocks, acts, block == 0, p.y,
                                       g * V::kLanes, ahead);
       g += n_groups;
     }
-  }
+  });
 }
 
 // Groups whose rows lie as in a file, times one row of activations: block by block they are interleaved into a buffer
@@ -105,35 +118,25 @@ template <class V, class Product, Format format>
 static void MultiplyRows(const GroupProduct& p) {
   constexpr int kBlock = Product::kBlockBytes * V::kLanes;
   const int64_t stride = p.n_cols / Product::kCols * Product::kBlockBytes;
-  const int8_t* const q = static_cast<const int8_t*>(p.panel);
-  const float* const d = reinterpret_cast<const float*>(q + p.n_cols);
-  const int32_t* const sums = reinterpret_cast<const int32_t*>(d + p.n_cols / Product::kCols);
-  for (int64_t col = 0; col < p.n_cols; col += kStripCols) {
-    const int64_t n_cols = p.n_cols - col < kStripCols ? p.n_cols - col : kStripCols;
-    const int64_t first = col / Product::kCols, n_blocks = n_cols / Product::kCols;
-    alignas(64) int32_t prepared[Product::kSums == kNoSums ? 1 : kStripCols / 32];
-    PrepareSums<Product::kSums, Product::kBias, 1>(sums + col / 16, d + first, n_cols, prepared);
-    Ahead ahead = {};
+  Ahead ahead = {};
+  ForStrips<Product, 1>(p, [&](int64_t first, int64_t n_blocks, const BlockActs& strip) __attribute__((always_inline)) {
     for (int64_t g = 0; g < p.n_groups; ++g) {
       const uint8_t* const rows = p.weights + g * V::kLanes * stride;
       const uint8_t* const next = rows + V::kLanes * stride;
-      BlockActs acts = {q + col, d + first, prepared};
+      BlockActs acts = strip;
       float* const y = p.y[0] + g * V::kLanes;
-      typename V::F acc[1][1] = {{col == 0 ? V::ZeroF() : V::LoadF(y)}};
+      typename V::F acc[1][1] = {{first == 0 ? V::ZeroF() : V::LoadF(y)}};
       for (int64_t b = first; b < first + n_blocks; ++b) {
         alignas(64) uint8_t block[kBlock];
         Interleave<V, format>::Block(rows + b * Product::kBlockBytes, stride, nullptr, block);
         const uint8_t* const w[1] = {block};
         const uint8_t* const soon[1] = {next + b * kBlock};
         Product::template Multiply<1, 1>(w, soon, acts, acc, ahead);
-        acts.q += Product::kCols;
-        acts.d += 1;
-        constexpr int kSumCols = Product::kSums == kPairs32 ? 64 : 32;
-        if constexpr (Product::kSums != kNoSums) acts.sums += Product::kCols / kSumCols;
+        ToNextBlock<Product, 1>(acts);
       }
       V::StoreF(y, acc[0][0]);
     }
-  }
+  });
 }
 
 template <class V, template <class> class Format, int T>
