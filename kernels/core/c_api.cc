@@ -10,6 +10,7 @@
 #include "core/arithmetic.h"
 #include "core/runtime.h"
 #include "edgemoe/edgemoe.h"
+#include "edgemoe/scheduler.h"
 
 namespace {
 
@@ -131,10 +132,38 @@ void edgemoe_runtime_stats(edgemoe_runtime* runtime, edgemoe_stats* stats) {
 
 void edgemoe_runtime_reset_stats(edgemoe_runtime* runtime) {
   edgemoe::CacheCounters& c = runtime->cache.counters();
-  for (auto* counter :
-       {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.pack_ns, &c.evictions}) {
+  for (auto* counter : {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.pack_ns,
+                        &c.evictions, &c.hint_used_bytes, &c.hint_late_bytes, &c.hint_wasted_bytes,
+                        &runtime->prefetch.predicted, &runtime->prefetch.predicted_right, &runtime->prefetch.chosen}) {
     counter->store(0);
   }
+}
+
+int32_t edgemoe_runtime_set_prefetch(edgemoe_runtime* runtime, const edgemoe_router* routers, int32_t n_routers,
+                                     int32_t max_depth, int32_t adaptive, edgemoe_error* error) {
+  return Guard(error, [&] {
+    Status s = runtime->prefetch.predictor.Set(routers, n_routers, max_depth);
+    if (s.ok()) runtime->prefetch.controller.Start(n_routers > 1 ? max_depth : 0, adaptive != 0);
+    return s;
+  });
+}
+
+uint64_t edgemoe_prefetch_bytes(const edgemoe_router* routers, int32_t n_routers, int32_t max_depth) {
+  return edgemoe::Predictor::Bytes(routers, n_routers, max_depth);
+}
+
+void edgemoe_runtime_prefetch_stats(edgemoe_runtime* runtime, edgemoe_prefetch_stats* stats) {
+  const edgemoe::CacheCounters& c = runtime->cache.counters();
+  const edgemoe::Prefetch& p = runtime->prefetch;
+  *stats = {};
+  stats->used_bytes = c.hint_used_bytes.load();
+  stats->late_bytes = c.hint_late_bytes.load();
+  stats->wasted_bytes = c.hint_wasted_bytes.load();
+  stats->predicted = p.predicted.load();
+  stats->predicted_right = p.predicted_right.load();
+  stats->chosen = p.chosen.load();
+  std::lock_guard<std::mutex> lock(runtime->cache.mutex());
+  stats->depth = p.controller.depth();
 }
 
 void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error) {

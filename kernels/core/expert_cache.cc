@@ -23,6 +23,10 @@ Status ExpertCache::Start(uint64_t slots_bytes, int n_io_threads) {
   classes_.resize(pool_.classes().size());
   promised_.resize(pool_.classes().size());
   queue_.resize(slices_.size());
+  hints_.reserve(kMaxHints);
+  // Half of the readers: a demand that comes meanwhile finds the others free, and two keep most disks busy
+  // (development machine: 859 MiB/s from two, 954 from four).
+  max_hint_reads_ = std::max(1, n_io_threads / 2);
   for (size_t i = 0; i < classes_.size(); ++i) {
     const size_t n = static_cast<size_t>(pool_.classes()[i].n_slices);
     classes_[i].slice_of_slot.assign(n, -1);
@@ -80,6 +84,7 @@ Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
   bool shrinks = false;
   for (size_t i = 0; i < classes.size(); ++i) shrinks |= classes[i].n_slots < pool_.classes()[i].n_slots;
   resizing_ = true;
+  DropHints();
   while (shrinks && n_layers_ > 0) WaitForEvent(&lock);
   for (size_t i = 0; i < classes.size(); ++i) {
     const int class_idx = static_cast<int>(i);
@@ -93,6 +98,8 @@ Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
     }
   }
   pool_.SetSlots(classes);
+  holds_everything_ =
+      std::all_of(classes.begin(), classes.end(), [](const SlotClass& c) { return c.n_slots == c.n_slices; });
   resizing_ = false;
   NotifyEvent();
   return Status();
@@ -147,6 +154,11 @@ double ExpertCache::AdvanceClock(int64_t n_tokens) {
 
 void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
   Slice& s = At(slice);
+  if (s.read_ahead) {
+    s.read_ahead = false;
+    (s.state == State::kResident ? counters_.hint_used_bytes : counters_.hint_late_bytes)
+        .fetch_add(file_->Extent(slice).length, std::memory_order_relaxed);
+  }
   Touch(rule_, time, n_uses, &s.heat);
   if (s.heap_idx >= 0) {
     ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
@@ -162,7 +174,7 @@ Acquired ExpertCache::Acquire(int64_t slice) {
     bool pack = false;
     const int32_t slot = TakeSlot(&c, &pack);
     if (slot < 0) return Acquired::kNoRoom;
-    StartRead(slice, slot, pack);
+    QueueRead(slice, slot, pack);
     ++s.n_pins;
     return Acquired::kStarted;
   }
@@ -173,20 +185,52 @@ Acquired ExpertCache::Acquire(int64_t slice) {
   return s.state == State::kResident ? Acquired::kResident : Acquired::kJoined;
 }
 
+bool ExpertCache::MayReadAhead(const ClassState& c, double time) const {
+  return !c.free_slots.empty() || (!c.evictable.empty() && At(c.evictable.front()).heat.time < time);
+}
+
 bool ExpertCache::ReadAhead(int64_t slice, double time) {
   ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
   if (!Absent(slice)) return true;
-  if (c.free_slots.empty() && (c.evictable.empty() || At(c.evictable.front()).heat.time >= time)) return false;
+  if (!MayReadAhead(c, time)) return false;
   bool pack = false;
   const int32_t slot = TakeSlot(&c, &pack);
-  StartRead(slice, slot, pack);
+  QueueRead(slice, slot, pack);
   return true;
+}
+
+void ExpertCache::SetHints(const std::vector<int64_t>& slices, double time) {
+  DropHints();
+  if (resizing_) return;
+  hints_.assign(slices.begin(), slices.begin() + static_cast<std::ptrdiff_t>(std::min(slices.size(), kMaxHints)));
+  hint_time_ = time;
+  for (int64_t slice : hints_) {
+    Slice& s = At(slice);
+    s.hinted = true;
+    if (s.heap_idx >= 0) HeapErase(&classes_[static_cast<size_t>(ClassIdx(slice))], slice);
+  }
+  if (!hints_.empty()) queue_cv_.notify_all();
+}
+
+void ExpertCache::DropHints() {
+  for (int64_t slice : hints_) {
+    Slice& s = At(slice);
+    if (!s.hinted) continue;
+    s.hinted = false;
+    if (s.state == State::kResident && s.n_pins == 0) {
+      HeapInsert(&classes_[static_cast<size_t>(ClassIdx(slice))], slice);
+    }
+  }
+  hints_.clear();
+  next_hint_ = 0;
 }
 
 void ExpertCache::Release(int64_t slice) {
   Slice& s = At(slice);
   if (--s.n_pins > 0) return;
-  if (s.state == State::kResident) HeapInsert(&classes_[static_cast<size_t>(ClassIdx(slice))], slice);
+  if (s.state == State::kResident && !s.hinted) {
+    HeapInsert(&classes_[static_cast<size_t>(ClassIdx(slice))], slice);
+  }
   NotifyEvent();
 }
 
@@ -210,6 +254,7 @@ void ExpertCache::NotifyEvent() {
 int32_t ExpertCache::TakeSlot(ClassState* c, bool* was_free) {
   *was_free = !c->free_slots.empty();
   if (!*was_free) {
+    if (c->evictable.empty()) DropHints();  // what is needed goes before what may be
     if (c->evictable.empty()) return -1;
     const int64_t victim = c->evictable.front();
     const int32_t slot = At(victim).slot;
@@ -227,26 +272,86 @@ void ExpertCache::DropFromSlot(ClassState* c, int64_t slice) {
   c->slice_of_slot[static_cast<size_t>(s.slot)] = -1;
   s.slot = -1;
   s.state = State::kAbsent;
+  if (s.read_ahead) {
+    s.read_ahead = false;
+    counters_.hint_wasted_bytes.fetch_add(file_->Extent(slice).length, std::memory_order_relaxed);
+  }
   counters_.evictions.fetch_add(1, std::memory_order_relaxed);
 }
 
-void ExpertCache::StartRead(int64_t slice, int32_t slot, bool pack) {
+void ExpertCache::TakeForRead(int64_t slice, int32_t slot, bool pack) {
   Slice& s = At(slice);
   s.state = State::kLoading;
   s.packed = pack && file_->tensors()[static_cast<size_t>(file_->TensorOf(slice))].own;
   s.slot = slot;
   classes_[static_cast<size_t>(ClassIdx(slice))].slice_of_slot[static_cast<size_t>(slot)] = slice;
+}
+
+void ExpertCache::QueueRead(int64_t slice, int32_t slot, bool pack) {
+  TakeForRead(slice, slot, pack);
   queue_[(queue_head_ + queue_size_++) % queue_.size()] = slice;
   queue_cv_.notify_one();
 }
 
+CacheRead ExpertCache::ReadOf(int64_t slice) {
+  return {slice, pool_.SlotAddress(ClassIdx(slice), At(slice).slot), At(slice).packed};
+}
+
+bool ExpertCache::NextRead(CacheRead* read) {
+  if (queue_size_ == 0) return NextHint(read);
+  *read = ReadOf(queue_[queue_head_]);
+  queue_head_ = (queue_head_ + 1) % queue_.size();
+  --queue_size_;
+  return true;
+}
+
+bool ExpertCache::NextHint(CacheRead* read) {
+  if (n_hint_reads_ >= max_hint_reads_) return false;
+  for (; next_hint_ < hints_.size(); ++next_hint_) {
+    const int64_t slice = hints_[next_hint_];
+    if (!Absent(slice)) continue;
+    ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
+    if (!MayReadAhead(c, hint_time_)) continue;
+    bool pack = false;
+    const int32_t slot = TakeSlot(&c, &pack);
+    TakeForRead(slice, slot, pack);
+    At(slice).read_ahead = true;
+    ++next_hint_;
+    ++n_hint_reads_;
+    *read = ReadOf(slice);
+    read->is_hint = true;
+    return true;
+  }
+  return false;
+}
+
+void ExpertCache::FinishRead(const CacheRead& read, Status status) {
+  Slice& s = At(read.slice);
+  ClassState& c = classes_[static_cast<size_t>(ClassIdx(read.slice))];
+  n_hint_reads_ -= read.is_hint ? 1 : 0;
+  counters_.reads.fetch_add(1, std::memory_order_relaxed);
+  if (status.ok()) {
+    counters_.bytes_read.fetch_add(file_->Extent(read.slice).length, std::memory_order_relaxed);
+    s.state = State::kResident;
+    if (s.n_pins == 0 && !s.hinted) HeapInsert(&c, read.slice);
+  } else {
+    c.slice_of_slot[static_cast<size_t>(s.slot)] = -1;
+    c.free_slots.push_back(s.slot);
+    s.slot = -1;
+    s.state = State::kAbsent;
+    s.read_ahead = false;
+    read_error_ = std::move(status);
+  }
+  NotifyEvent();
+}
+
 // Without the lock. Own slices are interleaved here, on the thread that read them, never on one that computes.
-Status ExpertCache::ReadAndPack(int64_t slice, bool pack, char* slot, char* scratch) {
-  Status status = file_->ReadSlice(slice, slot);
-  const ExpertTensor& tensor = file_->tensors()[static_cast<size_t>(file_->TensorOf(slice))];
-  if (!status.ok() || !pack) return status;
+Status ExpertCache::ReadAndPack(const CacheRead& read, char* scratch) {
+  Status status = file_->ReadSlice(read.slice, read.to);
+  const ExpertTensor& tensor = file_->tensors()[static_cast<size_t>(file_->TensorOf(read.slice))];
+  if (!status.ok() || !read.pack) return status;
   const auto begin = std::chrono::steady_clock::now();
-  PackSlice(*kernels_, tensor, slot, file_->Extent(slice).head_bytes, scratch);
+  PackSlice(*kernels_, tensor, read.to, file_->Extent(read.slice).head_bytes, scratch);
   const auto taken = std::chrono::steady_clock::now() - begin;
   counters_.pack_ns.fetch_add(
       static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(taken).count()),
@@ -257,31 +362,13 @@ Status ExpertCache::ReadAndPack(int64_t slice, bool pack, char* slot, char* scra
 void ExpertCache::ReaderLoop(std::vector<char>* scratch) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    queue_cv_.wait(lock, [this] { return stopping_ || queue_size_ > 0; });
+    CacheRead read;
+    queue_cv_.wait(lock, [&] { return stopping_ || NextRead(&read); });
     if (stopping_) return;
-    const int64_t slice = queue_[queue_head_];
-    queue_head_ = (queue_head_ + 1) % queue_.size();
-    --queue_size_;
-    char* const to = pool_.SlotAddress(ClassIdx(slice), At(slice).slot);
-    const bool pack = At(slice).packed;
     lock.unlock();
-    Status status = ReadAndPack(slice, pack, to, scratch->data());
+    Status status = ReadAndPack(read, scratch->data());
     lock.lock();
-    Slice& s = At(slice);
-    ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
-    counters_.reads.fetch_add(1, std::memory_order_relaxed);
-    if (status.ok()) {
-      counters_.bytes_read.fetch_add(file_->Extent(slice).length, std::memory_order_relaxed);
-      s.state = State::kResident;
-      if (s.n_pins == 0) HeapInsert(&c, slice);
-    } else {
-      c.slice_of_slot[static_cast<size_t>(s.slot)] = -1;
-      c.free_slots.push_back(s.slot);
-      s.slot = -1;
-      s.state = State::kAbsent;
-      read_error_ = std::move(status);
-    }
-    NotifyEvent();
+    FinishRead(read, std::move(status));
   }
 }
 

@@ -2,6 +2,9 @@
 // expert_cache.h: which slices are resident, and the threads that read the ones that are not.
 // A slice is absent, loading or resident. Acquire pins it, so that it is not evicted, and starts the read when
 // it is absent; Release unpins it. Reads run without the lock; a failed read leaves the slice absent.
+// *Hints* are slices that the next layers may use. While they stand, those that are resident are not evicted as long as
+// there is anything else to evict, and those that are absent are read when nothing that a layer waits for is left to
+// read. A hint holds no slot before its read begins, so dropping it costs nothing.
 // Invariants: a pinned slice keeps its slot; a slot belongs to at most one slice; a slice is read only while
 // loading. Thread-safe: one mutex, never held over I/O.
 #ifndef EDGEMOE_CORE_EXPERT_CACHE_H_
@@ -33,6 +36,16 @@ enum class Acquired {
 struct CacheCounters {
   std::atomic<uint64_t> hits{0}, misses{0}, late_hits{0}, bytes_read{0}, reads{0}, stall_ns{0}, pack_ns{0},
       evictions{0};
+  // Bytes read for hints: resident when they were first used, still being read then, or dropped without being used.
+  std::atomic<uint64_t> hint_used_bytes{0}, hint_late_bytes{0}, hint_wasted_bytes{0};
+};
+
+// A read that a thread is to make, without the lock, and then to report.
+struct CacheRead {
+  int64_t slice = -1;
+  char* to = nullptr;
+  bool pack = false;
+  bool is_hint = false;
 };
 
 class ExpertCache {
@@ -44,6 +57,7 @@ class ExpertCache {
   ExpertCache(const ExpertCache&) = delete;
   ExpertCache& operator=(const ExpertCache&) = delete;
 
+  // n_io_threads 0: whoever owns the cache makes the reads, with NextRead and FinishRead.
   Status Start(uint64_t slots_bytes, int n_io_threads);
   Status SetSlotsBytes(uint64_t slots_bytes);
 
@@ -70,6 +84,15 @@ class ExpertCache {
   // Start reading without pinning, but only over slices last used before `time`.
   bool ReadAhead(int64_t slice, double time);
   void Release(int64_t slice);
+  // Replace all hints, the likeliest first; reads already under way go on. Only slots of slices last used before
+  // `time` are given to them. Hints beyond kMaxHints are dropped.
+  void SetHints(const std::vector<int64_t>& slices, double time);
+  bool Hinted(int64_t slice) const { return At(slice).hinted; }
+  // Whether every slice has a slot of its own.
+  bool HoldsEverything() const { return holds_everything_; }
+  // The next read to make: what a layer waits for, or else a hint. False: nothing, or all that may be under way is.
+  bool NextRead(CacheRead* read);
+  void FinishRead(const CacheRead& read, Status status);
   const char* Data(int64_t slice) const;
   bool Packed(int64_t slice) const { return At(slice).packed; }
   int n_classes() const { return static_cast<int>(classes_.size()); }
@@ -88,6 +111,8 @@ class ExpertCache {
   struct Slice {
     State state = State::kAbsent;
     bool packed = false;
+    bool hinted = false;      // kept out of the heap while it is
+    bool read_ahead = false;  // read for a hint and not used since
     int32_t slot = -1;
     int32_t n_pins = 0;
     int32_t heap_idx = -1;
@@ -99,6 +124,8 @@ class ExpertCache {
     std::vector<int64_t> evictable;  // binary heap of unpinned resident slices, smallest key first
   };
 
+  static constexpr size_t kMaxHints = 1024;
+
   Slice& At(int64_t slice) { return slices_[static_cast<size_t>(slice)]; }
   const Slice& At(int64_t slice) const { return slices_[static_cast<size_t>(slice)]; }
 
@@ -108,8 +135,13 @@ class ExpertCache {
   void HeapSiftDown(ClassState* c, size_t i);
   int32_t TakeSlot(ClassState* c, bool* was_free);  // -1: none free or evictable
   void DropFromSlot(ClassState* c, int64_t slice);
-  void StartRead(int64_t slice, int32_t slot, bool pack);
-  Status ReadAndPack(int64_t slice, bool pack, char* slot, char* scratch);
+  void TakeForRead(int64_t slice, int32_t slot, bool pack);
+  void QueueRead(int64_t slice, int32_t slot, bool pack);
+  bool MayReadAhead(const ClassState& c, double time) const;
+  bool NextHint(CacheRead* read);
+  void DropHints();
+  CacheRead ReadOf(int64_t slice);
+  Status ReadAndPack(const CacheRead& read, char* scratch);
   void ReaderLoop(std::vector<char>* scratch);
   void NotifyEvent();
   bool TrimClass(int class_idx, int64_t n_slots);
@@ -135,6 +167,12 @@ class ExpertCache {
   std::vector<int64_t> queue_;  // ring of slices to read, room for all
   size_t queue_head_ = 0;
   size_t queue_size_ = 0;
+  std::vector<int64_t> hints_;
+  size_t next_hint_ = 0;  // the first whose read has not begun
+  double hint_time_ = 0.0;
+  int n_hint_reads_ = 0;  // under way
+  int max_hint_reads_ = 1;
+  bool holds_everything_ = false;
   std::condition_variable queue_cv_;
   bool stopping_ = false;
   std::vector<std::thread> readers_;

@@ -38,13 +38,12 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   loading_.reserve(tensor_idxs_.size() * chosen_.size());
   std::unique_lock<std::mutex> lock(cache_->mutex());
   cache_->BeginLayer(&lock);
-  if (first.layer <= last_layer_ || n_tokens != last_n_tokens_ || last_layer_ < 0) {
-    batch_time_ = cache_->AdvanceClock(n_tokens);
-  }
-  last_layer_ = first.layer;
+  if (first.layer <= last_layer_ || n_tokens != last_n_tokens_ || last_layer_ < 0) BeginBatch(n_tokens);
+  last_layer_ = layer_ = first.layer;
   last_n_tokens_ = n_tokens;
   layer_fraction_ = static_cast<double>(first.layer + 1) / 65536.0;
   active_ = true;
+  CheckPrediction(first.layer);
   CountAndPin();
   return Status();
 }

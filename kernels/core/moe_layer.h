@@ -16,6 +16,7 @@
 
 #include "core/arithmetic.h"
 #include "core/expert_cache.h"
+#include "core/prefetch.h"
 #include "core/status.h"
 #include "edgemoe/edgemoe.h"
 
@@ -23,7 +24,8 @@ namespace edgemoe {
 
 class MoeLayer {
  public:
-  MoeLayer(ExpertCache* cache, const edgemoe_kernels& engine) : cache_(cache), arithmetic_(cache->kernels(), engine) {}
+  MoeLayer(ExpertCache* cache, const edgemoe_kernels& engine, Prefetch* prefetch)
+      : cache_(cache), prefetch_(prefetch), arithmetic_(cache->kernels(), engine) {}
   ~MoeLayer() { End(); }
   MoeLayer(const MoeLayer&) = delete;
   MoeLayer& operator=(const MoeLayer&) = delete;
@@ -63,6 +65,10 @@ class MoeLayer {
 
   Status Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes, int n_experts);
   void CountAndPin();
+  void BeginBatch(int64_t n_tokens);
+  void CheckPrediction(int layer);
+  void Predict();
+  void AddHints(int target);
   void Promise();
   Status SetProducts(const edgemoe_matmul* matmuls, int n_matmuls);
   void QuantizeInputs();
@@ -93,6 +99,7 @@ class MoeLayer {
   }
 
   ExpertCache* const cache_;
+  Prefetch* const prefetch_;
   Arithmetic arithmetic_;
   int n_threads_ = 1;
 
@@ -118,6 +125,17 @@ class MoeLayer {
   std::vector<ClassShare> shares_;  // [class]
   std::vector<int64_t> ahead_;      // slices of later products, in order of use
   size_t next_ahead_ = 0;
+
+  // What the next layers may choose.
+  int layer_ = 0;             // in progress
+  int prefetch_depth_ = 0;    // of this batch; 0 as well where there is nothing to read
+  bool is_predicted_ = true;  // what follows from the layer in progress
+  int predicted_layer_ = -1;  // by the layer before
+  std::vector<int32_t> predicted_;
+  std::vector<int32_t> predicted_ahead_;  // of the layer being looked at
+  std::vector<char> is_ranked_;           // [expert] named by a token of the batch
+  std::vector<int64_t> hints_;
+  Predictor::Scratch scratch_;
 
   // The products in progress.
   const edgemoe_matmul* matmuls_ = nullptr;

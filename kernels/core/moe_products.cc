@@ -63,6 +63,8 @@ Status MoeLayer::SetProducts(const edgemoe_matmul* matmuls, int n_matmuls) {
 
 Status MoeLayer::RunTasks() {
   PrepareTasks();
+  // After the reads have been asked for, so that none waits for the prediction.
+  Predict();
   arithmetic_.Parallel(
       n_threads_, [](void* self, int32_t thread_idx, int32_t) { static_cast<MoeLayer*>(self)->Work(thread_idx); },
       this);

@@ -8,18 +8,20 @@
 
 #include "core/expert_cache.h"
 #include "core/moe_layer.h"
+#include "core/prefetch.h"
 
 struct edgemoe_runtime {
   edgemoe_runtime(std::unique_ptr<edgemoe::ExpertFile> file, edgemoe_eviction rule,
                   const edgemoe::simd::KernelTable* kernels)
       : cache(std::move(file), rule, kernels) {}
+  edgemoe::Prefetch prefetch;
   edgemoe::ExpertCache cache;
   std::atomic<int> n_references{1};
 };
 
 struct edgemoe_session {
   edgemoe_session(edgemoe_runtime* runtime_in, const edgemoe_kernels& kernels)
-      : runtime(runtime_in), layer(&runtime_in->cache, kernels) {}
+      : runtime(runtime_in), layer(&runtime_in->cache, kernels, &runtime_in->prefetch) {}
   edgemoe_runtime* const runtime;
   edgemoe::MoeLayer layer;
 };

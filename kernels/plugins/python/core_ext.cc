@@ -4,17 +4,21 @@
 // The GIL is released around everything that can block; no Python object is kept in native code.
 #include <dlfcn.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "edgemoe/edgemoe.h"
+#include "edgemoe/scheduler.h"
 #include "plugins/ggml/edgemoe_ggml.h"
 
 namespace nb = nanobind;
@@ -87,6 +91,11 @@ std::string ActiveIsa() {
   return name;
 }
 
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// (layer, weights [n_experts][n_cols], norm [n_cols], bias [n_experts], sigmoid)
+using RouterTuple = std::tuple<int, FloatRows, std::optional<Floats>, std::optional<Floats>, bool>;
+
 class Runtime {
  public:
   Runtime(const std::vector<std::string>& files, const std::vector<TensorTuple>& tensors, uint64_t slots_bytes,
@@ -122,6 +131,31 @@ class Runtime {
     edgemoe_stats stats;
     nb::gil_scoped_release release;
     edgemoe_runtime_stats(get(), &stats);
+    return stats;
+  }
+  void SetPrefetch(const std::vector<RouterTuple>& tuples, int max_depth, bool adaptive) {
+    std::vector<edgemoe_router> routers;
+    for (const auto& [layer, weights, norm, bias, sigmoid] : tuples) {
+      if ((norm && norm->shape(0) != weights.shape(1)) || (bias && bias->shape(0) != weights.shape(0))) {
+        throw CoreError{EDGEMOE_INVALID_ARGUMENT, "router of layer " + std::to_string(layer) +
+                                                      ": norm or bias is of another length than weights"};
+      }
+      routers.push_back({layer, static_cast<int32_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1)),
+                         weights.data(), norm ? norm->data() : nullptr, bias ? bias->data() : nullptr, sigmoid, 0});
+    }
+    edgemoe_error error = {};
+    int32_t code;
+    {
+      nb::gil_scoped_release release;
+      code = edgemoe_runtime_set_prefetch(get(), routers.data(), static_cast<int32_t>(routers.size()), max_depth,
+                                          adaptive, &error);
+    }
+    Check(code, error);
+  }
+  edgemoe_prefetch_stats PrefetchStats() {
+    edgemoe_prefetch_stats stats;
+    nb::gil_scoped_release release;
+    edgemoe_runtime_prefetch_stats(get(), &stats);
     return stats;
   }
   // Whether libedgemoe's kernels multiply by the tensor of that name.
@@ -244,6 +278,15 @@ NB_MODULE(_core, m) {
       .def_ro("direct_io", &edgemoe_stats::direct_io)
       .def_ro("n_own_tensors", &edgemoe_stats::n_own_tensors);
 
+  nb::class_<edgemoe_prefetch_stats>(m, "PrefetchStats")
+      .def_ro("used_bytes", &edgemoe_prefetch_stats::used_bytes)
+      .def_ro("late_bytes", &edgemoe_prefetch_stats::late_bytes)
+      .def_ro("wasted_bytes", &edgemoe_prefetch_stats::wasted_bytes)
+      .def_ro("predicted", &edgemoe_prefetch_stats::predicted)
+      .def_ro("predicted_right", &edgemoe_prefetch_stats::predicted_right)
+      .def_ro("chosen", &edgemoe_prefetch_stats::chosen)
+      .def_ro("depth", &edgemoe_prefetch_stats::depth);
+
   nb::class_<Runtime>(m, "Runtime")
       .def(nb::init<const std::vector<std::string>&, const std::vector<TensorTuple>&, uint64_t, int, int, int>(),
            nb::arg("files"), nb::arg("tensors"), nb::arg("slots_bytes"), nb::arg("n_io_threads"), nb::arg("eviction"),
@@ -252,6 +295,8 @@ NB_MODULE(_core, m) {
       .def("close", &Runtime::Close)
       .def("set_slots_bytes", &Runtime::SetSlotsBytes, nb::arg("slots_bytes"))
       .def("stats", &Runtime::Stats)
+      .def("set_prefetch", &Runtime::SetPrefetch, nb::arg("routers"), nb::arg("max_depth"), nb::arg("adaptive"))
+      .def("prefetch_stats", &Runtime::PrefetchStats)
       .def("reset_stats", &Runtime::ResetStats)
       .def("take_error", &Runtime::TakeError);
 

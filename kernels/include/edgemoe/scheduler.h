@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: MIT */
+/* scheduler.h: the part of libedgemoe's C ABI that foresees and remembers which experts are needed; edgemoe.h is the
+ * rest. Nothing here changes a result: it decides what is read early and what is kept.
+ * Thread promise: as edgemoe.h; what configures a runtime is called before its first layer. */
+#ifndef EDGEMOE_SCHEDULER_H_
+#define EDGEMOE_SCHEDULER_H_
+
+#include "edgemoe/edgemoe.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* A layer's router: logits = weights * (x / rms(x) * norm), of which the highest `logit + bias`, or with
+ * sigmoid != 0 the highest `sigmoid(logit) + bias`, are selected. */
+typedef struct edgemoe_router {
+  int32_t layer;
+  int32_t n_experts;
+  int64_t n_cols;       /* elements of the hidden state, a multiple of 32 */
+  const float* weights; /* [n_experts][n_cols] */
+  const float* norm;    /* [n_cols], NULL: ones */
+  const float* bias;    /* [n_experts], NULL: zeros */
+  int32_t sigmoid;
+  int32_t reserved;
+} edgemoe_router;
+
+typedef struct edgemoe_prefetch_stats {
+  uint64_t used_bytes;   /* read for a prediction, and resident when first used */
+  uint64_t late_bytes;   /* read for a prediction, and still being read when first used */
+  uint64_t wasted_bytes; /* read for a prediction, and evicted unused */
+  uint64_t predicted;    /* experts predicted, and how many of them the layer then chose */
+  uint64_t predicted_right;
+  uint64_t chosen; /* experts chosen by layers for which there was a prediction */
+  int32_t depth;   /* layers ahead, now */
+  int32_t reserved;
+} edgemoe_prefetch_stats;
+
+/* Predict the experts of the next `max_depth` layers (0 to 2) by their routers on the present layer's hidden state, as
+ * mixtral-offloading (arXiv 2312.17238) and Fate (arXiv 2502.12224) do. Predicted experts that are resident are kept;
+ * the others are read while storage has nothing else to do. adaptive != 0: as deep as pays by the clock, from not at
+ * all to max_depth; 0: always max_depth. The routers' data is copied, as 8-bit integers. */
+EDGEMOE_API int32_t edgemoe_runtime_set_prefetch(edgemoe_runtime* runtime, const edgemoe_router* routers,
+                                                 int32_t n_routers, int32_t max_depth, int32_t adaptive,
+                                                 edgemoe_error* error);
+/* Bytes that edgemoe_runtime_set_prefetch keeps for such routers, of which only the shapes are read. */
+EDGEMOE_API uint64_t edgemoe_prefetch_bytes(const edgemoe_router* routers, int32_t n_routers, int32_t max_depth);
+EDGEMOE_API void edgemoe_runtime_prefetch_stats(edgemoe_runtime* runtime, edgemoe_prefetch_stats* stats);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* EDGEMOE_SCHEDULER_H_ */
