@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from edgemoe import _native
 from edgemoe.formats.gguf import GgufModel
+from edgemoe.routers import PREFETCH_DEPTHS, find_routers, read_tensor
 
 # Readers in flight: on the disks measured so far bandwidth grows up to 4 (859 -> 954 MiB/s from 2 to 4 threads,
 # fio 1 MiB random reads on the development machine) and not beyond by more than 10 %.
@@ -41,6 +42,38 @@ def slot_sizes(model: GgufModel, slots_bytes: int) -> _native.Sizes:
 def open_runtime(model: GgufModel, slots_bytes: int, eviction: str = "lru", kernels: str = "auto") -> _native.Runtime:
     """Open the model's files for streaming; see `_native.open_runtime` for errors."""
     return _native.open_runtime(model.files, extents(model), slots_bytes, N_IO_THREADS, eviction, kernels)
+
+
+def check_prefetch(prefetch: str) -> None:
+    """Refuse what is none of `PREFETCH_DEPTHS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if prefetch not in PREFETCH_DEPTHS:
+        raise ValueError(f"unknown prefetch {prefetch!r}: expected one of {', '.join(PREFETCH_DEPTHS)}")
+
+
+def start_prefetch(native: _native.Runtime, model: GgufModel, prefetch: str) -> None:
+    """Let the runtime predict coming layers' experts, as the option `prefetch` says.
+
+    Raises:
+        ModelFormatError: a router cannot be read.
+    """
+    depth = PREFETCH_DEPTHS[prefetch]
+    if depth == 0:
+        return
+    routers = [
+        _native.RouterData(
+            layer=r.layer,
+            weights=read_tensor(model, r.weights),
+            norm=None if r.norm is None else read_tensor(model, r.norm),
+            bias=None if r.bias is None else read_tensor(model, r.bias),
+            is_sigmoid=r.is_sigmoid,
+        )
+        for r in find_routers(model)
+    ]
+    _native.set_prefetch(native, routers, depth, prefetch == "auto")
 
 
 @dataclasses.dataclass(frozen=True)
