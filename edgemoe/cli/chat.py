@@ -23,6 +23,7 @@ from edgemoe.cli.options import (
     seed_option,
     temperature_option,
     threads_option,
+    warm_start_option,
 )
 from edgemoe.cli.plan import plan_table
 from edgemoe.errors import EdgeMoeError
@@ -64,6 +65,7 @@ _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 @memory_option
 @threads_option
 @kernels_option
+@warm_start_option
 @click.pass_obj
 def chat(
     settings: Settings,
@@ -76,12 +78,21 @@ def chat(
     memory: int | None,
     n_threads: int | None,
     kernels: str,
+    warm_start: bool,
 ) -> None:
     """Talk with a model.
 
     Answers go to stdout, all else to stderr; /help lists what else can be typed. Lines piped in are one turn each.
     """
-    with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels) as llm:
+    with open_llama(
+        settings,
+        model,
+        memory_bytes=memory,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        kernels=kernels,
+        warm_start=warm_start,
+    ) as llm:
         if not has_chat_template(llm):
             say("edgemoe: the model has no chat template, using ChatML; a base model may not answer sensibly")
         if sys.stdin.isatty():

@@ -80,6 +80,12 @@ kernels_option = click.option(
     show_default=True,
     help="Who multiplies by experts: edgemoe's kernels where a format has them, or ggml, with llama.cpp's exact bits.",
 )
+warm_start_option = click.option(
+    "--warm-start/--no-warm-start",
+    default=True,
+    show_default=True,
+    help="Read the experts that were hot at the last run into free memory at once, and remember them for the next run.",
+)
 temperature_option = click.option(
     "--temperature",
     type=click.FloatRange(min=0.0),

@@ -119,6 +119,15 @@ def test_kernels_reach_the_model(llama: type[FakeLlama], model: str, command: li
 
 
 @pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])
+def test_warm_start_reaches_the_model(llama: type[FakeLlama], model: str, command: list[str]) -> None:
+    """Guards against experts remembered against the user's will, and against another default than the API's."""
+    assert run(*command, model).exit_code == 0
+    assert llama.options["warm_start"] is True
+    assert run(*command, model, "--no-warm-start").exit_code == 0
+    assert llama.options["warm_start"] is False
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])
 def test_instruction_set_that_cannot_be_had_is_one_line(
     monkeypatch: pytest.MonkeyPatch, model: str, command: list[str]
 ) -> None:
