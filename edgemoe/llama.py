@@ -359,7 +359,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return dict(state, memory=self._memory, eviction=self._eviction, kernels=self._kernels, warm_start=self._warm_start)
+        return dict(
+            state, memory=self._memory, eviction=self._eviction, kernels=self._kernels, warm_start=self._warm_start
+        )
 
 
 class _Closed:

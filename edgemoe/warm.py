@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What survives a restart: the experts that were hot when a model was closed, and what the tokens were like.
 
-One small file per model keeps up to `MAX_SETS` *hot sets*. Each holds the experts that were resident, hottest first, and
-the *signature* of the session that made them hot: how often each expert of each layer was selected (routing signatures
-of one task are nearer to each other than to another's: arXiv 2603.11114). When the model is loaded again, the latest
-hot set is read into free slots while storage is idle; when enough tokens of the prompt have been routed, what is left
-is read from the set with the nearest signature. Neither evicts anything nor changes a bit of the output.
+One small file per model keeps up to `MAX_SETS` *hot sets*. Each holds the experts that were resident, hottest first,
+and the *signature* of the session that made them hot: how often each expert of each layer was selected (signatures of
+one task are nearer to each other than to another's: arXiv 2603.11114). When the model is loaded again, the latest hot
+set is read into free slots while storage is idle; when enough tokens of the prompt have been routed, what is left is
+read from the set with the nearest signature. Neither evicts anything nor changes a bit of the output.
 
 The file is a hint. What is wrong with it is said once, and then it counts as missing. It holds no text, but a signature
 tells what kind of text was read, so only its owner may read it. Its size is 1 byte for each expert of the model and 2

@@ -132,10 +132,10 @@ void edgemoe_runtime_stats(edgemoe_runtime* runtime, edgemoe_stats* stats) {
 
 void edgemoe_runtime_reset_stats(edgemoe_runtime* runtime) {
   edgemoe::CacheCounters& c = runtime->cache.counters();
-  for (auto* counter : {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.pack_ns,
-                        &c.evictions, &c.hint_used_bytes, &c.hint_late_bytes, &c.hint_wasted_bytes,
-                        &c.preload_bytes, &c.preload_used_bytes,
-                        &runtime->prefetch.predicted, &runtime->prefetch.predicted_right, &runtime->prefetch.chosen}) {
+  for (auto* counter :
+       {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.pack_ns, &c.evictions,
+        &c.hint_used_bytes, &c.hint_late_bytes, &c.hint_wasted_bytes, &c.preload_bytes, &c.preload_used_bytes,
+        &runtime->prefetch.predicted, &runtime->prefetch.predicted_right, &runtime->prefetch.chosen}) {
     counter->store(0);
   }
 }

@@ -103,8 +103,8 @@ class ExpertCache {
   bool Hinted(int64_t slice) const { return At(slice).hinted; }
   // Whether every slice has a slot of its own.
   bool HoldsEverything() const { return holds_everything_; }
-  // The next read to make: what a layer waits for, or else a hint, or else a preload. False: nothing, or all that may be
-  // under way is.
+  // The next read to make: what a layer waits for, or else a hint, or else a preload. False: nothing, or all that may
+  // be under way is.
   bool NextRead(CacheRead* read);
   void FinishRead(const CacheRead& read, Status status);
   const char* Data(int64_t slice) const;

@@ -213,7 +213,8 @@ TEST_P(WarmStartTest, ALaterPreloadReplacesWhatIsLeft) {
   EXPECT_FALSE(Resident(11));
 }
 
-// Guards against: a bad block under a preload that stops the user's next call, loses the slot, or is met again and again.
+// Guards against: a bad block under a preload that stops the user's next call, loses the slot, or is met again and
+// again.
 TEST_P(WarmStartTest, AFailedPreloadIsNobodysErrorAndEndsPreloading) {
   Start(4);
   model_.storage().on_read = [&](int64_t read_no, uint64_t) {
