@@ -44,8 +44,11 @@ MAX_SETS = 8
 SIGNATURE_TOKENS = 32
 """Tokens without which a signature says too little (arXiv 2603.11114 uses a prompt and 32 tokens)."""
 
+# The demo model, 12 texts of 30 to 80 tokens, three each of code, prose, arithmetic and German, with 64 generated after
+# each: signatures of one kind are 0.81 to 0.99 similar, of two kinds -0.66 to 0.85 (code and arithmetic), on average
+# -0.15. A prompt's nearest other session is of its kind for 10 of the 12; for the other two another is by 0.06 nearer.
 _SAME_TASK = 0.8
-_MARGIN = 0.05
+_MARGIN = 0.1
 _MAGIC = b"EDGEWARM"
 _VERSION = 1
 _HEADER = struct.Struct("<8sI32sHHH")
@@ -115,7 +118,8 @@ def model_key(model: GgufModel) -> bytes:
 def signature(counts: Counts) -> npt.NDArray[np.uint8]:
     """How often each expert was selected, in 255ths of its layer's most selected one."""
     most = np.maximum(counts.max(axis=1, keepdims=True), 1)
-    return np.rint(255.0 * counts / most).astype(np.uint8)
+    scaled: npt.NDArray[np.uint8] = np.rint(255.0 * counts / most).astype(np.uint8)
+    return scaled
 
 
 def similarity(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:

@@ -197,10 +197,10 @@ int32_t edgemoe_runtime_preload(edgemoe_runtime* runtime, const int64_t* slices,
 void edgemoe_runtime_preload_stats(edgemoe_runtime* runtime, edgemoe_preload_stats* stats) {
   const edgemoe::CacheCounters& c = runtime->cache.counters();
   *stats = {};
+  stats->n_left = runtime->cache.n_preloads_left();  // before what its reads are counted in: 0 means that all are
   stats->read_bytes = c.preload_bytes.load();
   stats->used_bytes = c.preload_used_bytes.load();
   stats->n_slices = runtime->cache.file().n_slices();
-  stats->n_left = runtime->cache.n_preloads_left();
 }
 
 void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error) {

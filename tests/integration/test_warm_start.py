@@ -15,7 +15,7 @@ import pytest
 import edgemoe
 from benchmarks import synthetic
 from tests.conftest import ModelWriter
-from tests.integration.support import N_VOCAB, Logits, logits, python, set_residency, streamed
+from tests.integration.support import N_VOCAB, logits, python, set_residency, streamed
 
 MODEL = {"n_experts": 32, "n_experts_used": 4, "n_layers": 4}
 TOKENS = synthetic.local_tokens(60, N_VOCAB, seed=3)
@@ -44,34 +44,26 @@ def _start(path: Path, residency: str, **options: object) -> edgemoe.Llama:
     return llm
 
 
-def _first_tokens(llm: edgemoe.Llama) -> tuple[Logits, int]:
-    """Logits of the first 16 tokens of a start, and the misses."""
-    found = logits(llm, PROMPT[:1], PROMPT[1:])
-    return found, llm.stats().expert_misses
-
-
 @pytest.mark.parametrize("residency", ["all", "third"])
 def test_a_warm_start_misses_less_and_gives_the_same_bits(residency: str, write_model: ModelWriter) -> None:
     """Guards against a warm start that reads the wrong experts, and against bits that depend on what it read."""
     path = write_model("olmoe", **MODEL)
+    before, after = TOKENS[:44], TOKENS[44:]
+    with _start(path, residency, warm_start=False) as llm:
+        expected = logits(llm, after[:1], after[1:])
+        cold_misses = llm.stats().expert_misses
     with _start(path, residency) as llm:
-        expected, cold_misses = _first_tokens(llm)
-        all_expected = logits(llm, PROMPT, STEPS)
-        # So that the hot set is that of the prompt: other text may have taken its place.
-        logits(llm, PROMPT, PROMPT + PROMPT)
-    assert len(list(_folder().iterdir())) == 1
+        logits(llm, before[:16], before[16:])
     with _start(path, residency) as llm:
         assert llm._warm is not None and llm._runtime is not None
-        slots_bytes = llm.stats().slots_bytes
         llm._warm.begin()
         _await_preloads(llm)
-        stats = llm._runtime.preload_stats()
-        assert 0 < stats.read_bytes <= slots_bytes, "within the budget"
-        found, warm_misses = _first_tokens(llm)
+        read_bytes = llm._runtime.preload_stats().read_bytes
+        assert 0 < read_bytes <= llm.stats().slots_bytes, "within the budget"
+        found = logits(llm, after[:1], after[1:])
         assert np.array_equal(found, expected)
-        assert warm_misses < cold_misses / 2
-        assert llm._runtime.preload_stats().used_bytes > stats.read_bytes / 4
-        assert np.array_equal(logits(llm, PROMPT, STEPS), all_expected)
+        assert llm.stats().expert_misses <= (cold_misses / 2 if residency == "all" else 0.8 * cold_misses)
+        assert llm._runtime.preload_stats().used_bytes > read_bytes / 4
 
 
 def test_bits_while_experts_are_being_preloaded(write_model: ModelWriter) -> None:
