@@ -137,9 +137,27 @@ TEST_P(WarmStartTest, DemandsAndHintsGoFirst) {
 }
 
 // Guards against: readers that sleep while there are preloads and the disk is idle, since nothing woke them when the
-// last demand was read; and demands that find every reader busy with preloads.
-TEST_P(WarmStartTest, ReaderThreadsGoOnAfterDemandsAndStayFreeForThem) {
-  Watchdog watchdog("ReaderThreadsGoOnAfterDemandsAndStayFreeForThem");
+// last demand was read.
+TEST_P(WarmStartTest, ReadersWakeWhenTheLastDemandIsRead) {
+  Watchdog watchdog("ReadersWakeWhenTheLastDemandIsRead");
+  Start(100, 4);
+  ReadGate demand, preloads;
+  model_.storage().on_read = [&](int64_t read_no, uint64_t) {
+    (read_no == 0 ? demand : preloads).Wait();
+    return Status();
+  };
+  ASSERT_EQ(Acquire(0), Acquired::kStarted);
+  demand.AwaitArrivals(1);
+  Preload({60, 61, 62, 63});
+  EXPECT_EQ(model_.storage().n_reads, 1);
+  demand.Open();
+  preloads.AwaitArrivals(2);  // half of four
+  preloads.Open();
+}
+
+// Guards against: demands that find every reader busy with preloads.
+TEST_P(WarmStartTest, ReadersStayFreeForDemands) {
+  Watchdog watchdog("ReadersStayFreeForDemands");
   Start(100, 2);
   ReadGate gate;
   model_.storage().on_read = [&](int64_t read_no, uint64_t) {
