@@ -68,7 +68,7 @@ def run_child() -> None:
         import edgemoe  # before llama_cpp: it may set what OpenMP reads once
 
         kernels = "ggml" if task["engine"] == "ours-ggml" else "auto"
-        make = functools.partial(edgemoe.Llama, memory=task["limit_bytes"], kernels=kernels)
+        make = functools.partial(edgemoe.Llama, memory=task["limit_bytes"], kernels=kernels, warm_start=False)
     else:
         make = functools.partial(session.stock_without_repacking(), use_mmap=True)
     import llama_cpp
