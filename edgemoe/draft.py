@@ -293,9 +293,7 @@ class DraftLengthChooser:
 class Drafter:
     """Proposals of one generation, their lengths chosen, and everything learned from how they fared."""
 
-    def __init__(
-        self, proposer: NgramProposer, chooser: DraftLengthChooser, count: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, proposer: NgramProposer, chooser: DraftLengthChooser, count: Callable[[int, int], None]) -> None:
         """Begin; `count` is called with the drafted and the accepted tokens of each step."""
         self._proposer = proposer
         self._chooser = chooser

@@ -313,7 +313,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _prepare_drafts(self) -> None:
         if self._runtime is None:
-            raise BackendError(f"cannot use draft={self._draft!r}: {self._gguf.path} has no routed experts; use draft='off'")
+            raise BackendError(
+                f"cannot use draft={self._draft!r}: {self._gguf.path} has no routed experts; use draft='off'"
+            )
         if self._is_recurrent or self._is_hybrid:
             raise BackendError(
                 f"cannot use draft={self._draft!r}: the memory of {self._gguf.path} is recurrent, and cannot take back "

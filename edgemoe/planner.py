@@ -153,9 +153,7 @@ def check_draft(draft: str) -> None:
         raise ValueError(f"unknown draft {draft!r}: expected one of {', '.join(DRAFTS)}")
 
 
-def measure(
-    model: GgufModel, llama_kwargs: dict[str, Any], kernels: str = "auto", draft: str = "off"
-) -> Footprint:
+def measure(model: GgufModel, llama_kwargs: dict[str, Any], kernels: str = "auto", draft: str = "off") -> Footprint:
     """Rehearse the load; see `engine.rehearse` and `runtime.open_runtime` for errors."""
     expert_runtime = None
     if model.expert_tensors:

@@ -17,6 +17,7 @@ from edgemoe.cli.options import (
     UNLIMITED,
     TokenCountType,
     ctx_option,
+    draft_option,
     kernels_option,
     memory_option,
     model_argument,
@@ -64,6 +65,7 @@ _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 @memory_option
 @threads_option
 @kernels_option
+@draft_option
 @click.pass_obj
 def chat(
     settings: Settings,
@@ -76,12 +78,15 @@ def chat(
     memory: int | None,
     n_threads: int | None,
     kernels: str,
+    draft: str,
 ) -> None:
     """Talk with a model.
 
     Answers go to stdout, all else to stderr; /help lists what else can be typed. Lines piped in are one turn each.
     """
-    with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels) as llm:
+    with open_llama(
+        settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels, draft=draft
+    ) as llm:
         if not has_chat_template(llm):
             say("edgemoe: the model has no chat template, using ChatML; a base model may not answer sensibly")
         if sys.stdin.isatty():

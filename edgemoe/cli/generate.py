@@ -14,6 +14,7 @@ from edgemoe.cli.console import Settings, open_llama, print_json, say
 from edgemoe.cli.options import (
     TokenCountType,
     ctx_option,
+    draft_option,
     json_option,
     kernels_option,
     memory_option,
@@ -50,6 +51,7 @@ from edgemoe.cli.options import (
 @memory_option
 @threads_option
 @kernels_option
+@draft_option
 @json_option
 @click.pass_obj
 def generate(
@@ -65,6 +67,7 @@ def generate(
     memory: int | None,
     n_threads: int | None,
     kernels: str,
+    draft: str,
     as_json: bool,
 ) -> None:
     """Complete one prompt.
@@ -75,7 +78,9 @@ def generate(
     if (prompt is None) == (file is None):
         raise click.UsageError("Give the prompt with exactly one of -p TEXT and -f FILE.")
     text = prompt if prompt is not None else _read_prompt(file)
-    with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels) as llm:
+    with open_llama(
+        settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels, draft=draft
+    ) as llm:
         tokens = chat_prompt(llm, [{"role": "user", "content": text}]) if as_chat else text_prompt(llm, text)
         completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
         for piece in completion:

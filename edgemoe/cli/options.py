@@ -80,6 +80,14 @@ kernels_option = click.option(
     show_default=True,
     help="Who multiplies by experts: edgemoe's kernels where a format has them, or ggml, with llama.cpp's exact bits.",
 )
+draft_option = click.option(
+    "--draft",
+    type=click.Choice(["off", "ngram"]),
+    default="off",
+    show_default=True,
+    help="Evaluate several tokens at once where that is faster: what followed the same words earlier in the text. The "
+    "answer stays the same.",
+)
 temperature_option = click.option(
     "--temperature",
     type=click.FloatRange(min=0.0),

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from edgemoe.draft import (
     MAX_DRAFT_TOKENS,
-    DraftLengthChooser,
     Drafter,
+    DraftLengthChooser,
     NgramProposer,
     Step,
     reserved_bytes,
