@@ -117,6 +117,10 @@ class _Average:
         self.n += 1
         self.value += (value - self.value) / min(self.n, self._memory)
 
+    def doubt(self, n: int) -> None:
+        """Let what was added so far weigh no more than `n` values."""
+        self.n = min(self.n, n)
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -154,19 +158,19 @@ class DraftLengthChooser:
 
     # Source of the numbers: simulated worlds in tests/unit/test_draft.py, where all of them may be halved or doubled.
     _COMPUTE_GROWTH = 0.7  # of computing, for each further token, until it is measured
-    _MIN_GAIN = 1.03  # below it, noise decides
+    _MIN_GAIN = 1.1  # below it, noise decides, and a cache that wrong drafts disturbed
     _INITIAL_ACCEPTANCE, _INITIAL_WEIGHT = 0.4, 2.0
     _ACCEPTANCE_MEMORY = 24
     _TIME_MEMORY = 16
     _RATIO_MEMORY = 8
     _MODEL_WEIGHT = 1.0  # in measurements
-    _N_AFFECTED = 4  # steps after a draft that it may have slowed down
+    _N_AFFECTED = 8  # steps after a draft that it may have slowed down
     _N_BASE = 4  # steps without drafts before the first draft
     _MAX_STEPS_WITHOUT_BASE = 256
     _RETRY_STEPS = 64
     _NEIGHBOUR_STEPS = 16
     _EARNED_SHARE = 0.02
-    _INITIAL_CREDIT, _MAX_CREDIT = 2.0, 8.0  # in steps of one token
+    _INITIAL_CREDIT, _MAX_CREDIT = 2.0, 4.0  # in steps of one token
 
     def __init__(self, n_experts: int, n_experts_used: int, max_tokens: int = MAX_DRAFT_TOKENS) -> None:
         self._unions = [union_growth(n_experts, n_experts_used, k + 1) for k in range(max_tokens + 1)]
@@ -181,6 +185,16 @@ class DraftLengthChooser:
         self._credit = self._INITIAL_CREDIT  # in steps of one token
         self._n_since_draft = self._n_since_base = self._n_since_retry = self._n_choices = 0
         self._n_base_due = self._N_BASE
+
+    def begin(self) -> None:
+        """Another text begins: what the last one taught is a guess, and what it earned is not to be spent on this one."""
+        self._credit = min(self._credit, self._INITIAL_CREDIT)
+        self._n_base_due = self._N_BASE
+        self._n_since_draft = self._N_AFFECTED
+        for average in (self._base_s, self._base_wait, self._base_experts):
+            average.doubt(1)
+        for average in itertools.chain(self._ratios, *self._accepted):
+            average.doubt(2)
 
     def choose(self, kind: int, n_proposed: int) -> int:
         """How many of `n_proposed` tokens of a draft to evaluate."""
@@ -295,6 +309,7 @@ class Drafter:
 
     def __init__(self, proposer: NgramProposer, chooser: DraftLengthChooser, count: Callable[[int, int], None]) -> None:
         """Begin; `count` is called with the drafted and the accepted tokens of each step."""
+        chooser.begin()
         self._proposer = proposer
         self._chooser = chooser
         self._count = count

@@ -195,6 +195,18 @@ def test_adapts_when_acceptance_and_costs_change() -> None:
     assert sum(fast.lengths[-50:]) > 150
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_another_text_is_not_paid_for_by_the_last_one(seed: int) -> None:
+    """Guards against trust and credit that one text earned and another one loses, at other costs."""
+    chooser = DraftLengthChooser(64, 8)
+    World(CHEAP, 0.95, base_s=0.1).run(chooser, 600)
+    for base_s in (0.07, 0.15):
+        chooser.begin()
+        world = World(LINEAR, 0.1, base_s=base_s, noise=0.3, seed=seed)
+        world.run(chooser, 160)
+        assert world.time_s <= 1.05 * world.plain_s
+
+
 def test_no_draft_before_plain_steps_were_measured() -> None:
     """Guards against a choice by a division by zero, or by nothing."""
     chooser = DraftLengthChooser(64, 8)
