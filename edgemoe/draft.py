@@ -153,7 +153,7 @@ class DraftLengthChooser:
 
     A loss account bounds what being wrong costs: a step with drafts, and the few after it whose cache it changed, are
     charged with what they took beyond the usual time for the tokens they gave. Drafts are evaluated only while the
-    account can pay for a draft that is wrong; it fills with 2 % of the time and with what drafts gain.
+    account can pay for one of which half fails; it fills with 2 % of the time and with what drafts gain.
     """
 
     # Source of the numbers: simulated worlds in tests/unit/test_draft.py, where all of them may be halved or doubled.
@@ -170,7 +170,7 @@ class DraftLengthChooser:
     _RETRY_STEPS = 64
     _NEIGHBOUR_STEPS = 16
     _EARNED_SHARE = 0.02
-    _INITIAL_CREDIT, _MAX_CREDIT = 2.0, 4.0  # in steps of one token
+    _INITIAL_CREDIT, _MAX_CREDIT = 1.5, 4.0  # in steps of one token
 
     def __init__(self, n_experts: int, n_experts_used: int, max_tokens: int = MAX_DRAFT_TOKENS) -> None:
         self._unions = [union_growth(n_experts, n_experts_used, k + 1) for k in range(max_tokens + 1)]
@@ -185,14 +185,15 @@ class DraftLengthChooser:
         self._credit = self._INITIAL_CREDIT  # in steps of one token
         self._n_since_draft = self._n_since_base = self._n_since_retry = self._n_choices = 0
         self._n_base_due = self._N_BASE
+        self._longest = 0  # the most drafted tokens of any step so far
 
     def begin(self) -> None:
-        """Another text begins: what the last one taught is a guess, and what it earned is not to be spent on this one."""
-        self._credit = min(self._credit, self._INITIAL_CREDIT)
+        """Another text begins: what the last one taught is a guess, and what it earned is not for this one to lose."""
+        self._credit = min(max(self._credit, 0.0), self._INITIAL_CREDIT)
         self._n_base_due = self._N_BASE
         self._n_since_draft = self._N_AFFECTED
         for average in (self._base_s, self._base_wait, self._base_experts):
-            average.doubt(1)
+            average.doubt(0)
         for average in itertools.chain(self._ratios, *self._accepted):
             average.doubt(2)
 
@@ -206,29 +207,33 @@ class DraftLengthChooser:
             if self._n_base_due <= 0:
                 self._n_base_due = self._N_AFFECTED + 2
             return 0
-        best, best_rate = 0, self._MIN_GAIN
-        hoped, hoped_rate = 0, self._MIN_GAIN
-        expected, chance = 1.0, 1.0
-        for k in range(1, min(n_proposed, self._max_tokens) + 1):
+        n_max = min(n_proposed, self._max_tokens)
+        expected = [1.0]
+        chance = 1.0
+        for k in range(1, n_max + 1):
             chance *= self.acceptance(kind, k)
-            expected += chance
-            ratio = self.time_ratio(k)
-            if ratio - 1 > self._credit:
-                continue
-            if expected / ratio > best_rate:
-                best, best_rate = k, expected / ratio
+            expected.append(expected[-1] + chance)
+        ratios = [1.0, *(self.time_ratio(k) for k in range(1, n_max + 1))]
+        rates = [expected[k] / ratios[k] for k in range(n_max + 1)]
+        best = max(range(n_max + 1), key=rates.__getitem__)
+        if rates[best] < self._MIN_GAIN:
             # As if all that was measured were twice too slow.
-            if expected / (1 + (ratio - 1) / 2) > hoped_rate:
-                hoped, hoped_rate = k, expected / (1 + (ratio - 1) / 2)
-        if best == 0 and hoped > 0 and self._n_since_retry > self._RETRY_STEPS:
+            hopes = [expected[k] / (1 + (ratios[k] - 1) / 2) for k in range(n_max + 1)]
+            best = max(range(n_max + 1), key=hopes.__getitem__)
+            if hopes[best] < self._MIN_GAIN or self._n_since_retry <= self._RETRY_STEPS:
+                return 0
             self._n_since_retry = 0
-            return hoped
-        if best > 0:
+        else:
             self._n_choices += 1
             if self._n_choices % self._NEIGHBOUR_STEPS == 0:
                 # What the next length takes may have changed since it was measured.
                 longer = self._n_choices % (2 * self._NEIGHBOUR_STEPS) == 0
-                return min(best + 1, n_proposed, self._max_tokens) if longer else max(best - 1, 1)
+                best = min(best + 1, n_max) if longer else max(best - 1, 1)
+        # 1, 3, 7: nobody knows what a long batch takes before a shorter one was tried.
+        best = min(best, 2 * self._longest + 1)
+        # What is lost if half as many tokens are right as expected; shorter drafts lose less.
+        while best > 0 and ratios[best] - 1 - (expected[best] - 1) / 2 > self._credit:
+            best -= 1
         return best
 
     def acceptance(self, kind: int, position: int) -> float:
@@ -281,6 +286,7 @@ class DraftLengthChooser:
 
     def _observe_draft(self, step: Step) -> None:
         k = step.n_drafted
+        self._longest = max(self._longest, k)
         if self._base_experts.value > 0 and self._unions[k] > 1:
             growth = step.n_experts / self._base_experts.value
             self._union_scale.add(min(max((growth - 1) / (self._unions[k] - 1), 0.0), 2.0))

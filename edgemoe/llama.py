@@ -109,6 +109,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._eviction = eviction
         self._kernels = kernels
         self._kernels_used = "ggml"
+        self.n_tokens: int
         self._draft = draft
         self._chooser: DraftLengthChooser | None = None
         self._drafter: Drafter | None = None
@@ -341,7 +342,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             return
         self._drafter = Drafter(NgramProposer(), self._chooser, self._count_draft)
         self._n_certain = self._n_visible = None
-        self.draft_model = self._propose
+        self.draft_model: Any = self._propose
         try:
             yield
         finally:
