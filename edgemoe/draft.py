@@ -188,13 +188,13 @@ class DraftLengthChooser:
         self._longest = 0  # the most drafted tokens of any step so far
 
     def begin(self) -> None:
-        """Another text begins: what the last one taught is a guess, and what it earned is not for this one to lose."""
+        """Another text begins: of the last one only the costs are worth a guess, and what it earned is not to be lost here."""
         self._credit = min(max(self._credit, 0.0), self._INITIAL_CREDIT)
         self._n_base_due = self._N_BASE
         self._n_since_draft = self._N_AFFECTED
-        for average in (self._base_s, self._base_wait, self._base_experts):
+        for average in (self._base_s, self._base_wait, self._base_experts, *itertools.chain(*self._accepted)):
             average.doubt(0)
-        for average in itertools.chain(self._ratios, *self._accepted):
+        for average in self._ratios:
             average.doubt(2)
 
     def choose(self, kind: int, n_proposed: int) -> int:
