@@ -188,7 +188,7 @@ class DraftLengthChooser:
         self._longest = 0  # the most drafted tokens of any step so far
 
     def begin(self) -> None:
-        """Another text begins: of the last one only the costs are worth a guess, and what it earned is not to be lost here."""
+        """Another text begins: it starts with what steps cost in the last one, not with its acceptance or its gains."""
         self._credit = min(max(self._credit, 0.0), self._INITIAL_CREDIT)
         self._n_base_due = self._N_BASE
         self._n_since_draft = self._N_AFFECTED
