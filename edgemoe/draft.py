@@ -369,5 +369,8 @@ class Drafter:
 
 
 def reserved_bytes(n_vocab: int, n_ctx: int) -> int:
-    """Memory that drafts take: logits of a whole batch, as output and while computed, and the index of n-grams."""
-    return 2 * 4 * n_vocab * (MAX_DRAFT_TOKENS + 1) + 150 * n_ctx
+    """Memory that drafts take: the logits of their tokens, and the index of n-grams.
+
+    That logits of a whole batch are computed is in llama.cpp's compute buffer already (llama-context.cpp, n_outputs_pp).
+    """
+    return 4 * n_vocab * MAX_DRAFT_TOKENS + 150 * n_ctx
