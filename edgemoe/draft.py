@@ -371,6 +371,6 @@ class Drafter:
 def reserved_bytes(n_vocab: int, n_ctx: int) -> int:
     """Memory that drafts take: the logits of their tokens, and the index of n-grams.
 
-    That logits of a whole batch are computed is in llama.cpp's compute buffer already (llama-context.cpp, n_outputs_pp).
+    Computing the logits of a batch is in llama.cpp's compute buffer already (llama-context.cpp, n_outputs_pp).
     """
     return 4 * n_vocab * MAX_DRAFT_TOKENS + 150 * n_ctx
