@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native, engine, host, planner, runtime, topology, warm
 from edgemoe.demo import demo_model
+from edgemoe.draft import MAX_DRAFT_TOKENS, Drafter, DraftLengthChooser, NgramProposer, Step
 from edgemoe.errors import AdapterError, BackendError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.routers import Embedding, find_embedding
@@ -30,6 +32,8 @@ Progress = Callable[[str, int, int], None]
 _log = logging.getLogger("edgemoe")
 # Loads are told apart by thread, but memory is measured by process: one at a time.
 _load_lock = threading.Lock()
+# llama.cpp computes attention over the cells in use, rounded up to a multiple of this (llama-kv-cache.cpp, get_n_kv).
+_CACHE_PADDING = 256
 
 
 @dataclasses.dataclass
@@ -41,6 +45,8 @@ class _Counters:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     ttft_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Llama(llama_cpp.Llama):  # type: ignore[misc]
@@ -63,6 +69,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         kernels: str = "auto",
         prefetch: str = planner.DEFAULT_PREFETCH,
         warm_start: bool = True,
+        draft: str = "off",
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -82,14 +89,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 as pays by the clock. It changes no result.
             warm_start: read the experts that were hot when this model was last closed into free slots while storage
                 is idle, and remember the hot ones when it is closed, in the user's cache folder (see `edgemoe.warm`).
+            draft: speculative decoding, which never changes what is generated: `off`, or `ngram` to draft from the
+                prompt and the answer so far, as many tokens as their experts' bytes make worth while.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
         Raises:
             ModelFormatError: a file is missing, truncated or no GGUF.
             BudgetError: the budget is below the model's floor, or cannot be parsed.
-            BackendError: llama.cpp refused the model, or the environment's EDGEMOE_ISA cannot be had.
-            ValueError: `eviction`, `kernels` or `prefetch` is unknown.
+            BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, or `draft` cannot
+                be exact with this model.
+            ValueError: `eviction`, `kernels`, `prefetch` or `draft` is unknown.
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
@@ -97,6 +107,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.EVICTION_RULES)}")
         _native.check_kernels(kernels)
         runtime.check_prefetch(prefetch)
+        planner.check_draft(draft)
+        if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
+            raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)
         self._runtime: _native.Runtime | None = None
         self._warm: warm.WarmStart | None = None
@@ -108,6 +121,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._prefetch = prefetch
         self._embedding: Embedding | None = None
         self._kernels_used = "ggml"
+        self.n_tokens: int
+        self._draft = draft
+        self._chooser: DraftLengthChooser | None = None
+        self._drafter: Drafter | None = None
+        self._n_drafted = 0
+        self._n_certain: int | None = None
+        self._n_visible: int | None = None
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         n_cores = topology.default_threads()
         kwargs = dict(
@@ -124,7 +144,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         budget_bytes = None if memory is None else parse_size(memory)
         report("planning", 0, 1)
         with _load_lock:
-            self._footprint = planner.measure(model, kwargs, kernels, prefetch)
+            self._footprint = planner.measure(model, kwargs, kernels, prefetch, draft)
             self.plan = self._footprint.plan(budget_bytes)
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
@@ -133,6 +153,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 self._load(kwargs, eviction, lock_memory, verbose)
                 if lora_path is not None:
                     self._add_adapter(str(lora_path), lora_scale)
+                if draft != "off":
+                    self._prepare_drafts()
             except BaseException:
                 self.close()
                 raise
@@ -173,6 +195,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 raise BackendError(f"llama.cpp cannot load {model.path}: {log.last_error()}") from error
         if self._runtime is None:
             return
+        self._is_hooked = load.is_hooked
         if not load.is_hooked:
             _log.warning("llama.cpp's loader could not be kept from reading %s whole: loading is slower", model.path)
         n_tensors = len(model.expert_tensors)
@@ -267,12 +290,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         Raises:
             ExpertReadError: an expert could not be read. The tokens of earlier batches stay evaluated.
         """
+        n_drafted, self._n_drafted = self._n_drafted, 0
+        before = self._runtime.stats() if self._drafter is not None and self._runtime is not None else None
         begin_s = time.perf_counter()
         if len(tokens) == 1 and self._embedding is not None and self._runtime is not None:
             self._runtime.foresee_token(self._embedding.row(tokens[0]))
         try:
             with self._read_errors():
-                super().eval(tokens)
+                if n_drafted:
+                    self._eval_draft(tokens)
+                else:
+                    super().eval(tokens)
         except BaseException:
             # The logits on hand may belong to a later position than n_tokens: decode again before sampling.
             self._requires_eval = True
@@ -280,24 +308,138 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         elapsed_s = time.perf_counter() - begin_s
         if self._warm is not None:
             self._warm.on_tokens(len(tokens))
-        if len(tokens) > 1:
+        if self._drafter is not None and before is not None and len(tokens) == n_drafted + 1:
+            after = self._runtime.stats()  # type: ignore[union-attr]
+            n_experts = after.hits + after.misses + after.late_hits
+            n_experts -= before.hits + before.misses + before.late_hits
+            self._drafter.observe(Step(n_drafted, elapsed_s, (after.stall_ns - before.stall_ns) / 1e9, n_experts))
+        if len(tokens) > 1 and not n_drafted:
             self._counters.prompt_tokens += len(tokens)
             self._counters.prefill_s += elapsed_s
             self._counters.ttft_s = elapsed_s
         else:
-            self._counters.completion_tokens += len(tokens)
+            self._counters.completion_tokens += 1
             self._counters.decode_s += elapsed_s
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, None, None]:
         """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""
         begin_s = time.perf_counter()
         is_first = True
-        with contextlib.closing(super().generate(*args, **kwargs)) as tokens:
+        with self._drafting(), contextlib.closing(super().generate(*args, **kwargs)) as tokens:
             for token in tokens:
                 if is_first:
                     self._counters.ttft_s = time.perf_counter() - begin_s
                     is_first = False
+                # Between two tokens the text ends here for everyone but the loop that compares it with the draft.
+                self._n_visible = self._n_certain
                 yield token
+                self._n_visible = None
+
+    # ------------------------------------------------------------ drafts
+    # llama_cpp's loop evaluates a draft, samples at each of its positions with the one sampler, and drops it from the
+    # first token that differs: exact for any sampler, if logits do not depend on the batch. That they do not, and that
+    # only the draft's positions have logits (llama_cpp's own draft models need a table of the whole context), is here.
+
+    def _prepare_drafts(self) -> None:
+        if self._runtime is None:
+            raise BackendError(
+                f"cannot use draft={self._draft!r}: {self._gguf.path} has no routed experts; use draft='off'"
+            )
+        if self._is_recurrent or self._is_hybrid:
+            raise BackendError(
+                f"cannot use draft={self._draft!r}: the memory of {self._gguf.path} is recurrent, and cannot take back "
+                "tokens; use draft='off'"
+            )
+        if llama.llama_model_n_swa(self._model.model) > 0 and not self.context_params.swa_full:
+            raise BackendError(
+                f"cannot use draft={self._draft!r}: a cache of only the attention window orders tokens otherwise after "
+                "drafts; use swa_full=True or draft='off'"
+            )
+        if not self._is_hooked:
+            raise BackendError(
+                f"cannot use draft={self._draft!r}: llama.cpp's CPU backend cannot be told to give the bits of single "
+                "tokens; use draft='off'"
+            )
+        self._chooser = DraftLengthChooser(self._gguf.n_experts, self._gguf.n_experts_used)
+
+    @contextlib.contextmanager
+    def _drafting(self) -> Iterator[None]:
+        """Within: `llama_cpp.Llama.generate` asks for drafts."""
+        if self._chooser is None:
+            yield
+            return
+        self._drafter = Drafter(NgramProposer(), self._chooser, self._count_draft)
+        self._n_certain = self._n_visible = None
+        self.draft_model: Any = self._propose
+        try:
+            yield
+        finally:
+            self.draft_model = None
+            drafter, self._drafter = self._drafter, None
+            self._n_drafted = 0
+            n_certain, self._n_certain, self._n_visible = self._n_certain, None, None
+            if n_certain is not None:
+                drafter.finish(n_certain + 1 - drafter.n_known_tokens)
+                if n_certain < self.n_tokens:  # the rest of a draft that nobody asked for any more
+                    self.n_tokens = n_certain
+                    self._ctx.kv_cache_seq_rm(-1, n_certain, -1)
+                    self._requires_eval = True
+
+    def _propose(self, history: Any) -> Any:
+        """The draft that follows `history`, as llama_cpp asks a draft model for it."""
+        assert self._drafter is not None
+        # The last token of the history and the draft share llama.cpp's padding of the cache: it decides how flash
+        # attention splits.
+        first = len(history) - 1
+        n_max = min(
+            MAX_DRAFT_TOKENS,
+            self._n_ctx - len(history),
+            min(self.n_batch, self.context_params.n_ubatch) - 1,
+            _CACHE_PADDING - 1 - first % _CACHE_PADDING,
+        )
+        draft = self._drafter.draft(history[self._drafter.n_known_tokens :].tolist(), n_max)
+        self._n_drafted = len(draft)
+        return np.array(draft, dtype=np.intc)
+
+    def _eval_draft(self, tokens: Sequence[int]) -> None:
+        n_threads_batch = llama.llama_n_threads_batch(self._ctx.ctx)
+        n_threads = llama.llama_n_threads(self._ctx.ctx)
+        plugin = _native.plugin()
+        plugin.set_lone_rows(len(tokens))
+        llama.llama_set_n_threads(self._ctx.ctx, n_threads, n_threads)
+        try:
+            if self._logits_all:
+                super().eval(tokens)
+                return
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+            self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=True)
+            self._ctx.decode(self._batch)
+        finally:
+            plugin.set_lone_rows(0)
+            llama.llama_set_n_threads(self._ctx.ctx, n_threads, n_threads_batch)
+        self.input_ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
+        self.n_tokens += len(tokens)
+        self._requires_eval = False
+
+    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
+        """Sample a token, as `llama_cpp.Llama.sample`."""
+        if self._drafter is None or idx is None:
+            return int(super().sample(*args, idx=idx, **kwargs))
+        self._n_certain = self._n_visible = idx + 1
+        try:
+            return int(super().sample(*args, idx=idx, **kwargs))
+        finally:
+            self._n_visible = None
+
+    @property
+    def _input_ids(self) -> Any:
+        # What logits processors and stopping criteria are shown: without what is only drafted.
+        return self.input_ids[: self.n_tokens if self._n_visible is None else self._n_visible]
+
+    def _count_draft(self, n_drafted: int, n_accepted: int) -> None:
+        self._counters.drafted_tokens += n_drafted
+        self._counters.accepted_tokens += n_accepted
+        self._counters.completion_tokens += n_accepted
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """Embed text, as `llama_cpp.Llama.embed`."""
@@ -353,6 +495,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             peak_rss_bytes=host.peak_rss_bytes(),
             budget_bytes=self.plan.budget_bytes,
             kernels=self._kernels_used,
+            drafted_tokens=c.drafted_tokens,
+            accepted_tokens=c.accepted_tokens,
         )
 
     def reset_stats(self) -> None:
@@ -390,6 +534,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             eviction=self._eviction,
             kernels=self._kernels,
             prefetch=self._prefetch,
+            draft=self._draft,
             warm_start=self._warm_start,
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgemoe import _native, engine, host, runtime, topology
 from edgemoe.demo import demo_model
+from edgemoe.draft import reserved_bytes
 from edgemoe.errors import BudgetError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
 from edgemoe.routers import prefetch_bytes
@@ -31,6 +32,9 @@ _GROUP_ROWS = 16
 # What a thread interleaves at a time of rows that lie as in the file; kernels/core/arithmetic.cc, kInterleavedBytes.
 _INTERLEAVED_BYTES = 288 << 10
 DEFAULT_PREFETCH = "auto"
+DRAFTS = ("off", "ngram")
+"""The ways to draft tokens."""
+
 _HUGE_PAGE_BYTES = 2 << 20  # what a thread gathers and interleaves lies in such pages
 
 
@@ -141,8 +145,22 @@ class Footprint:
         )
 
 
+def check_draft(draft: str) -> None:
+    """Refuse what is no way to draft.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if draft not in DRAFTS:
+        raise ValueError(f"unknown draft {draft!r}: expected one of {', '.join(DRAFTS)}")
+
+
 def measure(
-    model: GgufModel, llama_kwargs: dict[str, Any], kernels: str = "auto", prefetch: str = DEFAULT_PREFETCH
+    model: GgufModel,
+    llama_kwargs: dict[str, Any],
+    kernels: str = "auto",
+    prefetch: str = DEFAULT_PREFETCH,
+    draft: str = "off",
 ) -> Footprint:
     """Rehearse the load; see `engine.rehearse` and `runtime.open_runtime` for errors."""
     expert_runtime = None
@@ -155,6 +173,9 @@ def measure(
         if expert_runtime is not None:
             expert_runtime.close()
     batch_bytes = _batch_bytes(model, llama_kwargs)
+    if draft != "off":
+        n_vocab = len(model.metadata.get("tokenizer.ggml.tokens", []))
+        batch_bytes += reserved_bytes(n_vocab, int(llama_kwargs["n_ctx"]))
     buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes
     buffers += prefetch_bytes(model, prefetch)
     return Footprint(model, sizes.kv_bytes, buffers, batch_bytes)
@@ -183,6 +204,7 @@ def plan(
     n_ctx: int = 4096,
     kernels: str = "auto",
     prefetch: str = DEFAULT_PREFETCH,
+    draft: str = "off",
     **llama_kwargs: Any,
 ) -> Plan:
     """Plan a memory budget for a model without loading it.
@@ -193,15 +215,17 @@ def plan(
         n_ctx: context length in tokens; 0 for the model's own.
         kernels: who will multiply by experts, as for `Llama`.
         prefetch: how far ahead experts will be predicted, as for `Llama`.
+        draft: how tokens will be drafted, as for `Llama`.
         llama_kwargs: what `Llama` will be given; those that change its memory count.
 
     Raises:
         ModelFormatError, BudgetError, BackendError: the file, the size or the model cannot be used. A budget that
         is too small is not an error: `Plan.fits` says so.
-        ValueError: `kernels` or `prefetch` is unknown.
+        ValueError: `kernels`, `prefetch` or `draft` is unknown.
     """
     _native.check_kernels(kernels)
     runtime.check_prefetch(prefetch)
+    check_draft(draft)
     model = read_model(model_path if model_path is not None else demo_model())
     kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))
-    return measure(model, kwargs, kernels, prefetch).plan(None if memory is None else parse_size(memory))
+    return measure(model, kwargs, kernels, prefetch, draft).plan(None if memory is None else parse_size(memory))

@@ -20,7 +20,7 @@ class Stats:
 
     Attributes:
         prompt_tokens: tokens evaluated in batches of more than one token (prefill).
-        completion_tokens: tokens evaluated one at a time (decode).
+        completion_tokens: tokens evaluated one at a time (decode), and drafted ones that were right.
         prefill_tokens_per_s, decode_tokens_per_s: tokens per second of the two; 0.0 before the first.
         ttft_s: seconds from the start of the last request to its first token.
         load_s, load_bytes_read: seconds and bytes read from storage while the model was loaded.
@@ -36,6 +36,7 @@ class Stats:
         budget_bytes: the memory budget in force.
         kernels: who multiplies by the experts: `ggml`, or the instruction set of our kernels (`avx512_vnni`); where
             some formats are left to ggml, both (`avx512_vnni, ggml for Q5_0`).
+        drafted_tokens, accepted_tokens: tokens evaluated ahead because they were likely, and those that sampling chose.
     """
 
     prompt_tokens: int
@@ -59,6 +60,8 @@ class Stats:
     peak_rss_bytes: int
     budget_bytes: int
     kernels: str
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def expert_hit_rate(self) -> float:

@@ -100,6 +100,8 @@ class Completion:
         start, first, end = self._at_start, self._at_first_token, self._llm.stats()
         n_hits = end.expert_hits - first.expert_hits
         n_asked = n_hits + end.expert_misses - first.expert_misses + end.expert_late_hits - first.expert_late_hits
+        n_drafted = end.drafted_tokens - start.drafted_tokens
+        n_accepted = end.accepted_tokens - start.accepted_tokens
         n_decoded = max(end.completion_tokens - first.completion_tokens, 1)
         parts = [
             f"{len(self.tokens)} tokens" + (", cut at the limit" if self.is_cut else ""),
@@ -107,6 +109,7 @@ class Completion:
             f"TTFT {end.ttft_s:.2f} s",
             f"hits {n_hits / n_asked:.1%}" if n_asked else "hits -",
             f"{(end.expert_bytes_read - first.expert_bytes_read) / n_decoded / 2**20:.2f} MiB read/token",
+            *([f"drafts {n_accepted} of {n_drafted} right"] if n_drafted else []),
             f"stall {end.stall_s - start.stall_s:.2f} s",
             f"memory peak {format_size(end.peak_rss_bytes)} of {format_size(end.budget_bytes)}",
         ]

@@ -98,6 +98,13 @@ _SCHEDULING = {
         show_default=True,
         help="How many layers ahead experts are predicted, kept and read; auto: as many as pays by the clock.",
     ),
+    "draft": click.option(
+        "--draft",
+        type=click.Choice(["off", "ngram"]),
+        default="off",
+        show_default=True,
+        help="Evaluate several tokens at once where that is faster: what followed the same words earlier in the text.",
+    ),
     "warm_start": click.option(
         "--warm-start/--no-warm-start",
         default=True,

@@ -52,6 +52,7 @@ def test_every_command_has_help(command: str) -> None:
         ["chat", "--kernels", ""],
         ["chat", "--prefetch", "3"],
         ["generate", "-p", "a", "--eviction", "random"],
+        ["chat", "--draft", "guess"],
         ["generate", "-f", "/nonexistent/prompt"],
         ["plan", "--ctx", "0"],
         ["convert", "upcycle", "a.gguf", "b.gguf", "--experts", "2", "--top-k", "3"],
@@ -118,8 +119,10 @@ def test_kernels_reach_the_model(llama: type[FakeLlama], model: str, command: li
     """Guards against exact bits that were asked for and not delivered, and against another default than the API's."""
     assert run(*command, model).exit_code == 0
     assert llama.options["kernels"] == "auto"
-    assert run(*command, model, "--kernels", "ggml").exit_code == 0
+    assert llama.options["draft"] == "off"
+    assert run(*command, model, "--kernels", "ggml", "--draft", "ngram").exit_code == 0
     assert llama.options["kernels"] == "ggml"
+    assert llama.options["draft"] == "ngram"
 
 
 @pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])

@@ -34,6 +34,9 @@ EDGEMOE_API int32_t edgemoe_ggml_end_load(void);
  * ranges[i].to is page-aligned inside a mapping of `path`. Such pages are never dropped under pressure. */
 EDGEMOE_API int32_t edgemoe_ggml_populate(const char* path, const edgemoe_range* ranges, int32_t n_ranges,
                                           int32_t n_threads, edgemoe_error* error);
+/* From now on, batches of n_tokens that this thread evaluates get the bits that their tokens would have one by one,
+ * in contexts made between begin_load (which returned 1) and end_load. Below 2: no more. */
+EDGEMOE_API void edgemoe_ggml_set_lone_rows(int64_t n_tokens);
 
 #ifdef __cplusplus
 }

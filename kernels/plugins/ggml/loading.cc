@@ -11,6 +11,7 @@
 #include "ggml-cpu.h"
 #include "plugins/ggml/edgemoe_ggml.h"
 #include "plugins/ggml/ggml_abi.h"
+#include "plugins/ggml/lone_rows.h"
 
 namespace edgemoe_ggml {
 namespace {
@@ -40,6 +41,9 @@ bool AlwaysTrue() { return true; }
 void* GetProcAddress(ggml_backend_reg_t reg, const char* name) {
   if (t_loading.runtime != nullptr && std::strcmp(name, "ggml_backend_cpu_is_numa") == 0) {
     return reinterpret_cast<void*>(AlwaysTrue);
+  }
+  if (t_loading.runtime != nullptr && std::strcmp(name, "ggml_backend_set_n_threads") == 0) {
+    return reinterpret_cast<void*>(SetCpuThreads);
   }
   return Hook().original(reg, name);
 }

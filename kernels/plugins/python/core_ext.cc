@@ -220,6 +220,7 @@ class GgmlPlugin {
     Find("edgemoe_ggml_begin_load", &begin_load_);
     Find("edgemoe_ggml_end_load", &end_load_);
     Find("edgemoe_ggml_populate", &populate_);
+    Find("edgemoe_ggml_set_lone_rows", &set_lone_rows_);
     Find("edgemoe_ggml_built_against", &built_against_);
     Find("edgemoe_ggml_llama_cpp_python", &llama_cpp_python_);
     Find("edgemoe_ggml_loaded", &loaded_);
@@ -228,6 +229,7 @@ class GgmlPlugin {
 
   bool BeginLoad(Runtime& runtime) { return begin_load_(runtime.get()) != 0; }
   int EndLoad() { return end_load_(); }
+  void SetLoneRows(int64_t n_tokens) { set_lone_rows_(n_tokens); }
   // ranges: (file offset, length, address)
   void Populate(const std::string& path, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& ranges,
                 int n_threads) {
@@ -259,6 +261,7 @@ class GgmlPlugin {
   decltype(&edgemoe_ggml_begin_load) begin_load_ = nullptr;
   decltype(&edgemoe_ggml_end_load) end_load_ = nullptr;
   decltype(&edgemoe_ggml_populate) populate_ = nullptr;
+  decltype(&edgemoe_ggml_set_lone_rows) set_lone_rows_ = nullptr;
   decltype(&edgemoe_ggml_built_against) built_against_ = nullptr;
   decltype(&edgemoe_ggml_llama_cpp_python) llama_cpp_python_ = nullptr;
   decltype(&edgemoe_ggml_loaded) loaded_ = nullptr;
@@ -346,6 +349,7 @@ NB_MODULE(_core, m) {
       .def(nb::init<const std::string&>(), nb::arg("path"))
       .def("begin_load", &GgmlPlugin::BeginLoad, nb::arg("runtime"))
       .def("end_load", &GgmlPlugin::EndLoad)
+      .def("set_lone_rows", &GgmlPlugin::SetLoneRows, nb::arg("n_tokens"))
       .def("populate", &GgmlPlugin::Populate, nb::arg("path"), nb::arg("ranges"), nb::arg("n_threads"))
       .def("built_against", &GgmlPlugin::BuiltAgainst)
       .def("llama_cpp_python", &GgmlPlugin::LlamaCppPython)
