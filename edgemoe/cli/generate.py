@@ -74,7 +74,7 @@ def generate(
     """
     if (prompt is None) == (file is None):
         raise click.UsageError("Give the prompt with exactly one of -p TEXT and -f FILE.")
-    text = prompt if prompt is not None else _read_prompt(file)
+    text = prompt if prompt is not None else read_prompt(file)
     with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels) as llm:
         tokens = chat_prompt(llm, [{"role": "user", "content": text}]) if as_chat else text_prompt(llm, text)
         completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
@@ -89,7 +89,7 @@ def generate(
             say(completion.footer())
 
 
-def _read_prompt(file: BinaryIO | None) -> str:
+def read_prompt(file: BinaryIO | None) -> str:
     """The text of a prompt file without the newline at its end."""
     data = b"" if file is None else file.read()
     try:

@@ -44,6 +44,7 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   layer_fraction_ = static_cast<double>(first.layer + 1) / 65536.0;
   active_ = true;
   CheckPrediction(first.layer);
+  trace_.Begin(*cache_, tensor_idxs_, expert_of_.data(), n_tokens, n_used);
   CountAndPin();
   return Status();
 }
@@ -156,6 +157,7 @@ void MoeLayer::Promise() {
 
 void MoeLayer::End() {
   if (!active_) return;
+  trace_.End(cache_->counters());
   std::lock_guard<std::mutex> lock(cache_->mutex());
   for (int64_t slice : pinned_) cache_->Release(slice);
   for (size_t i = 0; i < shares_.size(); ++i) cache_->Promised(static_cast<int>(i)) -= shares_[i].n_held;
