@@ -138,11 +138,12 @@ def _check(trace: Trace) -> None:
     n_experts = max((layer.n_experts for layer in trace.layers), default=0)
     numbers = [layer.layer for layer in trace.layers]
     expect(n_layers > 0, "it has no layers")
-    expect(numbers == sorted(set(numbers)) and numbers[0] >= 0 and numbers[-1] <= _MAX_LAYER, f"its layers are {numbers}")
+    is_in_order = numbers == sorted(set(numbers)) and numbers[0] >= 0 and numbers[-1] <= _MAX_LAYER
+    expect(is_in_order, f"its layers are {numbers}, expected some of 0..{_MAX_LAYER} in order")
     expect(n_experts <= _MAX_EXPERTS, f"{n_experts} experts, expected at most {_MAX_EXPERTS}")
     n_batches = trace.n_batches
     steps = np.diff(trace.batch_of_token, prepend=-1, append=n_batches)
-    expect(bool(((steps == 0) | (steps == 1)).all()), "batches do not count up from 0")
+    expect(bool(((steps == 0) | (steps == 1)).all()), "its batches do not count up from 0")
     for name, array, shape in (
         ("experts", trace.experts, (n_tokens, n_layers, n_used)),
         ("weights", trace.weights, (n_tokens, n_layers, n_used)),
@@ -151,7 +152,8 @@ def _check(trace: Trace) -> None:
         ("read_bytes", trace.read_bytes, (n_batches, n_layers)),
         ("resident", trace.resident, (n_batches, n_layers, n_experts)),
     ):
-        expect(array is None or array.shape == shape, f"{name} is {array is not None and array.shape}, expected {shape}")
+        if array is not None:
+            expect(array.shape == shape, f"{name} is {array.shape}, expected {shape}")
     for i, layer in enumerate(trace.layers):
         chosen = trace.experts[:, i]
         expect(
@@ -199,18 +201,21 @@ def _records(trace: Trace) -> Iterator[bytes]:
             if is_weighed[tokens, i].any():
                 flags |= _HAS_WEIGHTS
                 body += trace.weights[tokens, i, : layer.n_used].astype("<f4").tobytes()
-            yield _RECORD.pack(
-                _RECORD.size + len(body),
-                batch,
-                tokens.stop - tokens.start,
-                layer.layer,
-                layer.n_used,
-                layer.n_experts,
-                flags,
-                trace.wait_us[batch, i],
-                trace.read_bytes[batch, i],
-                trace.begin_us[batch, i],
-            ) + body
+            yield (
+                _RECORD.pack(
+                    _RECORD.size + len(body),
+                    batch,
+                    tokens.stop - tokens.start,
+                    layer.layer,
+                    layer.n_used,
+                    layer.n_experts,
+                    flags,
+                    trace.wait_us[batch, i],
+                    trace.read_bytes[batch, i],
+                    trace.begin_us[batch, i],
+                )
+                + body
+            )
 
 
 @dataclasses.dataclass(frozen=True)

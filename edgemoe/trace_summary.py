@@ -180,7 +180,9 @@ def _reuse_distances(trace: Trace) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
         is_reuse = is_use & (before >= 0)
         np.add.at(distances, (layer_of[is_reuse], distance[is_reuse]), 1)
         n_first_uses += (is_use & (before < 0)).sum(axis=1)
-        last_use[layer_of[is_use], ids[is_use]] = (token * n_used + np.arange(n_used))[None, :].repeat(n_layers, 0)[is_use]
+        # In the router's order, so that no two experts were last used at one time.
+        time = np.broadcast_to(token * n_used + np.arange(n_used), ids.shape)
+        last_use[layer_of[is_use], ids[is_use]] = time[is_use]
     return distances, n_first_uses
 
 

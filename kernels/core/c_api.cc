@@ -221,8 +221,7 @@ void edgemoe_session_end_layer(edgemoe_session* session) { session->layer.End();
 
 int32_t edgemoe_runtime_start_trace(edgemoe_runtime* runtime, const char* path, const char* header,
                                     edgemoe_error* error) {
-  return Guard(error,
-               [&] { return runtime->trace.Start(edgemoe::CreatePosixFile, path, header, &runtime->cache); });
+  return Guard(error, [&] { return runtime->trace.Start(edgemoe::CreatePosixFile, path, header, &runtime->cache); });
 }
 
 int32_t edgemoe_runtime_check_trace(edgemoe_runtime* runtime, edgemoe_error* error) {

@@ -52,9 +52,9 @@ class PosixFileWriter final : public FileWriter {
 
  private:
   Status Failed(const char* what, int code) const {
-    return Status(EDGEMOE_IO, Format("%s failed: %s after %llu bytes (%s); free space there or name another folder",
-                                     what, std::strerror(code), static_cast<unsigned long long>(n_written_),
-                                     path_.c_str()));
+    return Status(EDGEMOE_IO,
+                  Format("%s failed: %s after %llu bytes (%s); free space there or name another folder", what,
+                         std::strerror(code), static_cast<unsigned long long>(n_written_), path_.c_str()));
   }
 
   const std::string path_, folder_;

@@ -251,7 +251,8 @@ TEST(TraceTest, WholeBlocksHaveTheirMixingWeights) {
   edgemoe_session_destroy(session);
 }
 
-// Guards against: a layer that waits for the disk on which the trace is written, and a trace with holes that looks whole.
+// Guards against: a layer that waits for the disk on which the trace is written, and a trace with holes that looks
+// whole.
 TEST(TraceTest, LayersGoOnWhenTheFileStandsStillAndTheTraceFails) {
   Watchdog watchdog("a layer that records");
   ToyModel model{ToyShape()};
@@ -322,9 +323,7 @@ TEST(TraceTest, FailedWriteFailsTheTraceAndNotTheLayer) {
     RuntimePtr runtime(model.Open(model.SlotsBytes(16)));
     ToySession session(runtime.get(), &model);
     FakeSink sink;
-    sink.on_write = [&](int write_no) {
-      return write_no >= fails_at ? Status(EDGEMOE_IO, "no space left") : Status();
-    };
+    sink.on_write = [&](int write_no) { return write_no >= fails_at ? Status(EDGEMOE_IO, "no space left") : Status(); };
     const Status started = runtime->trace.Start(sink.Creator(), "full.trace", "{}", &runtime->cache);
     EXPECT_EQ(started.ok(), fails_at >= 4);
     std::mt19937 rng(5);

@@ -46,9 +46,10 @@ EDGEMOE_API int32_t edgemoe_runtime_set_prefetch(edgemoe_runtime* runtime, const
 EDGEMOE_API uint64_t edgemoe_prefetch_bytes(const edgemoe_router* routers, int32_t n_routers, int32_t max_depth);
 EDGEMOE_API void edgemoe_runtime_prefetch_stats(edgemoe_runtime* runtime, edgemoe_prefetch_stats* stats);
 
-/* Record what each layer of each batch chooses, waits for and reads, into a file of docs/trace-format.md, whose `header`
- * (JSON) describes the model. Nothing is at `path` before the recording is stopped. No layer ever waits for the file:
- * when it fails or is too slow, the recording ends early. A record is made when a layer ends. Any time, any thread. */
+/* Record what each layer of each batch chooses, waits for and reads, into a file of docs/trace-format.md, whose
+ * `header` (JSON) describes the model. Nothing is at `path` before the recording is stopped. No layer ever waits for
+ * the file: when it fails or is too slow, the recording ends early. A record is made when a layer ends. Any time, any
+ * thread. */
 EDGEMOE_API int32_t edgemoe_runtime_start_trace(edgemoe_runtime* runtime, const char* path, const char* header,
                                                 edgemoe_error* error);
 /* Why the recording under way has ended early, if it has. */
