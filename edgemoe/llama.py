@@ -331,8 +331,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def record_trace(self, path: str | Path) -> Iterator[Callable[[], None]]:
         """Record which experts every layer chooses, waits for and reads, until the context ends; see `edgemoe.trace`.
 
-        The file appears then, also when the context ends with an exception. Recording takes 4 MiB of memory beside the
-        budget. The context's value is a function that raises what has ended the recording early.
+        The file appears then, also when the context ends with an exception. Recording takes 4 MiB of the budget's slack.
+        The context's value is a function that raises what has ended the recording early.
 
         Raises:
             TraceError: the model has no routed experts, the file cannot be written, storage is slower than records

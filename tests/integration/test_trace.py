@@ -81,7 +81,7 @@ def chosen_by_llama_cpp(path: Path, name: str, dtype: type[Any], dimensions: int
     return {layer: np.concatenate(rows) for layer, rows in sorted(found.items())}
 
 
-@pytest.mark.parametrize("arch", ["olmoe", "gpt-oss", "deepseek2-merged"])
+@pytest.mark.parametrize("arch", ["olmoe", "qwen2moe", "gpt-oss", "deepseek2-v3", "deepseek2-merged", "granitemoe"])
 def test_trace_is_what_llama_cpp_chose_and_what_was_counted(
     arch: str, write_model: ModelWriter, tmp_path: Path
 ) -> None:
