@@ -331,7 +331,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def record_trace(self, path: str | Path) -> Iterator[Callable[[], None]]:
         """Record which experts every layer chooses, waits for and reads, until the context ends; see `edgemoe.trace`.
 
-        The file appears then, also when the context ends with an exception. Recording takes 4 MiB of the budget's slack.
+        The file appears then, also when the context ends with an exception. Recording takes 4 MiB of the slack.
         The context's value is a function that raises what has ended the recording early.
 
         Raises:

@@ -6,7 +6,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include <cmath>
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -25,6 +25,7 @@ struct FakeSink {
   bool committed = false;
   bool discarded = false;
   std::atomic<int> n_writes{0};
+  std::atomic<uint64_t> n_written{0};  // bytes
   std::function<Status(int write_no)> on_write;
 
   FileCreator Creator();
@@ -41,6 +42,7 @@ class FakeWriter final : public FileWriter {
     }
     const char* const p = static_cast<const char*>(bytes);
     sink_->bytes.insert(sink_->bytes.end(), p, p + n_bytes);
+    sink_->n_written.fetch_add(n_bytes);
     return Status();
   }
   Status Commit() override {
@@ -139,6 +141,20 @@ int FilesIn(const std::string& folder) {
   while (const dirent* entry = ::readdir(dir)) n += std::strcmp(entry->d_name, ".") && std::strcmp(entry->d_name, "..");
   ::closedir(dir);
   return n;
+}
+
+// A record of so many bytes, all of whose ids are `i`.
+void AppendLarge(TraceRecorder* recorder, uint32_t record_bytes, int i) {
+  std::vector<char> record(record_bytes);
+  TraceRecord head;
+  head.record_bytes = record_bytes;
+  head.batch = static_cast<uint32_t>(i);
+  head.n_tokens = (record_bytes - sizeof(head)) / 2;
+  head.n_used = 1;
+  std::memcpy(record.data(), &head, sizeof(head));
+  const std::vector<uint16_t> ids(head.n_tokens, static_cast<uint16_t>(i));
+  std::memcpy(record.data() + sizeof(head), ids.data(), ids.size() * sizeof(uint16_t));
+  recorder->Append(recorder->recording(), record.data(), record_bytes, 0);
 }
 
 // Guards against: a checksum that Python's zlib does not agree with.
@@ -265,19 +281,17 @@ TEST(TraceTest, LayersGoOnWhenTheFileStandsStillAndTheTraceFails) {
     return Status();
   };
   ASSERT_TRUE(runtime->trace.Start(sink.Creator(), "slow.trace", "{}", &runtime->cache).ok());
+  // All of the ring's 4 MiB, so that the layer's own record is the first without room.
+  for (int i = 0; i < 64; ++i) AppendLarge(&runtime->trace, 1 << 16, i);
+  EXPECT_TRUE(runtime->trace.Check().ok());
   std::mt19937 rng(5);
-  // 512 tokens make 4 KiB: more than the ring holds.
-  const std::vector<int32_t> ids = RandomIds(&rng, 512, 4, 16);
-  const std::vector<float> x = RandomRows(&rng, 512, 16);
-  bool failed_early = false;
-  for (int i = 0; i < 1200; ++i) {
-    ASSERT_EQ(session.Begin(i % 3, ids, 512), EDGEMOE_OK);
-    session.End();
-    failed_early |= !runtime->trace.Check().ok();
+  const std::vector<int32_t> ids = RandomIds(&rng, 5, 4, 16);
+  const std::vector<float> x = RandomRows(&rng, 5, 16);
+  for (int layer = 0; layer < 3; ++layer) {
+    ASSERT_EQ(session.RunLayer(layer, ids, 5, x), EDGEMOE_OK);
+    EXPECT_EQ(session.y(), model.Reference(layer, ids, 5, x));
+    EXPECT_EQ(runtime->trace.Check().code(), EDGEMOE_IO);
   }
-  EXPECT_TRUE(failed_early);
-  EXPECT_EQ(session.RunLayer(0, ids, 512, x), EDGEMOE_OK);
-  EXPECT_EQ(session.y(), model.Reference(0, ids, 512, x));
   gate.Open();
   const Status s = runtime->trace.Stop();
   EXPECT_EQ(s.code(), EDGEMOE_IO);
@@ -287,7 +301,7 @@ TEST(TraceTest, LayersGoOnWhenTheFileStandsStillAndTheTraceFails) {
   FakeSink next;
   ASSERT_TRUE(runtime->trace.Start(next.Creator(), "next.trace", "{}", &runtime->cache).ok());
   EXPECT_TRUE(runtime->trace.Check().ok());
-  ASSERT_EQ(session.RunLayer(0, ids, 512, x), EDGEMOE_OK);
+  ASSERT_EQ(session.RunLayer(0, ids, 5, x), EDGEMOE_OK);
   ASSERT_TRUE(runtime->trace.Stop().ok());
   EXPECT_EQ(Parse(next.bytes).records.size(), 1u);
 }
@@ -296,24 +310,23 @@ TEST(TraceTest, LayersGoOnWhenTheFileStandsStillAndTheTraceFails) {
 TEST(TraceTest, RecordsSurviveTheRingsEnd) {
   ToyModel model{ToyShape()};
   RuntimePtr runtime(model.Open(model.SlotsBytes(16)));
-  ToySession session(runtime.get(), &model);
   FakeSink sink;
   ASSERT_TRUE(runtime->trace.Start(sink.Creator(), "trace", "{}", &runtime->cache).ok());
-  std::mt19937 rng(5);
-  std::vector<std::vector<int32_t>> asked;
-  uint64_t n_bytes = 0;
-  while (n_bytes < 9 << 20) {
-    asked.push_back(RandomIds(&rng, 997, 4, 16));
-    ASSERT_EQ(session.Begin(0, asked.back(), 997), EDGEMOE_OK);
-    session.End();
-    n_bytes += 997 * 4 * 2;
-    // As a layer that takes time would: the writer gets to run.
-    while (sink.n_writes.load() < static_cast<int>(n_bytes >> 20)) std::this_thread::yield();
+  // A length that does not divide the ring's; more than twice the ring.
+  constexpr int kRecords = 140, kBytes = 65538;
+  for (int i = 0; i < kRecords; ++i) {
+    AppendLarge(&runtime->trace, kBytes, i);
+    // As layers that take time would: the writer, which takes a quarter of a MiB or more, gets to run.
+    while (sink.n_written.load() + (2 << 20) < static_cast<uint64_t>(i) * kBytes) std::this_thread::yield();
   }
   ASSERT_TRUE(runtime->trace.Stop().ok());
   const Contents c = Parse(sink.bytes);
-  ASSERT_EQ(c.records.size(), asked.size());
-  for (size_t i = 0; i < asked.size(); ++i) ASSERT_EQ(c.records[i].ids, asked[i]) << i;
+  ASSERT_EQ(c.records.size(), static_cast<size_t>(kRecords));
+  for (int i = 0; i < kRecords; ++i) {
+    const Record& r = c.records[static_cast<size_t>(i)];
+    ASSERT_EQ(r.head.batch, static_cast<uint32_t>(i));
+    ASSERT_EQ(std::count(r.ids.begin(), r.ids.end(), i), static_cast<std::ptrdiff_t>(r.ids.size())) << i;
+  }
 }
 
 // Guards against: a full disk that is noticed by nobody, or whose half a trace is taken for a whole one.
