@@ -14,6 +14,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from edgemoe import _core
 from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadError, ModelFormatError, TraceError
@@ -46,6 +47,17 @@ class TensorExtent:
     n_cols: int
     n_rows: int
     format: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterData:
+    """A layer's router: float32 weights [n_experts, n_cols], norm [n_cols] before it, bias [n_experts] after it."""
+
+    layer: int
+    weights: Any
+    norm: Any | None
+    bias: Any | None
+    is_sigmoid: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +117,13 @@ def open_runtime(
             EVICTION_RULES[eviction],
             KERNELS[kernels],
         )
+
+
+def set_prefetch(runtime: Runtime, routers: Sequence[RouterData], max_depth: int, is_adaptive: bool) -> None:
+    """Predict the experts of up to `max_depth` coming layers; adaptive: of as many as pays."""
+    with _translated():
+        tuples = [(r.layer, r.weights, r.norm, r.bias, r.is_sigmoid) for r in routers]
+        runtime.set_prefetch(tuples, max_depth, is_adaptive)
 
 
 def set_slots_bytes(runtime: Runtime, slots_bytes: int) -> None:

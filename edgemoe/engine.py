@@ -18,7 +18,7 @@ from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native, host
 from edgemoe.errors import BackendError
-from edgemoe.formats.gguf import GgufModel
+from edgemoe.formats.gguf import GgufModel, GgufTensor
 
 _PAGE_BYTES = 4096
 _MIB = 1 << 20
@@ -182,6 +182,14 @@ def dense_ranges(model: GgufModel, file_idx: int, mapped: list[Mapping]) -> list
             if first < last:
                 ranges.append((first, last - first, m.address + first - m.offset))
     return ranges
+
+
+def tensor_address(tensor: GgufTensor, mapped: list[Mapping]) -> int | None:
+    """Where a tensor lies in one of its file's mappings; None when it lies in none as a whole."""
+    for m in mapped:
+        if m.offset <= tensor.offset and tensor.offset + tensor.n_bytes <= m.offset + m.length:
+            return m.address + tensor.offset - m.offset
+    return None
 
 
 def drop_experts(mapped: list[Mapping]) -> None:

@@ -20,6 +20,7 @@ from edgemoe import _native, engine, host, planner, runtime, topology
 from edgemoe.demo import demo_model
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
+from edgemoe.routers import Embedding, find_embedding
 from edgemoe.sizes import parse_size
 from edgemoe.types import Plan, Stats
 
@@ -60,6 +61,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         n_threads_batch: int | None = None,
         eviction: str = "lru",
         kernels: str = "auto",
+        prefetch: str = planner.DEFAULT_PREFETCH,
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -75,6 +77,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             eviction: which expert goes first, `lru` or `lfu`.
             kernels: who multiplies by experts: `auto` for our kernels where a format has them, `ggml` for the bits of
                 llama.cpp.
+            prefetch: how many layers ahead experts are predicted, kept and read: `off`, `1`, `2`, or `auto` for as many
+                as pays by the clock. It changes no result.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
@@ -82,19 +86,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             ModelFormatError: a file is missing, truncated or no GGUF.
             BudgetError: the budget is below the model's floor, or cannot be parsed.
             BackendError: llama.cpp refused the model, or the environment's EDGEMOE_ISA cannot be had.
-            ValueError: `eviction` or `kernels` is unknown.
+            ValueError: `eviction`, `kernels` or `prefetch` is unknown.
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
         if eviction not in _native.EVICTION_RULES:
             raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.EVICTION_RULES)}")
         _native.check_kernels(kernels)
+        runtime.check_prefetch(prefetch)
         report = progress or (lambda _stage, _done, _total: None)
         self._runtime: _native.Runtime | None = None
         self._counters = _Counters()
         self._memory = memory
         self._eviction = eviction
         self._kernels = kernels
+        self._prefetch = prefetch
+        self._embedding: Embedding | None = None
         self._kernels_used = "ggml"
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         n_cores = topology.default_threads()
@@ -112,7 +119,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         budget_bytes = None if memory is None else parse_size(memory)
         report("planning", 0, 1)
         with _load_lock:
-            self._footprint = planner.measure(model, kwargs, kernels)
+            self._footprint = planner.measure(model, kwargs, kernels, prefetch)
             self.plan = self._footprint.plan(budget_bytes)
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
@@ -144,6 +151,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         model = self._gguf
         if model.expert_tensors:
             self._runtime = runtime.open_runtime(model, self.plan.slots_bytes, eviction, self._kernels)
+            runtime.start_prefetch(self._runtime, model, self._prefetch)
             paths = runtime.format_paths(model, self._runtime)
             if any(p.n_own for p in paths):
                 self._kernels_used = runtime.kernels_used(paths, _native.active_isa())
@@ -177,6 +185,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             if not load.is_hooked:
                 engine.drop_experts(mapped)
             _native.populate(path, ranges, runtime.N_IO_THREADS)
+            self._find_embedding(i, mapped)
             for _, length, address in ranges if lock_memory else ():
                 if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(length)) != 0:
                     _log.warning("cannot lock %d bytes of dense weights in memory; raise the memlock limit", length)
@@ -187,6 +196,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._fit_slots(self.plan)
         if not self._runtime.stats().direct_io:
             _log.warning("the file system of %s has no O_DIRECT: reads are buffered, and slower", model.path)
+
+    def _find_embedding(self, file_idx: int, mapped: list[engine.Mapping]) -> None:
+        """Let the first layers be foreseen from the token, where its embedding can be read."""
+        tensor = find_embedding(self._gguf) if self._prefetch != "off" else None
+        if tensor is not None and tensor.file_idx == file_idx:
+            address = engine.tensor_address(tensor, mapped)
+            self._embedding = None if address is None else Embedding(tensor, address)
 
     def _fit_slots(self, plan: Plan) -> None:
         assert self._runtime is not None
@@ -244,6 +260,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             ExpertReadError: an expert could not be read. The tokens of earlier batches stay evaluated.
         """
         begin_s = time.perf_counter()
+        if len(tokens) == 1 and self._embedding is not None and self._runtime is not None:
+            self._runtime.foresee_token(self._embedding.row(tokens[0]))
         try:
             with self._read_errors():
                 super().eval(tokens)
@@ -301,6 +319,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Counters since loading or the last `reset_stats()`."""
         c = self._counters
         experts = self._runtime.stats() if self._runtime is not None else None
+        prefetched = self._runtime.prefetch_stats() if self._runtime is not None else None
+        n_tokens = c.prompt_tokens + c.completion_tokens
         return Stats(
             prompt_tokens=c.prompt_tokens,
             completion_tokens=c.completion_tokens,
@@ -313,6 +333,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             expert_misses=experts.misses if experts else 0,
             expert_late_hits=experts.late_hits if experts else 0,
             expert_bytes_read=experts.bytes_read if experts else 0,
+            bytes_per_token=experts.bytes_read / n_tokens if experts and n_tokens else 0.0,
+            prefetch_used_bytes=prefetched.used_bytes if prefetched else 0,
+            prefetch_late_bytes=prefetched.late_bytes if prefetched else 0,
+            prefetch_wasted_bytes=prefetched.wasted_bytes if prefetched else 0,
             stall_s=experts.stall_ns / 1e9 if experts else 0.0,
             n_slots=experts.n_slots if experts else 0,
             slots_bytes=experts.slots_bytes if experts else 0,
@@ -352,6 +376,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def close(self) -> None:
         """Free the model and its experts."""
+        self._embedding = None
         stack = getattr(self, "_stack", None)
         if stack is not None:
             stack.close()
@@ -369,7 +394,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return dict(state, memory=self._memory, eviction=self._eviction, kernels=self._kernels)
+        return dict(state, memory=self._memory, eviction=self._eviction, kernels=self._kernels, prefetch=self._prefetch)
 
 
 class _Closed:

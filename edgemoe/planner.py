@@ -11,6 +11,7 @@ from edgemoe import _native, engine, host, runtime, topology
 from edgemoe.demo import demo_model
 from edgemoe.errors import BudgetError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
+from edgemoe.routers import prefetch_bytes
 from edgemoe.sizes import format_size, parse_size
 from edgemoe.types import Plan
 
@@ -29,6 +30,7 @@ _ROW_EXTRA_BYTES = 64
 _GROUP_ROWS = 16
 # What a thread interleaves at a time of rows that lie as in the file; kernels/core/arithmetic.cc, kInterleavedBytes.
 _INTERLEAVED_BYTES = 288 << 10
+DEFAULT_PREFETCH = "auto"
 _HUGE_PAGE_BYTES = 2 << 20  # what a thread gathers and interleaves lies in such pages
 
 
@@ -139,7 +141,9 @@ class Footprint:
         )
 
 
-def measure(model: GgufModel, llama_kwargs: dict[str, Any], kernels: str = "auto") -> Footprint:
+def measure(
+    model: GgufModel, llama_kwargs: dict[str, Any], kernels: str = "auto", prefetch: str = DEFAULT_PREFETCH
+) -> Footprint:
     """Rehearse the load; see `engine.rehearse` and `runtime.open_runtime` for errors."""
     expert_runtime = None
     if model.expert_tensors:
@@ -152,6 +156,7 @@ def measure(model: GgufModel, llama_kwargs: dict[str, Any], kernels: str = "auto
             expert_runtime.close()
     batch_bytes = _batch_bytes(model, llama_kwargs)
     buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes
+    buffers += prefetch_bytes(model, prefetch)
     return Footprint(model, sizes.kv_bytes, buffers, batch_bytes)
 
 
@@ -177,6 +182,7 @@ def plan(
     memory: int | str | None = None,
     n_ctx: int = 4096,
     kernels: str = "auto",
+    prefetch: str = DEFAULT_PREFETCH,
     **llama_kwargs: Any,
 ) -> Plan:
     """Plan a memory budget for a model without loading it.
@@ -186,14 +192,16 @@ def plan(
         memory: bytes, or a size such as "1.5GiB"; None for what this machine has.
         n_ctx: context length in tokens; 0 for the model's own.
         kernels: who will multiply by experts, as for `Llama`.
+        prefetch: how far ahead experts will be predicted, as for `Llama`.
         llama_kwargs: what `Llama` will be given; those that change its memory count.
 
     Raises:
         ModelFormatError, BudgetError, BackendError: the file, the size or the model cannot be used. A budget that
         is too small is not an error: `Plan.fits` says so.
-        ValueError: `kernels` is unknown.
+        ValueError: `kernels` or `prefetch` is unknown.
     """
     _native.check_kernels(kernels)
+    runtime.check_prefetch(prefetch)
     model = read_model(model_path if model_path is not None else demo_model())
     kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))
-    return measure(model, kwargs, kernels).plan(None if memory is None else parse_size(memory))
+    return measure(model, kwargs, kernels, prefetch).plan(None if memory is None else parse_size(memory))

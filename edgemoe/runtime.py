@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from edgemoe import _native, trace
 from edgemoe.formats.gguf import GgufModel
+from edgemoe.routers import PREFETCH_DEPTHS, find_routers, read_tensor
 
 # Readers in flight: on the disks measured so far bandwidth grows up to 4 (859 -> 954 MiB/s from 2 to 4 threads,
 # fio 1 MiB random reads on the development machine) and not beyond by more than 10 %.
@@ -56,6 +57,38 @@ def trace_header(model: GgufModel) -> str:
         slice_bytes = tuple(int(_native.measure([t], 0).bank_slot_bytes) // t.n_experts for t in tensors)
         layers.append(trace.TraceLayer(layer, tensors[0].n_experts, tensors[0].n_experts_used, slice_bytes))
     return trace.header_json(model.path.name, layers, sum(path.stat().st_size for path in model.files))
+
+
+def check_prefetch(prefetch: str) -> None:
+    """Refuse what is none of `PREFETCH_DEPTHS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if prefetch not in PREFETCH_DEPTHS:
+        raise ValueError(f"unknown prefetch {prefetch!r}: expected one of {', '.join(PREFETCH_DEPTHS)}")
+
+
+def start_prefetch(native: _native.Runtime, model: GgufModel, prefetch: str) -> None:
+    """Let the runtime predict coming layers' experts, as the option `prefetch` says.
+
+    Raises:
+        ModelFormatError: a router cannot be read.
+    """
+    depth = PREFETCH_DEPTHS[prefetch]
+    if depth == 0:
+        return
+    routers = [
+        _native.RouterData(
+            layer=r.layer,
+            weights=read_tensor(model, r.weights),
+            norm=None if r.norm is None else read_tensor(model, r.norm),
+            bias=None if r.bias is None else read_tensor(model, r.bias),
+            is_sigmoid=r.is_sigmoid,
+        )
+        for r in find_routers(model)
+    ]
+    _native.set_prefetch(native, routers, depth, prefetch == "auto")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,9 @@ class Stats:
         expert_hits, expert_misses, expert_late_hits: experts found resident, absent, or still loading when a
             layer asked for them; a layer of a batch asks once for each distinct expert.
         expert_bytes_read: bytes of experts read from storage.
+        bytes_per_token: bytes of experts read from storage, divided by all tokens evaluated; 0.0 before the first.
+        prefetch_used_bytes, prefetch_late_bytes, prefetch_wasted_bytes: of the experts read because they were
+            predicted, those that were resident when first used, still being read then, and evicted unused.
         stall_s: seconds that computing waited for storage with nothing else to do.
         n_slots, slots_bytes: expert tensors that fit in the slots, and the memory set aside for them.
         peak_rss_bytes: largest resident set of this process so far.
@@ -46,6 +49,10 @@ class Stats:
     expert_misses: int
     expert_late_hits: int
     expert_bytes_read: int
+    bytes_per_token: float
+    prefetch_used_bytes: int
+    prefetch_late_bytes: int
+    prefetch_wasted_bytes: int
     stall_s: float
     n_slots: int
     slots_bytes: int

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,7 @@ from edgemoe.cli.options import (
     kernels_option,
     memory_option,
     model_argument,
+    scheduling_options,
     seed_option,
     temperature_option,
     threads_option,
@@ -64,6 +65,7 @@ _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 @memory_option
 @threads_option
 @kernels_option
+@scheduling_options
 @click.pass_obj
 def chat(
     settings: Settings,
@@ -76,12 +78,21 @@ def chat(
     memory: int | None,
     n_threads: int | None,
     kernels: str,
+    scheduling: dict[str, Any],
 ) -> None:
     """Talk with a model.
 
     Answers go to stdout, all else to stderr; /help lists what else can be typed. Lines piped in are one turn each.
     """
-    with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels) as llm:
+    with open_llama(
+        settings,
+        model,
+        memory_bytes=memory,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        kernels=kernels,
+        scheduling=scheduling,
+    ) as llm:
         if not has_chat_template(llm):
             say("edgemoe: the model has no chat template, using ChatML; a base model may not answer sensibly")
         if sys.stdin.isatty():

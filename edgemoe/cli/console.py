@@ -113,7 +113,14 @@ def find_model(model: Path | None) -> Path:
 
 
 def open_llama(
-    settings: Settings, model: Path | None, *, memory_bytes: int | None, n_ctx: int, n_threads: int | None, kernels: str
+    settings: Settings,
+    model: Path | None,
+    *,
+    memory_bytes: int | None,
+    n_ctx: int,
+    n_threads: int | None,
+    kernels: str,
+    scheduling: dict[str, Any],
 ) -> Llama:
     """Load a model (or the demo), showing progress. `n_threads` holds for decode and prefill alike."""
     path = find_model(model)
@@ -127,6 +134,7 @@ def open_llama(
             n_ctx=n_ctx,
             n_threads=n_threads,
             kernels=kernels,
+            **scheduling,
             verbose=settings.verbose,
             progress=progress,
             **batch_threads,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 
@@ -18,6 +18,7 @@ from edgemoe.cli.options import (
     kernels_option,
     memory_option,
     model_argument,
+    scheduling_options,
     seed_option,
     temperature_option,
     threads_option,
@@ -50,6 +51,7 @@ from edgemoe.cli.options import (
 @memory_option
 @threads_option
 @kernels_option
+@scheduling_options
 @json_option
 @click.pass_obj
 def generate(
@@ -66,6 +68,7 @@ def generate(
     n_threads: int | None,
     kernels: str,
     as_json: bool,
+    scheduling: dict[str, Any],
 ) -> None:
     """Complete one prompt.
 
@@ -75,7 +78,15 @@ def generate(
     if (prompt is None) == (file is None):
         raise click.UsageError("Give the prompt with exactly one of -p TEXT and -f FILE.")
     text = prompt if prompt is not None else read_prompt(file)
-    with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels) as llm:
+    with open_llama(
+        settings,
+        model,
+        memory_bytes=memory,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        kernels=kernels,
+        scheduling=scheduling,
+    ) as llm:
         tokens = chat_prompt(llm, [{"role": "user", "content": text}]) if as_chat else text_prompt(llm, text)
         completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
         for piece in completion:

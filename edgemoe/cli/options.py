@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -80,6 +83,40 @@ kernels_option = click.option(
     show_default=True,
     help="Who multiplies by experts: edgemoe's kernels where a format has them, or ggml, with llama.cpp's exact bits.",
 )
+_SCHEDULING = {
+    "eviction": click.option(
+        "--eviction",
+        type=click.Choice(["lru", "lfu"]),
+        default="lru",
+        show_default=True,
+        help="Which expert leaves first: the least recently, or the least frequently used.",
+    ),
+    "prefetch": click.option(
+        "--prefetch",
+        type=click.Choice(["off", "auto", "1", "2"]),
+        default="auto",
+        show_default=True,
+        help="How many layers ahead experts are predicted, kept and read; auto: as many as pays by the clock.",
+    ),
+}
+
+
+def scheduling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say which experts are kept and read early; the command gets them as one dictionary `scheduling`.
+
+    They have the names of `Llama`'s keywords, and none of them changes an answer.
+    """
+
+    @functools.wraps(command)
+    def with_scheduling(*args: Any, **kwargs: Any) -> Any:
+        scheduling = {name: kwargs.pop(name) for name in _SCHEDULING}
+        return command(*args, **kwargs, scheduling=scheduling)
+
+    for option in reversed(_SCHEDULING.values()):
+        with_scheduling = option(with_scheduling)
+    return with_scheduling
+
+
 temperature_option = click.option(
     "--temperature",
     type=click.FloatRange(min=0.0),

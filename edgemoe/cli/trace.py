@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -17,6 +17,7 @@ from edgemoe.cli.options import (
     json_option,
     kernels_option,
     memory_option,
+    scheduling_options,
     seed_option,
     temperature_option,
     threads_option,
@@ -62,6 +63,7 @@ def trace() -> None:
 @memory_option
 @threads_option
 @kernels_option
+@scheduling_options
 @click.pass_obj
 def record(
     settings: Settings,
@@ -77,6 +79,7 @@ def record(
     memory: int | None,
     n_threads: int | None,
     kernels: str,
+    scheduling: dict[str, Any],
 ) -> None:
     """Complete a prompt and record every choice of experts in OUT.
 
@@ -92,7 +95,15 @@ def record(
     if out.exists() and not force:
         raise TraceError(f"cannot record a trace: the file exists ({out}); name another or use --force")
     text = read_prompt(file) if file is not None else DEFAULT_PROMPT if prompt is None else prompt
-    with open_llama(settings, model, memory_bytes=memory, n_ctx=n_ctx, n_threads=n_threads, kernels=kernels) as llm:
+    with open_llama(
+        settings,
+        model,
+        memory_bytes=memory,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        kernels=kernels,
+        scheduling=scheduling,
+    ) as llm:
         tokens = text_prompt(llm, text)
         completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
         with llm.record_trace(out) as check:

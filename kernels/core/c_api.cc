@@ -142,9 +142,15 @@ void edgemoe_runtime_reset_stats(edgemoe_runtime* runtime) {
 int32_t edgemoe_runtime_set_prefetch(edgemoe_runtime* runtime, const edgemoe_router* routers, int32_t n_routers,
                                      int32_t max_depth, int32_t adaptive, edgemoe_error* error) {
   return Guard(error, [&] {
-    Status s = runtime->prefetch.predictor.Set(routers, n_routers, max_depth);
-    if (s.ok()) runtime->prefetch.controller.Start(n_routers > 1 ? max_depth : 0, adaptive != 0);
-    return s;
+    return runtime->prefetch.Start(runtime->cache.file(), routers, n_routers, max_depth, adaptive != 0);
+  });
+}
+
+void edgemoe_runtime_foresee_token(edgemoe_runtime* runtime, const float* embedding, int64_t n_cols) {
+  if (n_cols != runtime->prefetch.predictor.n_cols()) return;
+  (void)Guard(nullptr, [&] {
+    runtime->prefetch.ForeseeToken(&runtime->cache, embedding);
+    return Status();
   });
 }
 

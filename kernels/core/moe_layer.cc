@@ -38,12 +38,16 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   loading_.reserve(tensor_idxs_.size() * chosen_.size());
   std::unique_lock<std::mutex> lock(cache_->mutex());
   cache_->BeginLayer(&lock);
-  if (first.layer <= last_layer_ || n_tokens != last_n_tokens_ || last_layer_ < 0) BeginBatch(n_tokens);
+  if (first.layer <= last_layer_ || n_tokens != last_n_tokens_ || last_layer_ < 0) {
+    batch_time_ = cache_->AdvanceClock(n_tokens);
+    prefetch_depth_ = prefetch_->BeginBatch(cache_, n_tokens, batch_time_);
+  }
   last_layer_ = layer_ = first.layer;
   last_n_tokens_ = n_tokens;
   layer_fraction_ = static_cast<double>(first.layer + 1) / 65536.0;
   active_ = true;
-  CheckPrediction(first.layer);
+  foreseen_ = prefetch_depth_ == 0;
+  prefetch_->BeginLayer(first.layer, tensor_idxs_, chosen_of_expert_, chosen_.size());
   trace_.Begin(*cache_, tensor_idxs_, expert_of_.data(), n_tokens, n_used);
   CountAndPin();
   return Status();

@@ -66,10 +66,7 @@ class MoeLayer {
 
   Status Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes, int n_experts);
   void CountAndPin();
-  void BeginBatch(int64_t n_tokens);
-  void CheckPrediction(int layer);
-  void Predict();
-  void AddHints(int target);
+  void Foresee();
   void Promise();
   Status SetProducts(const edgemoe_matmul* matmuls, int n_matmuls);
   void QuantizeInputs();
@@ -129,15 +126,10 @@ class MoeLayer {
   size_t next_ahead_ = 0;
 
   // What the next layers may choose.
-  int layer_ = 0;             // in progress
-  int prefetch_depth_ = 0;    // of this batch; 0 as well where there is nothing to read
-  bool is_predicted_ = true;  // what follows from the layer in progress
-  int predicted_layer_ = -1;  // by the layer before
-  std::vector<int32_t> predicted_;
-  std::vector<int32_t> predicted_ahead_;  // of the layer being looked at
-  std::vector<char> is_ranked_;           // [expert] named by a token of the batch
-  std::vector<int64_t> hints_;
-  Predictor::Scratch scratch_;
+  int layer_ = 0;           // in progress
+  int prefetch_depth_ = 0;  // of this batch; 0 as well where there is nothing to read
+  bool foreseen_ = true;    // what follows from the layer in progress
+  Foresight foresight_;
 
   // The products in progress.
   const edgemoe_matmul* matmuls_ = nullptr;

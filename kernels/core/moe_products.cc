@@ -63,8 +63,8 @@ Status MoeLayer::SetProducts(const edgemoe_matmul* matmuls, int n_matmuls) {
 
 Status MoeLayer::RunTasks() {
   PrepareTasks();
-  // After the reads have been asked for, so that none waits for the prediction.
-  Predict();
+  // After the reads have been asked for, so that none waits for what is foreseen.
+  Foresee();
   arithmetic_.Parallel(
       n_threads_, [](void* self, int32_t thread_idx, int32_t) { static_cast<MoeLayer*>(self)->Work(thread_idx); },
       this);
@@ -78,6 +78,19 @@ Status MoeLayer::RunTasks() {
     if (task.n_done.load(std::memory_order_relaxed) < task.n_chunks) cache_->Release(task.slice);
   }
   return failure_;
+}
+
+// What the layers after this one may need, from the input of its first products.
+void MoeLayer::Foresee() {
+  if (foreseen_) return;
+  foreseen_ = true;
+  const edgemoe_matmul* const end = matmuls_ + n_matmuls_;
+  const edgemoe_matmul* const m = std::find_if(matmuls_, end, [](const edgemoe_matmul& p) { return p.x_n_used == 1; });
+  const bool is_known = m != end && m->n_cols == prefetch_->predictor.n_cols();
+  prefetch_->Foresee(layer_, is_known ? prefetch_depth_ : 0, is_known ? reinterpret_cast<const char*>(m->x) : nullptr,
+                     is_known ? m->x_token_bytes : 0, last_n_tokens_, &foresight_);
+  std::lock_guard<std::mutex> lock(cache_->mutex());
+  prefetch_->SetHints(cache_, foresight_, batch_time_);
 }
 
 // Each distinct input is brought into its activation format once, however many products and experts use it.

@@ -68,13 +68,14 @@ Status Predictor::Set(const edgemoe_router* routers, int n_routers, int max_dept
   if (n_routers == 0 || max_depth == 0) return Status();
   n_cols_ = routers[0].n_cols;
   max_experts_ = 0;
-  matrices_.resize(static_cast<size_t>(routers[n_routers - 1].layer + 1) * kMaxDepth);
+  matrices_.resize(static_cast<size_t>(routers[n_routers - 1].layer + 2) * kMaxDepth);
   std::vector<float> row(static_cast<size_t>(n_cols_));
-  for (int i = 0; i < n_routers; ++i) {
+  for (int i = -1; i < n_routers; ++i) {
+    const int from_layer = i < 0 ? kToken : routers[i].layer;
+    const float* const own_norm = i < 0 ? nullptr : routers[i].norm;
     for (int distance = 1; distance <= max_depth && i + distance < n_routers; ++distance) {
-      const edgemoe_router& from = routers[i];
       const edgemoe_router& to = routers[i + distance];
-      Matrix& m = matrices_[static_cast<size_t>(from.layer * kMaxDepth + distance - 1)];
+      Matrix& m = matrices_[static_cast<size_t>((from_layer + 1) * kMaxDepth + distance - 1)];
       m.target = to.layer;
       m.n_experts = to.n_experts;
       m.sigmoid = to.sigmoid != 0;
@@ -84,7 +85,7 @@ Status Predictor::Set(const edgemoe_router* routers, int n_routers, int max_dept
       for (int e = 0; e < to.n_experts; ++e) {
         const float* const weights = to.weights + static_cast<int64_t>(e) * n_cols_;
         for (int64_t c = 0; c < n_cols_; ++c) {
-          const float own = from.norm != nullptr ? from.norm[c] : 1.0f;
+          const float own = own_norm != nullptr ? own_norm[c] : 1.0f;
           const float next = to.norm != nullptr ? to.norm[c] : 1.0f;
           row[static_cast<size_t>(c)] = std::fabs(own) < kSmallestNorm ? 0.0f : weights[c] * (next / own);
         }
@@ -98,16 +99,16 @@ Status Predictor::Set(const edgemoe_router* routers, int n_routers, int max_dept
 uint64_t Predictor::Bytes(const edgemoe_router* routers, int n_routers, int max_depth) {
   uint64_t n_bytes = 0;
   // 16: the most rows that a table's group has.
-  for (int i = 1; i < n_routers; ++i) {
+  for (int i = 0; i < n_routers; ++i) {
     const uint64_t n_rows = RoundUp(static_cast<uint64_t>(std::max(0, routers[i].n_experts)), 16);
-    n_bytes += static_cast<uint64_t>(std::min(i, max_depth)) * n_rows * RowBytes(routers[i].n_cols);
+    n_bytes += static_cast<uint64_t>(std::min(i + 1, max_depth)) * n_rows * RowBytes(routers[i].n_cols);
   }
   return n_bytes;
 }
 
 const Predictor::Matrix* Predictor::Find(int layer, int distance) const {
-  const size_t i = static_cast<size_t>(layer * kMaxDepth + distance - 1);
-  return layer >= 0 && i < matrices_.size() && matrices_[i].target >= 0 ? &matrices_[i] : nullptr;
+  const size_t i = static_cast<size_t>((layer + 1) * kMaxDepth + distance - 1);
+  return layer >= kToken && i < matrices_.size() && matrices_[i].target >= 0 ? &matrices_[i] : nullptr;
 }
 
 int Predictor::TargetOf(int layer, int distance) const {

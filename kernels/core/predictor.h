@@ -3,8 +3,9 @@
 // changes little from one layer to the next, so the next router applied to the present state names most of its experts:
 // 88.6 % of Qwen3-30B-A3B's, 80.7 % of Qwen3.6-35B's, 78.8 % of DeepSeek-V2-Lite's (peers' measurements; arXiv
 // 2312.17238, 2502.12224). A layer sees its state after the norm, x = h / rms(h) * norm; so the next router's matrix is
-// stored with its columns scaled by norm_next / norm, and no norm is computed here.
-// Matrices are Q8_0 and multiplied by simd/. Immutable after Set, so thread-safe; scratch belongs to the caller.
+// stored with its columns scaled by norm_next / norm, and no norm is computed here. The first layers have no layer
+// before them: kToken stands for the token's embedding, normalized. Matrices are Q8_0 and multiplied by simd/.
+// Immutable after Set, so thread-safe; scratch belongs to the caller.
 #ifndef EDGEMOE_CORE_PREDICTOR_H_
 #define EDGEMOE_CORE_PREDICTOR_H_
 
@@ -20,11 +21,12 @@ namespace edgemoe {
 class Predictor {
  public:
   static constexpr int kMaxDepth = 2;
+  static constexpr int kToken = -1;  // in the place of a layer: the token's embedding
 
   Status Set(const edgemoe_router* routers, int n_routers, int max_depth);
   static uint64_t Bytes(const edgemoe_router* routers, int n_routers, int max_depth);
 
-  // The layer that is `distance` layers with experts after `layer`, or -1 when nothing is known about it.
+  // The layer that is `distance` layers with experts after `layer` (or kToken), or -1 when nothing is known about it.
   int TargetOf(int layer, int distance) const;
   int64_t n_cols() const { return n_cols_; }
   int max_experts() const { return max_experts_; }
@@ -52,7 +54,7 @@ class Predictor {
   const simd::KernelTable* table_ = nullptr;
   int64_t n_cols_ = 0;
   int max_experts_ = 0;
-  std::vector<Matrix> matrices_;  // [layer][distance - 1]
+  std::vector<Matrix> matrices_;  // [layer + 1][distance - 1]
 };
 
 }  // namespace edgemoe

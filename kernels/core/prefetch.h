@@ -1,26 +1,67 @@
 // SPDX-License-Identifier: MIT
-// prefetch.h: what the layers of one runtime share for reading ahead. Guarded by the cache's mutex, but for the
-// predictor, which is immutable.
+// prefetch.h: what the layers of one runtime share for reading ahead: who predicts, how deep, and what was predicted.
+// Guarded by the cache's mutex, but for the predictor, which is immutable.
 #ifndef EDGEMOE_CORE_PREFETCH_H_
 #define EDGEMOE_CORE_PREFETCH_H_
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
+#include "core/expert_cache.h"
 #include "core/predictor.h"
 #include "core/prefetch_controller.h"
 
 namespace edgemoe {
 
-struct Prefetch {
+// What one thread foresees, kept so that decoding allocates nothing.
+struct Foresight {
+  struct Layer {
+    int layer = -1;
+    std::vector<int32_t> experts;  // the likeliest first
+  };
+  Layer layers[Predictor::kMaxDepth];
+  int n_layers = 0;
+  std::vector<char> is_listed;  // [expert]
+  Predictor::Scratch scratch;
+};
+
+class Prefetch {
+ public:
   Predictor predictor;
   PrefetchController controller;
-  std::vector<std::vector<int32_t>> tensors_of_layer;  // in the order of use, as layers have been seen to begin
-  std::chrono::steady_clock::time_point last_token;    // when the last token of decode began
-  bool in_decode = false;                              // the batch before was one token
   std::atomic<uint64_t> predicted{0}, predicted_right{0}, chosen{0};
+
+  // Before the first layer.
+  Status Start(const ExpertFile& file, const edgemoe_router* routers, int n_routers, int max_depth, bool adaptive);
+  // The present states x of n_tokens tokens in `layer`, or Predictor::kToken -> the experts of the next `depth` layers.
+  void Foresee(int layer, int depth, const char* x, uint64_t x_token_bytes, int64_t n_tokens, Foresight* f) const;
+  // The token that comes next, by its embedding [n_cols]: hints for the first layers.
+  void ForeseeToken(ExpertCache* cache, const float* embedding);
+
+  // --- with the cache's lock ---
+  // A batch begins; returns the depth to look ahead from its layers.
+  int BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time);
+  // A layer begins with these tensors, in the order of use, and has chosen the experts with chosen_of_expert >= 0.
+  void BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs, const std::vector<int32_t>& chosen_of_expert,
+                  size_t n_chosen);
+  void SetHints(ExpertCache* cache, const Foresight& foresight, double batch_time);
+
+ private:
+  std::vector<int> n_used_of_layer_;                    // immutable after Start
+  std::vector<std::vector<int32_t>> tensors_of_layer_;  // in the order of use, as layers have been seen to begin
+  std::vector<int64_t> hints_;
+  std::vector<int32_t> predicted_experts_;  // of predicted_layer_, which has not begun yet
+  int predicted_layer_ = -1;
+  std::chrono::steady_clock::time_point last_token_;  // when the last token of decode began
+  bool in_decode_ = false;                            // the batch before was one token
+  double batch_time_ = 0.0;
+
+  std::mutex token_mutex_;  // of the two below
+  Foresight token_foresight_;
+  std::vector<float> token_state_;
 };
 
 }  // namespace edgemoe

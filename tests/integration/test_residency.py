@@ -127,6 +127,21 @@ def test_bits_do_not_depend_on_eviction(eviction: str, residency: str, write_mod
             assert np.array_equal(logits(llm, tokens[:50], tokens[50:]), expected)
 
 
+@pytest.mark.parametrize("prefetch", ["off", "1", "2", "auto"])
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_bits_do_not_depend_on_prefetch(prefetch: str, residency: str, write_model: ModelWriter) -> None:
+    """Guards against a prediction that evicts, or overwrites, what a layer is using."""
+    path = write_model("olmoe", n_experts=32, n_experts_used=4, n_layers=4)
+    with contextlib.closing(stock(path)) as reference, streamed(path, prefetch=prefetch) as llm:
+        set_threads(reference, 1)
+        set_threads(llm, 1)
+        set_residency(llm, residency)
+        tokens = synthetic.uniform_tokens(90, N_VOCAB, seed=4)
+        assert np.array_equal(logits(llm, tokens[:30], tokens[30:]), logits(reference, tokens[:30], tokens[30:]))
+        predicted = llm._runtime.prefetch_stats().predicted
+        assert (predicted > 0) == (prefetch != "off" and residency != "all")
+
+
 @pytest.mark.parametrize("n_batch", [1, 3, 16, 200])
 def test_bits_at_other_batch_sizes(n_batch: int, write_model: ModelWriter) -> None:
     """Guards against a path for many rows that differs from the one for few."""

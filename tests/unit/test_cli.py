@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import edgemoe
 from edgemoe.errors import BackendError
+from edgemoe.llama import Llama
 from tests.unit.fakes import END, STATS, FakeLlama, error_lines, run
 
 # ---------------------------------------------------------------- errors and usage
@@ -48,6 +49,8 @@ def test_every_command_has_help(command: str) -> None:
         ["generate", "-p", "a", "--temperature", "-1"],
         ["generate", "-p", "a", "--kernels", "fast"],
         ["chat", "--kernels", ""],
+        ["chat", "--prefetch", "3"],
+        ["generate", "-p", "a", "--eviction", "random"],
         ["generate", "-f", "/nonexistent/prompt"],
         ["plan", "--ctx", "0"],
         ["convert", "upcycle", "a.gguf", "b.gguf", "--experts", "2", "--top-k", "3"],
@@ -116,6 +119,17 @@ def test_kernels_reach_the_model(llama: type[FakeLlama], model: str, command: li
     assert llama.options["kernels"] == "auto"
     assert run(*command, model, "--kernels", "ggml").exit_code == 0
     assert llama.options["kernels"] == "ggml"
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])
+def test_scheduling_reaches_the_model(llama: type[FakeLlama], model: str, command: list[str]) -> None:
+    """Guards against an option that is parsed and dropped, and against other defaults than the API's."""
+    names = ("eviction", "prefetch")
+    defaults = {name: inspect.signature(Llama.__init__).parameters[name].default for name in names}
+    assert run(*command, model).exit_code == 0
+    assert {name: llama.options[name] for name in names} == defaults
+    assert run(*command, model, "--eviction", "lfu", "--prefetch", "1").exit_code == 0
+    assert {name: llama.options[name] for name in names} == {"eviction": "lfu", "prefetch": "1"}
 
 
 @pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT
+#include "core/prefetch.h"
+
+#include <cmath>
+
+namespace edgemoe {
+namespace {
+
+// A batch of more tokens is a prompt, whose next layer needs most experts whatever is predicted. Up to here it may be a
+// draft to be verified, which is decoding.
+constexpr int64_t kMostDecodeTokens = 8;
+
+}  // namespace
+
+int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time) {
+  const auto now = std::chrono::steady_clock::now();
+  if (n_tokens == 1 && in_decode_) {
+    controller.OnToken(std::chrono::duration<double, std::micro>(now - last_token_).count());
+  } else {
+    controller.OnInterruption();
+  }
+  last_token_ = now;
+  in_decode_ = n_tokens == 1;
+  batch_time_ = batch_time;
+  if (cache->HoldsEverything()) return 0;
+  if (n_tokens <= kMostDecodeTokens) return controller.depth();
+  cache->SetHints({}, batch_time);
+  predicted_layer_ = -1;
+  return 0;
+}
+
+void Prefetch::BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs,
+                          const std::vector<int32_t>& chosen_of_expert, size_t n_chosen) {
+  if (tensors_of_layer_.size() <= static_cast<size_t>(layer)) tensors_of_layer_.resize(static_cast<size_t>(layer) + 1);
+  auto& tensors = tensors_of_layer_[static_cast<size_t>(layer)];
+  if (tensors != tensor_idxs) tensors = tensor_idxs;
+  if (predicted_layer_ != layer) return;
+  uint64_t n_right = 0;
+  for (int32_t e : predicted_experts_) {
+    const size_t i = static_cast<size_t>(e);
+    n_right += i < chosen_of_expert.size() && chosen_of_expert[i] >= 0 ? 1 : 0;
+  }
+  predicted.fetch_add(predicted_experts_.size(), std::memory_order_relaxed);
+  predicted_right.fetch_add(n_right, std::memory_order_relaxed);
+  chosen.fetch_add(n_chosen, std::memory_order_relaxed);
+  predicted_layer_ = -1;
+}
+
+void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, double batch_time) {
+  hints_.clear();
+  predicted_layer_ = -1;
+  for (int i = 0; i < f.n_layers; ++i) {
+    const Foresight::Layer& next = f.layers[i];
+    // Of a layer that was never seen to begin, the order of its tensors is not known yet.
+    if (static_cast<size_t>(next.layer) >= tensors_of_layer_.size()) break;
+    const auto& tensors = tensors_of_layer_[static_cast<size_t>(next.layer)];
+    if (tensors.empty()) break;
+    // In the order in which the layer will ask: what is multiplied with its input expert by expert, and the last
+    // product's slices behind.
+    const auto add = [&](int32_t tensor_idx, int32_t expert) {
+      const ExpertTensor& t = cache->file().tensors()[static_cast<size_t>(tensor_idx)];
+      if (expert < t.n_experts) hints_.push_back(t.first_slice + expert);
+    };
+    for (int32_t e : next.experts) {
+      for (size_t t = 0; t + 1 < tensors.size(); ++t) add(tensors[t], e);
+    }
+    for (int32_t e : next.experts) add(tensors.back(), e);
+    if (i == 0) {
+      predicted_layer_ = next.layer;
+      predicted_experts_.assign(next.experts.begin(), next.experts.end());
+    }
+  }
+  cache->SetHints(hints_, batch_time);
+}
+
+Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, int n_routers, int max_depth,
+                       bool adaptive) {
+  if (Status s = predictor.Set(routers, n_routers, max_depth); !s.ok()) return s;
+  n_used_of_layer_.clear();
+  for (const ExpertTensor& t : file.tensors()) {
+    const size_t layer = static_cast<size_t>(t.layer);
+    if (n_used_of_layer_.size() <= layer) n_used_of_layer_.resize(layer + 1);
+    n_used_of_layer_[layer] = t.n_experts_used;
+  }
+  controller.Start(n_routers > 0 ? max_depth : 0, adaptive);
+  return Status();
+}
+
+void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_bytes, int64_t n_tokens,
+                       Foresight* f) const {
+  f->n_layers = 0;
+  predictor.Reserve(&f->scratch);
+  for (int distance = 1; distance <= depth; ++distance) {
+    Foresight::Layer& next = f->layers[distance - 1];
+    next.layer = predictor.TargetOf(layer, distance);
+    if (next.layer < 0 || static_cast<size_t>(next.layer) >= n_used_of_layer_.size()) return;
+    const int n_used = n_used_of_layer_[static_cast<size_t>(next.layer)];
+    f->is_listed.assign(static_cast<size_t>(predictor.max_experts()), 0);
+    next.experts.clear();
+    for (int64_t t = 0; t < n_tokens; ++t) {
+      const char* const row = x + static_cast<uint64_t>(t) * x_token_bytes;
+      predictor.Rank(layer, distance, n_used, reinterpret_cast<const float*>(row), &f->scratch);
+      for (int32_t e : f->scratch.order) {
+        if (f->is_listed[static_cast<size_t>(e)]) continue;
+        f->is_listed[static_cast<size_t>(e)] = 1;
+        next.experts.push_back(e);
+      }
+    }
+    ++f->n_layers;
+  }
+}
+
+void Prefetch::ForeseeToken(ExpertCache* cache, const float* embedding) {
+  std::lock_guard<std::mutex> token_lock(token_mutex_);
+  int depth = 0;
+  double time = 0.0;
+  {
+    std::lock_guard<std::mutex> lock(cache->mutex());
+    // The first layer of the batch before went by the depth of its own token; so does the one that comes.
+    depth = cache->HoldsEverything() ? 0 : controller.depth();
+    time = batch_time_ + 1.0;
+  }
+  if (depth == 0) return;
+  token_state_.resize(static_cast<size_t>(predictor.n_cols()));
+  double sum = 0.0;
+  for (size_t i = 0; i < token_state_.size(); ++i) sum += static_cast<double>(embedding[i]) * embedding[i];
+  const float scale = static_cast<float>(1.0 / std::sqrt(sum / static_cast<double>(token_state_.size()) + 1e-12));
+  for (size_t i = 0; i < token_state_.size(); ++i) token_state_[i] = embedding[i] * scale;
+  Foresee(Predictor::kToken, depth, reinterpret_cast<const char*>(token_state_.data()), 0, 1, &token_foresight_);
+  std::lock_guard<std::mutex> lock(cache->mutex());
+  SetHints(cache, token_foresight_, time);
+}
+
+}  // namespace edgemoe

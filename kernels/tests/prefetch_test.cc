@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: MIT
+// Hints in the cache, predictions from routers, and the controller that decides how deep to look. The cache has no
+// reader threads here: the test makes the reads itself, one at a time, so that every order is the same in every run.
+#include "core/prefetch.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <random>
+
+#include "tests/fakes.h"
+
+namespace edgemoe::test {
+namespace {
+
+class HintsTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::unique_ptr<ExpertFile> file;
+    ASSERT_TRUE(ExpertFile::Open(model_.Options(0), model_.storage().Opener(), &file).ok());
+    cache_ = std::make_unique<ExpertCache>(std::move(file), EDGEMOE_EVICT_LRU);
+    ASSERT_TRUE(cache_->Start(model_.SlotsBytes(6), 0).ok());
+  }
+  // The next read, finished at once; -1 when there is none to make.
+  int64_t ReadOne(Status status = Status()) {
+    CacheRead read;
+    if (!cache_->NextRead(&read)) return -1;
+    cache_->FinishRead(read, std::move(status));
+    return read.slice;
+  }
+  std::vector<int64_t> ReadAll() {
+    std::vector<int64_t> slices;
+    for (int64_t s; (s = ReadOne()) >= 0;) slices.push_back(s);
+    return slices;
+  }
+  void Use(int64_t slice, double time) {
+    cache_->TouchSlice(slice, time, 1);
+    ASSERT_NE(cache_->Acquire(slice), Acquired::kNoRoom);
+    ReadAll();
+    cache_->Release(slice);
+  }
+  uint64_t LengthOf(int64_t slice) const { return cache_->file().Extent(slice).length; }
+
+  ToyModel model_{ToyShape()};
+  std::unique_ptr<ExpertCache> cache_;
+};
+
+// Guards against: a layer that waits behind a read that may be for nothing.
+TEST_F(HintsTest, WhatALayerWaitsForIsReadFirst) {
+  cache_->SetHints({10, 11, 12}, 1.0);
+  EXPECT_EQ(ReadOne(), 10) << "nothing else to do: the likeliest";
+  ASSERT_EQ(cache_->Acquire(20), Acquired::kStarted);
+  ASSERT_EQ(cache_->Acquire(21), Acquired::kStarted);
+  EXPECT_EQ(ReadAll(), (std::vector<int64_t>{20, 21, 11, 12}));
+}
+
+// Guards against: all readers busy with guesses when a layer asks.
+TEST_F(HintsTest, OnlyAFewHintsAreReadAtOnce) {
+  cache_->SetHints({10, 11, 12}, 1.0);
+  CacheRead first, second;
+  ASSERT_TRUE(cache_->NextRead(&first));
+  EXPECT_FALSE(cache_->NextRead(&second)) << "one under way is all that a cache without reader threads allows";
+  cache_->Acquire(20);
+  ASSERT_TRUE(cache_->NextRead(&second));
+  EXPECT_EQ(second.slice, 20);
+  cache_->FinishRead(first, Status());
+  cache_->FinishRead(second, Status());
+  EXPECT_EQ(ReadAll(), (std::vector<int64_t>{11, 12}));
+}
+
+// Guards against: a guess that throws out what the present token has used, or an endless search when all is recent.
+TEST_F(HintsTest, HintsTakeOnlySlotsOfOlderTokens) {
+  for (int64_t s = 0; s < 6; ++s) Use(s, s < 2 ? 1.0 : 5.0);
+  cache_->SetHints({10, 11, 12, 13}, 5.0);
+  EXPECT_EQ(ReadAll(), (std::vector<int64_t>{10, 11}));
+  for (int64_t s = 2; s < 6; ++s) EXPECT_TRUE(cache_->Resident(s)) << s;
+}
+
+// Guards against: reading what the next layer needs, and evicting it before that layer begins.
+TEST_F(HintsTest, HintedSlicesAreEvictedLast) {
+  for (int64_t s = 0; s < 6; ++s) Use(s, static_cast<double>(s));
+  cache_->SetHints({0, 1}, 6.0);
+  Use(20, 7.0);
+  Use(21, 7.0);
+  EXPECT_TRUE(cache_->Resident(0) && cache_->Resident(1)) << "the oldest, but hinted";
+  EXPECT_TRUE(cache_->Absent(2) && cache_->Absent(3));
+  cache_->SetHints({}, 8.0);
+  Use(22, 9.0);
+  EXPECT_TRUE(cache_->Absent(0)) << "no longer hinted, and the oldest again";
+}
+
+// Guards against: a deadlock at the floor, where hints protect all that could make room.
+TEST_F(HintsTest, ADemandDropsHintsWhenNothingElseIsLeft) {
+  for (int64_t s = 0; s < 6; ++s) Use(s, static_cast<double>(s));
+  cache_->SetHints({0, 1, 2, 3, 4, 5}, 6.0);
+  EXPECT_EQ(cache_->Acquire(20), Acquired::kStarted);
+  EXPECT_TRUE(cache_->Absent(0));
+  EXPECT_FALSE(cache_->Hinted(1));
+}
+
+// Guards against: hints whose slots are lost, or which are read again, when they are replaced while being read.
+TEST_F(HintsTest, AReplacedHintUnderWayBecomesAnOrdinarySlice) {
+  cache_->SetHints({10}, 1.0);
+  CacheRead read;
+  ASSERT_TRUE(cache_->NextRead(&read));
+  cache_->SetHints({}, 1.0);
+  cache_->FinishRead(read, Status());
+  EXPECT_TRUE(cache_->Resident(10));
+  for (int64_t s = 0; s < 6; ++s) Use(s, 2.0 + static_cast<double>(s));
+  EXPECT_TRUE(cache_->Absent(10)) << "never used, so evicted first";
+  EXPECT_EQ(cache_->counters().hint_wasted_bytes.load(), LengthOf(10));
+}
+
+// Guards against: statistics that call a late or useless guess a good one.
+TEST_F(HintsTest, CountsUsedLateAndWastedBytes) {
+  cache_->SetHints({10, 11}, 1.0);
+  EXPECT_EQ(ReadOne(), 10);
+  CacheRead read;
+  ASSERT_TRUE(cache_->NextRead(&read));
+  cache_->TouchSlice(10, 2.0, 1);
+  cache_->TouchSlice(11, 2.0, 1);
+  cache_->TouchSlice(11, 2.5, 1);
+  cache_->FinishRead(read, Status());
+  const CacheCounters& c = cache_->counters();
+  EXPECT_EQ(c.hint_used_bytes.load(), LengthOf(10));
+  EXPECT_EQ(c.hint_late_bytes.load(), LengthOf(11));
+  EXPECT_EQ(c.hint_wasted_bytes.load(), 0u);
+}
+
+// Guards against: a guess whose read fails and takes a slot, or an error, with it.
+TEST_F(HintsTest, AFailedHintLeavesTheSliceAbsentAndItsSlotFree) {
+  cache_->SetHints({10}, 1.0);
+  EXPECT_EQ(ReadOne(Status(EDGEMOE_IO, "no such luck")), 10);
+  EXPECT_TRUE(cache_->Absent(10));
+  EXPECT_TRUE(cache_->TakeError().ok());
+  for (int64_t s = 0; s < 6; ++s) Use(s, static_cast<double>(s));
+  for (int64_t s = 0; s < 6; ++s) EXPECT_TRUE(cache_->Resident(s)) << s;
+}
+
+// Guards against: a smaller pool that waits forever for slots that hints keep.
+TEST_F(HintsTest, ShrinkingDropsHints) {
+  for (int64_t s = 0; s < 6; ++s) Use(s, static_cast<double>(s));
+  cache_->SetHints({0, 1, 2, 3, 4, 5}, 6.0);
+  ASSERT_TRUE(cache_->SetSlotsBytes(model_.SlotsBytes(3)).ok());
+  EXPECT_TRUE(cache_->Resident(3) && cache_->Resident(4) && cache_->Resident(5));
+  EXPECT_EQ(ReadOne(), -1);
+}
+
+struct Routers {
+  explicit Routers(int n_experts, int n_layers = 3, int64_t n_cols = 96) : n_cols(n_cols), rng(7) {
+    std::normal_distribution<float> normal;
+    for (int l = 0; l < n_layers; ++l) {
+      weights.emplace_back();
+      for (int64_t i = 0; i < n_experts * n_cols; ++i) weights.back().push_back(normal(rng));
+      norms.emplace_back();
+      for (int64_t i = 0; i < n_cols; ++i) norms.back().push_back(0.5f + std::fabs(normal(rng)));
+      biases.emplace_back();
+      for (int e = 0; e < n_experts; ++e) biases.back().push_back(0.1f * normal(rng));
+      list.push_back({2 * l, n_experts, n_cols, weights.back().data(), norms.back().data(), nullptr, 0, 0});
+    }
+  }
+  // What router `to` gives to the normalized state whose product with the norm of router `from` (-1: none) is x.
+  std::vector<double> Scores(int from, int to, const std::vector<float>& x) const {
+    const edgemoe_router& r = list[static_cast<size_t>(to)];
+    std::vector<double> scores;
+    for (int e = 0; e < r.n_experts; ++e) {
+      double sum = 0.0;
+      for (size_t c = 0; c < x.size(); ++c) {
+        const double state = from < 0 ? x[c] : x[c] / static_cast<double>(norms[static_cast<size_t>(from)][c]);
+        sum += static_cast<double>(weights[static_cast<size_t>(to)][static_cast<size_t>(e) * x.size() + c]) * state *
+               static_cast<double>(norms[static_cast<size_t>(to)][c]);
+      }
+      if (r.sigmoid) sum = 1.0 / (1.0 + std::exp(-sum));
+      scores.push_back(sum + (r.bias != nullptr ? r.bias[e] : 0.0f));
+    }
+    return scores;
+  }
+  std::vector<float> State() {
+    std::normal_distribution<float> normal;
+    std::vector<float> x;
+    for (int64_t c = 0; c < n_cols; ++c) x.push_back(normal(rng));
+    return x;
+  }
+
+  const int64_t n_cols;
+  std::mt19937 rng;
+  std::vector<std::vector<float>> weights, norms, biases;
+  std::vector<edgemoe_router> list;
+};
+
+class PredictorTest : public testing::TestWithParam<std::tuple<int, bool>> {};
+
+// Guards against: columns scaled by the wrong norm, rows padded into the ranking, a bias before the sigmoid.
+TEST_P(PredictorTest, RanksAsTheNextRouterDoes) {
+  const auto [n_experts, sigmoid] = GetParam();
+  Routers routers(n_experts);
+  for (size_t l = 0; l < routers.list.size() && sigmoid; ++l) {
+    routers.list[l].sigmoid = 1;
+    routers.list[l].bias = routers.biases[l].data();
+  }
+  Predictor predictor;
+  ASSERT_TRUE(predictor.Set(routers.list.data(), 3, 2).ok());
+  Predictor::Scratch scratch;
+  predictor.Reserve(&scratch);
+  for (int from = -1; from < 2; ++from) {
+    for (int distance = 1; distance <= 2 && from + distance < 3; ++distance) {
+      const int layer = from < 0 ? Predictor::kToken : 2 * from;
+      ASSERT_EQ(predictor.TargetOf(layer, distance), 2 * (from + distance));
+      const std::vector<float> x = routers.State();
+      const std::vector<double> scores = routers.Scores(from, from + distance, x);
+      predictor.Rank(layer, distance, 4, x.data(), &scratch);
+      ASSERT_EQ(scratch.order.size(), 4u);
+      std::vector<double> sorted = scores;
+      std::sort(sorted.rbegin(), sorted.rend());
+      // 8-bit weights and activations: each within 1/254 of the largest of its block; measured: at most 0.02 of the
+      // scores' spread. What is ranked r-th is no worse than the true r-th by more than that.
+      const double spread = sorted.front() - sorted.back();
+      for (size_t r = 0; r < 4; ++r) {
+        EXPECT_GE(scores[static_cast<size_t>(scratch.order[r])], sorted[r] - 0.05 * spread) << "rank " << r;
+      }
+    }
+  }
+  EXPECT_EQ(predictor.TargetOf(2, 2), -1) << "past the last layer";
+  EXPECT_EQ(predictor.TargetOf(1, 1), -1) << "no layer with a router";
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, PredictorTest, testing::Combine(testing::Values(4, 16, 20, 64), testing::Bool()));
+
+// Guards against: a NaN in the state that breaks the sorting.
+TEST(Predictor, RanksSomethingForAStateOfNaN) {
+  Routers routers(20);
+  Predictor predictor;
+  ASSERT_TRUE(predictor.Set(routers.list.data(), 3, 1).ok());
+  Predictor::Scratch scratch;
+  predictor.Reserve(&scratch);
+  const std::vector<float> x(96, std::nanf(""));
+  predictor.Rank(0, 1, 4, x.data(), &scratch);
+  EXPECT_EQ(scratch.order, (std::vector<int32_t>{0, 1, 2, 3}));
+}
+
+// Guards against: shapes that the kernels cannot multiply, found only when they are.
+TEST(Predictor, RefusesShapesThatItCannotMultiply) {
+  Routers routers(8);
+  const auto error_of = [&](auto change) {
+    std::vector<edgemoe_router> list = routers.list;
+    change(&list);
+    Predictor predictor;
+    return predictor.Set(list.data(), 3, 2).message();
+  };
+  EXPECT_NE(error_of([](auto* l) { (*l)[1].n_cols = 64; }).find("router 1 of layer 2"), std::string::npos);
+  EXPECT_NE(error_of([](auto* l) { (*l)[2].layer = 2; }).find("growing layers"), std::string::npos);
+  EXPECT_NE(error_of([](auto* l) { (*l)[0].n_cols = 48; }).find("multiple of 32"), std::string::npos);
+  Predictor predictor;
+  EXPECT_NE(predictor.Set(routers.list.data(), 3, 3).message().find("depth 3, expected 0 to 2"), std::string::npos);
+}
+
+// Guards against: a plan that reserves less than predictions take.
+TEST(Predictor, BytesCoverBothDistances) {
+  Routers routers(20);
+  const uint64_t row = 96 / 32 * 34;
+  EXPECT_EQ(Predictor::Bytes(routers.list.data(), 3, 0), 0u);
+  EXPECT_EQ(Predictor::Bytes(routers.list.data(), 3, 1), 3 * 32 * row);
+  EXPECT_EQ(Predictor::Bytes(routers.list.data(), 3, 2), 5 * 32 * row);
+}
+
+// Runs the controller in a world where a token takes time_us(token, depth); returns the depth of each token.
+std::vector<int> Control(int n_tokens, const std::function<double(int, int)>& time_us, double* total_us = nullptr) {
+  PrefetchController controller;
+  controller.Start(2, true);
+  std::vector<int> depths;
+  double sum = 0.0;
+  for (int t = 0; t < n_tokens; ++t) {
+    depths.push_back(controller.depth());
+    sum += time_us(t, controller.depth());
+    controller.OnToken(time_us(t, controller.depth()));
+  }
+  if (total_us != nullptr) *total_us = sum;
+  return depths;
+}
+
+double ShareAt(const std::vector<int>& depths, size_t first, int depth) {
+  return static_cast<double>(std::count(depths.begin() + static_cast<std::ptrdiff_t>(first), depths.end(), depth)) /
+         static_cast<double>(depths.size() - first);
+}
+
+// Guards against: prefetching that hurts and goes on, or whose trials cost more than 2 %.
+TEST(PrefetchController, SwitchesOffWhatDoesNotPay) {
+  double total = 0.0;
+  const auto slower = [](int, int depth) { return 1000.0 * (1.0 + 0.3 * depth); };
+  const std::vector<int> depths = Control(2048, slower, &total);
+  EXPECT_GT(ShareAt(depths, 128, 0), 0.95);
+  EXPECT_LE(total, 2048 * 1000.0 / 0.98);
+}
+
+// Guards against: a gain that is never found.
+TEST(PrefetchController, GoesAsDeepAsPays) {
+  EXPECT_GT(ShareAt(Control(1024, [](int, int d) { return d == 2 ? 700.0 : d == 1 ? 850.0 : 1000.0; }), 256, 2), 0.8);
+  EXPECT_GT(ShareAt(Control(1024, [](int, int d) { return d == 1 ? 850.0 : 1000.0; }), 256, 1), 0.8);
+}
+
+// Guards against: oscillation between depths that differ by noise alone.
+TEST(PrefetchController, DoesNotOscillateOnNoise) {
+  std::mt19937 rng(3);
+  std::vector<double> noise;
+  std::normal_distribution<double> normal(0.0, 0.1);
+  for (int t = 0; t < 4096; ++t) noise.push_back(1.0 + normal(rng));
+  double total = 0.0;
+  const auto world = [&](int t, int d) { return (d == 1 ? 900.0 : 1000.0) * noise[static_cast<size_t>(t)]; };
+  const std::vector<int> depths = Control(4096, world, &total);
+  EXPECT_GT(ShareAt(depths, 512, 1), 0.85);
+  EXPECT_LT(total, 4096 * 1000.0 / 1.07) << "most of the 11 % that there is to gain";
+}
+
+// Guards against: a decision that outlives its reason, when the disk becomes ten times as slow or fast.
+TEST(PrefetchController, FollowsADiskThatChangesTenfold) {
+  // A slow disk, on which wrong guesses cost; then a fast one, on which they hide what is left.
+  const auto world = [](int t, int d) { return t < 1024 ? 10000.0 * (1.0 + 0.2 * d) : 1000.0 * (1.0 - 0.2 * d); };
+  const std::vector<int> depths = Control(3072, world);
+  EXPECT_GT(ShareAt(std::vector<int>(depths.begin(), depths.begin() + 1024), 256, 0), 0.9);
+  EXPECT_GT(ShareAt(depths, 2048, 2), 0.9);
+  const std::vector<int> back = Control(3072, [&](int t, int d) { return world(3071 - t, d); });
+  EXPECT_GT(ShareAt(back, 2560, 0), 0.8);
+}
+
+// Guards against: an explicit depth that the controller overrides.
+TEST(PrefetchController, LeavesAFixedDepthAlone) {
+  PrefetchController controller;
+  controller.Start(2, false);
+  for (int t = 0; t < 500; ++t) controller.OnToken(1000.0 * (1 + t % 3));
+  EXPECT_EQ(controller.depth(), 2);
+}
+
+}  // namespace
+}  // namespace edgemoe::test

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""Predictions of the experts of coming layers: how right they are, and what happens where none can be made."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from benchmarks import synthetic
+from edgemoe import routers
+from edgemoe.formats.gguf import read_model
+from tests.conftest import ModelWriter
+from tests.integration.support import N_VOCAB, set_residency, set_threads, streamed
+
+TOKENS = synthetic.uniform_tokens(16 + 40, N_VOCAB, seed=6)
+
+
+@pytest.mark.parametrize(
+    "arch", ["olmoe", "qwen3moe", "qwen2moe", "gpt-oss", "deepseek2", "deepseek2-v3", "llama", "granitemoe"]
+)
+def test_predictions_are_mostly_right(arch: str, write_model: ModelWriter) -> None:
+    """Guards against a router, norm or bias of another layer, or one that is scored otherwise than the model does.
+
+    In these files layers add little to the residual stream, so the next router nearly sees the present state: what is
+    mixed up falls to chance, which is a quarter or less.
+    """
+    path = write_model(arch, n_experts=32, n_experts_used=4, n_layers=4)
+    with streamed(path, prefetch="1") as llm:
+        set_threads(llm, 1)
+        set_residency(llm, "third")
+        llm.eval(TOKENS[:16])
+        llm.reset_stats()
+        for token in TOKENS[16:]:
+            llm.eval([token])
+        found, stats = llm._runtime.prefetch_stats(), llm.stats()
+    # Every layer of every token: the first by the token's embedding.
+    assert found.predicted == 40 * 4 * llm._gguf.n_moe_layers
+    assert found.predicted_right / found.predicted > 0.6, f"{arch}: {found.predicted_right} of {found.predicted}"
+    assert stats.prefetch_used_bytes + stats.prefetch_late_bytes > 0
+    assert stats.expert_bytes_read >= stats.prefetch_used_bytes + stats.prefetch_late_bytes
+    assert stats.bytes_per_token == stats.expert_bytes_read / 40
+
+
+def test_no_prediction_without_routers(write_model: ModelWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a model that cannot be loaded because its routers have other names."""
+    path = write_model("olmoe", n_experts=32, n_experts_used=4)
+    monkeypatch.setattr("edgemoe.runtime.find_routers", lambda _model: [])
+    with streamed(path, prefetch="2") as llm:
+        set_residency(llm, "third")
+        for token in TOKENS:
+            llm.eval([token])
+        assert llm._runtime.prefetch_stats().predicted == 0
+
+
+def test_nothing_is_predicted_when_everything_is_resident(write_model: ModelWriter) -> None:
+    """Guards against paying for predictions that nobody needs."""
+    with streamed(write_model("olmoe"), prefetch="2") as llm:
+        set_residency(llm, "all")
+        for token in TOKENS:
+            llm.eval([token])
+        assert llm._runtime.prefetch_stats().predicted == 0
+
+
+@pytest.mark.parametrize("dense_quant", ["Q8_0", "F16"])
+def test_tensors_are_read_as_gguf_reads_them(dense_quant: str, write_model: ModelWriter) -> None:
+    """Guards against weights of another offset or format than the file's."""
+    path = write_model("olmoe", dense_quant=dense_quant)
+    model = read_model(path)
+    by_name = {t.name: t for t in GGUFReader(path).tensors}
+    router = routers.find_routers(model)[1]
+    assert router.norm is not None and router.layer == 1
+    expected = by_name["blk.1.ffn_gate_inp.weight"].data
+    assert np.array_equal(routers.read_tensor(model, router.weights), expected)
+    embedding = routers.find_embedding(model)
+    assert embedding is not None
+    values = routers.read_tensor(model, embedding)
+    assert values.shape == embedding.shape[::-1]
+    with streamed(path, prefetch="1") as llm:
+        assert llm._embedding is not None
+        assert np.array_equal(llm._embedding.row(7), values[7])
