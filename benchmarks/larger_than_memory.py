@@ -31,6 +31,7 @@ MIB = 1 << 20
 N_BATCH = 512
 RESIDENT = "resident"
 ENGINES = ("ours", "ours-ggml", "stock")  # edgemoe with its own kernels, with ggml's; llama.cpp
+OPTION_MARK = ":"  # "ours:prefetch=off,eviction=lfu": edgemoe with these keywords
 RESIDENT_HEADROOM_BYTES = 1024 * MIB
 RESIDENT_PAIRS = 3
 MIN_CLEAN_PAIRS = 3
@@ -67,8 +68,7 @@ def run_child() -> None:
     if task["engine"] != "stock":
         import edgemoe  # before llama_cpp: it may set what OpenMP reads once
 
-        kernels = "ggml" if task["engine"] == "ours-ggml" else "auto"
-        make = functools.partial(edgemoe.Llama, memory=task["limit_bytes"], kernels=kernels)
+        make = functools.partial(edgemoe.Llama, memory=task["limit_bytes"], **engine_options(task["engine"]))
     else:
         make = functools.partial(session.stock_without_repacking(), use_mmap=True)
     import llama_cpp
@@ -104,6 +104,8 @@ def run_child() -> None:
             asked = spent["expert_hits"] + spent["expert_misses"] + spent["expert_late_hits"]
             record["decode_hit_rate"] = spent["expert_hits"] / asked if asked else 0.0
             record["decode_stall_s"] = spent["stall_s"]
+            for name in ("used", "late", "wasted"):
+                record[f"decode_prefetch_{name}_bytes_per_token"] = spent[f"prefetch_{name}_bytes"] / n_decoded
             record["decode_expert_bytes_per_token"] = spent["expert_bytes_read"] / n_decoded
         passes.append(record)
     peak_rss_bytes = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -111,8 +113,28 @@ def run_child() -> None:
     print(json.dumps({"load": load, "passes": passes}))
 
 
+def engine_options(engine: str) -> Record:
+    """Keywords of `edgemoe.Llama` for an engine that is not stock."""
+    name, _, given = engine.partition(OPTION_MARK)
+    options: Record = {"kernels": "ggml" if name == "ours-ggml" else "auto", "warm_start": False}
+    return options | dict(pair.split("=", 1) for pair in given.split(",") if pair)
+
+
+def engine_name(text: str) -> str:
+    """One of `ENGINES`, those that are ours perhaps with options; for argparse."""
+    name, mark, given = text.partition(OPTION_MARK)
+    if name not in ENGINES or (mark and (name == "stock" or not all("=" in pair for pair in given.split(",")))):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected one of {', '.join(ENGINES)}, or ours:KEYWORD=VALUE[,KEYWORD=VALUE...]"
+        )
+    return text
+
+
 def _expert_counters(llm: Any) -> dict[str, float]:
-    names = ("expert_hits", "expert_misses", "expert_late_hits", "expert_bytes_read", "stall_s")
+    names = (
+        *("expert_hits", "expert_misses", "expert_late_hits", "expert_bytes_read", "stall_s"),
+        *("prefetch_used_bytes", "prefetch_late_bytes", "prefetch_wasted_bytes"),
+    )
     return {name: getattr(llm.stats(), name) for name in names} if hasattr(llm, "stats") else {}
 
 
@@ -202,7 +224,8 @@ def add_roofline(records: list[Record]) -> None:
     for record in (one for one in records if "error" not in one):
         same = [one for one in records if one["routing"] == record["routing"] and "error" not in one]
         warm = clean_pairs([one for one in same if (one["scenario"], one["pass"]) == (RESIDENT, "warm")])
-        speeds = [[one["decode_tok_per_s"] for one in warm if one["engine"] == name] for name in ENGINES]
+        names = {one["engine"] for one in warm}
+        speeds = [[one["decode_tok_per_s"] for one in warm if one["engine"] == name] for name in names]
         roofs = [max((statistics.median(speed) for speed in speeds if speed), default=math.inf)]
         if record["decode_read_bytes_per_token"] > 0:
             roofs.append(max(record["disk_bytes_per_s"]) / record["decode_read_bytes_per_token"])
@@ -241,11 +264,12 @@ def print_table(records: list[Record], scenarios: list[Scenario]) -> None:
         ("load s", 18, "load_s", 1.0, 2),
         ("MiB read/token", 18, "decode_read_bytes_per_token", 1 / MIB, 0),
         ("hit %", 18, "decode_hit_rate", 100.0, 1),
+        ("wasted MiB/token", 18, "decode_prefetch_wasted_bytes_per_token", 1 / MIB, 1),
         ("stall s", 18, "decode_stall_s", 1.0, 2),
         ("cgroup peak MiB", 18, "cgroup_peak_bytes", 1 / MIB, 0),
         ("roofline", 16, "roofline_fraction", 1.0, 2),
     )
-    head = f"{'experts':9}{'routing':8}{'pass':5}{'engine':10}{'n':>5}{'limit MiB':>10}{'OOM':>4}  "
+    head = f"{'experts':9}{'routing':8}{'pass':5}{'engine':24}{'n':>5}{'limit MiB':>10}{'OOM':>4}  "
     print(head + "".join(f"{title:{width}}" for title, width, *_ in columns))
     for scenario in scenarios:
         of_scenario = [one for one in records if (one["scenario"], one["routing"]) == (scenario.name, scenario.routing)]
@@ -255,12 +279,13 @@ def print_table(records: list[Record], scenarios: list[Scenario]) -> None:
             label = f"{scenario.name:9}{scenario.routing:8}{name:5}"
             for engine in sorted({one["engine"] for one in rows}):
                 mine = [one for one in rows if one["engine"] == engine]
-                line = f"{label}{engine:10}{f'{len(mine)}/{scenario.n_pairs}':>5}{scenario.limit_bytes / MIB:10.0f}"
+                line = f"{label}{engine:24}{f'{len(mine)}/{scenario.n_pairs}':>5}{scenario.limit_bytes / MIB:10.0f}"
                 line += f"{sum(one['cgroup_oom_kills'] for one in mine):4}  "
                 for _, width, key, scale, digits in columns:
                     line += f"{spread((one.get(key) for one in mine), scale, digits):{width - 1}} "
                 print(line.rstrip())
-            for ours, other in (("ours", "stock"), ("ours-ggml", "stock"), ("ours", "ours-ggml")):
+            others = sorted({one["engine"] for one in rows} - {"ours", "stock"})
+            for ours, other in (("ours", "stock"), ("ours-ggml", "stock"), *(("ours", name) for name in others)):
                 decode, ttft = (ratios(rows, key, ours, other) for key in ("decode_tok_per_s", "ttft_s"))
                 if decode:
                     prefill = spread(1 / ratio for ratio in ttft)  # the prompt is the same, so speeds divide like this
@@ -279,7 +304,7 @@ def find_faults(records: list[Record]) -> list[str]:
         if "error" in one:
             faults.append(f"{one['scenario']} {one['routing']} pair {one['pair']} {one['engine']}: {one['error']}")
         else:
-            case = (one["routing"], one["pair"], one["engine"] == "ours")
+            case = (one["routing"], one["pair"], one["engine"].partition(OPTION_MARK)[0] == "ours")
             chosen.setdefault(case, set()).add(one["best_ids_sha256"])
     for (routing, pair, is_ours), digests in chosen.items():
         if len(digests) > 1:
@@ -301,7 +326,13 @@ def parse_options(arguments: list[str] | None) -> Options:
     """Parse the command line; `--quick` overrides the sizes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.larger_than_memory", description=__doc__)
     parser.add_argument("--model", type=Path, help="GGUF file; default: the synthetic OLMoE")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["ours", "stock"])
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        type=engine_name,
+        default=["ours", "stock"],
+        help=f"of {', '.join(ENGINES)}; ours:KEYWORD=VALUE,... for edgemoe with other options",
+    )
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.25, 0.5, 1.0], help="share of expert bytes")
     parser.add_argument("--routing", nargs="+", choices=("local", "uniform"), default=["local", "uniform"])
     parser.add_argument("--pairs", type=int, default=5)

@@ -89,7 +89,7 @@ def load_engine(engine: str, model: Path | str, **options: Any) -> Any:
 
         memory = Path(model).stat().st_size + 2048 * MIB
         kernels = "ggml" if engine == "ours-ggml" else "auto"
-        return edgemoe.Llama(str(model), memory=memory, kernels=kernels, verbose=False, **options)
+        return edgemoe.Llama(str(model), memory=memory, kernels=kernels, warm_start=False, verbose=False, **options)
     if engine == "stock-plain":
         return stock_without_repacking()(str(model), verbose=False, **options)
     import llama_cpp

@@ -132,6 +132,16 @@ def set_slots_bytes(runtime: Runtime, slots_bytes: int) -> None:
         runtime.set_slots_bytes(slots_bytes)
 
 
+def preload(runtime: Runtime, slices: Sequence[int]) -> None:
+    """Read slices, the hottest first, into free slots while storage is idle; returns at once.
+
+    Slices are numbered tensor by tensor in the order that `open_runtime` was given. What an earlier call has left to
+    read is dropped.
+    """
+    with _translated():
+        runtime.preload(list(slices))
+
+
 @contextlib.contextmanager
 def _trace_errors() -> Iterator[None]:
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp import llama_cpp as llama
 
-from edgemoe import _native, engine, host, planner, runtime, topology
+from edgemoe import _native, engine, host, planner, runtime, topology, warm
 from edgemoe.demo import demo_model
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
@@ -62,6 +62,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         eviction: str = "lru",
         kernels: str = "auto",
         prefetch: str = planner.DEFAULT_PREFETCH,
+        warm_start: bool = True,
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -79,6 +80,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 llama.cpp.
             prefetch: how many layers ahead experts are predicted, kept and read: `off`, `1`, `2`, or `auto` for as many
                 as pays by the clock. It changes no result.
+            warm_start: read the experts that were hot when this model was last closed into free slots while storage
+                is idle, and remember the hot ones when it is closed, in the user's cache folder (see `edgemoe.warm`).
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
@@ -96,6 +99,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         runtime.check_prefetch(prefetch)
         report = progress or (lambda _stage, _done, _total: None)
         self._runtime: _native.Runtime | None = None
+        self._warm: warm.WarmStart | None = None
+        self._warm_start = warm_start
         self._counters = _Counters()
         self._memory = memory
         self._eviction = eviction
@@ -133,6 +138,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 raise
         self._load_s = time.perf_counter() - begin_s
         self._load_bytes_read = host.storage_bytes_read() - begin_read
+        if warm_start and self._runtime is not None:
+            self._warm = warm.WarmStart(model, self._runtime)
+            self._warm.begin()
         report("loading", model.dense_bytes, model.dense_bytes)
 
     # llama_cpp.Llama fills in `self.model_params` and hands it to llama.cpp: the place to say what it has no
@@ -270,6 +278,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._requires_eval = True
             raise
         elapsed_s = time.perf_counter() - begin_s
+        if self._warm is not None:
+            self._warm.on_tokens(len(tokens))
         if len(tokens) > 1:
             self._counters.prompt_tokens += len(tokens)
             self._counters.prefill_s += elapsed_s
@@ -375,7 +385,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         _native.stop_trace(native)
 
     def close(self) -> None:
-        """Free the model and its experts."""
+        """Free the model and its experts, and remember the hot ones if `warm_start`."""
+        if getattr(self, "_warm", None) is not None:
+            self._warm.save()  # type: ignore[union-attr]
+            self._warm = None
         self._embedding = None
         stack = getattr(self, "_stack", None)
         if stack is not None:
@@ -394,7 +407,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return dict(state, memory=self._memory, eviction=self._eviction, kernels=self._kernels, prefetch=self._prefetch)
+        return dict(
+            state,
+            memory=self._memory,
+            eviction=self._eviction,
+            kernels=self._kernels,
+            prefetch=self._prefetch,
+            warm_start=self._warm_start,
+        )
 
 
 class _Closed:

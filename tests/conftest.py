@@ -14,6 +14,12 @@ from benchmarks import synthetic
 ModelWriter = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def _own_warm_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test starts cold, and leaves nothing in the user's cache; its subprocesses do likewise."""
+    monkeypatch.setenv("EDGEMOE_WARM_DIR", str(tmp_path / "warm-starts"))
+
+
 @pytest.fixture(scope="session")
 def write_model(tmp_path_factory: pytest.TempPathFactory) -> ModelWriter:
     """Writes a tiny model as `synthetic.write_model`; equal arguments give the same file, to be left as it is."""

@@ -98,6 +98,12 @@ _SCHEDULING = {
         show_default=True,
         help="How many layers ahead experts are predicted, kept and read; auto: as many as pays by the clock.",
     ),
+    "warm_start": click.option(
+        "--warm-start/--no-warm-start",
+        default=True,
+        show_default=True,
+        help="Read the experts that were hot at the last run into free memory at once, and remember them for the next.",
+    ),
 }
 
 

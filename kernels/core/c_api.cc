@@ -132,9 +132,10 @@ void edgemoe_runtime_stats(edgemoe_runtime* runtime, edgemoe_stats* stats) {
 
 void edgemoe_runtime_reset_stats(edgemoe_runtime* runtime) {
   edgemoe::CacheCounters& c = runtime->cache.counters();
-  for (auto* counter : {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.pack_ns,
-                        &c.evictions, &c.hint_used_bytes, &c.hint_late_bytes, &c.hint_wasted_bytes,
-                        &runtime->prefetch.predicted, &runtime->prefetch.predicted_right, &runtime->prefetch.chosen}) {
+  for (auto* counter :
+       {&c.hits, &c.misses, &c.late_hits, &c.bytes_read, &c.reads, &c.stall_ns, &c.pack_ns, &c.evictions,
+        &c.hint_used_bytes, &c.hint_late_bytes, &c.hint_wasted_bytes, &c.preload_bytes, &c.preload_used_bytes,
+        &runtime->prefetch.predicted, &runtime->prefetch.predicted_right, &runtime->prefetch.chosen}) {
     counter->store(0);
   }
 }
@@ -170,6 +171,42 @@ void edgemoe_runtime_prefetch_stats(edgemoe_runtime* runtime, edgemoe_prefetch_s
   stats->chosen = p.chosen.load();
   std::lock_guard<std::mutex> lock(runtime->cache.mutex());
   stats->depth = p.controller.depth();
+}
+
+int64_t edgemoe_runtime_hot_slices(edgemoe_runtime* runtime, int64_t* slices, int64_t capacity, edgemoe_error* error) {
+  int64_t n = -1;
+  Guard(error, [&] {
+    const std::vector<int64_t> hot = runtime->cache.HotSlices();
+    n = std::min(capacity, static_cast<int64_t>(hot.size()));
+    std::copy(hot.begin(), hot.begin() + n, slices);
+    return Status();
+  });
+  return n;
+}
+
+int64_t edgemoe_runtime_slice_uses(edgemoe_runtime* runtime, uint64_t* n_uses, int64_t capacity, edgemoe_error* error) {
+  int64_t n = -1;
+  Guard(error, [&] {
+    const std::vector<uint64_t> uses = runtime->cache.Uses();
+    n = std::min(capacity, static_cast<int64_t>(uses.size()));
+    std::copy(uses.begin(), uses.begin() + n, n_uses);
+    return Status();
+  });
+  return n;
+}
+
+int32_t edgemoe_runtime_preload(edgemoe_runtime* runtime, const int64_t* slices, int64_t n_slices,
+                                edgemoe_error* error) {
+  return Guard(error, [&] { return runtime->cache.Preload(slices, n_slices); });
+}
+
+void edgemoe_runtime_preload_stats(edgemoe_runtime* runtime, edgemoe_preload_stats* stats) {
+  const edgemoe::CacheCounters& c = runtime->cache.counters();
+  *stats = {};
+  stats->n_left = runtime->cache.n_preloads_left();  // before what its reads are counted in: 0 means that all are
+  stats->read_bytes = c.preload_bytes.load();
+  stats->used_bytes = c.preload_used_bytes.load();
+  stats->n_slices = runtime->cache.file().n_slices();
 }
 
 void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error) {

@@ -36,5 +36,12 @@ inline void Touch(edgemoe_eviction rule, double time, int n_uses, Heat* heat) {
   heat->time = time;
 }
 
+// A slice that an earlier run needed and this one has not used yet: colder than all that were touched, whose times and
+// keys are above zero, and the colder the higher its rank (from 0).
+inline void Remember(int64_t rank, Heat* heat) {
+  heat->frequency = 0.0;
+  heat->time = heat->key = -static_cast<double>(rank + 1);
+}
+
 }  // namespace edgemoe
 #endif  // EDGEMOE_CORE_EVICTION_H_

@@ -85,6 +85,7 @@ Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
   for (size_t i = 0; i < classes.size(); ++i) shrinks |= classes[i].n_slots < pool_.classes()[i].n_slots;
   resizing_ = true;
   DropHints();
+  DropPreloads();
   while (shrinks && n_layers_ > 0) WaitForEvent(&lock);
   for (size_t i = 0; i < classes.size(); ++i) {
     const int class_idx = static_cast<int>(i);
@@ -159,6 +160,10 @@ void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
     (s.state == State::kResident ? counters_.hint_used_bytes : counters_.hint_late_bytes)
         .fetch_add(file_->Extent(slice).length, std::memory_order_relaxed);
   }
+  if (s.heat.time < 0.0 && s.state == State::kResident) {
+    counters_.preload_used_bytes.fetch_add(file_->Extent(slice).length, std::memory_order_relaxed);
+  }
+  s.n_uses += static_cast<uint64_t>(n_uses);
   Touch(rule_, time, n_uses, &s.heat);
   if (s.heap_idx >= 0) {
     ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
@@ -298,7 +303,8 @@ CacheRead ExpertCache::ReadOf(int64_t slice) {
 }
 
 bool ExpertCache::NextRead(CacheRead* read) {
-  if (queue_size_ == 0) return NextHint(read);
+  if (queue_size_ == 0) return NextHint(read) || NextPreload(read);
+  ++n_demand_reads_;
   *read = ReadOf(queue_[queue_head_]);
   queue_head_ = (queue_head_ + 1) % queue_.size();
   --queue_size_;
@@ -328,7 +334,9 @@ bool ExpertCache::NextHint(CacheRead* read) {
 void ExpertCache::FinishRead(const CacheRead& read, Status status) {
   Slice& s = At(read.slice);
   ClassState& c = classes_[static_cast<size_t>(ClassIdx(read.slice))];
-  n_hint_reads_ -= read.is_hint ? 1 : 0;
+  --(read.is_hint || read.is_preload ? n_hint_reads_ : n_demand_reads_);
+  if (read.is_preload) EndPreloadRead(read, status.ok());
+  if (n_demand_reads_ == 0 && next_preload_ < preloads_.size()) queue_cv_.notify_all();  // storage may be idle
   counters_.reads.fetch_add(1, std::memory_order_relaxed);
   if (status.ok()) {
     counters_.bytes_read.fetch_add(file_->Extent(read.slice).length, std::memory_order_relaxed);

@@ -5,6 +5,8 @@
 // *Hints* are slices that the next layers may use. While they stand, those that are resident are not evicted as long as
 // there is anything else to evict, and those that are absent are read when nothing that a layer waits for is left to
 // read. A hint holds no slot before its read begins, so dropping it costs nothing.
+// *Preloads* are slices that an earlier run needed most. They are read into free slots only, while storage has nothing
+// else to do, and are the first to be evicted until they are used; see warm_start.cc.
 // Invariants: a pinned slice keeps its slot; a slot belongs to at most one slice; a slice is read only while
 // loading. Thread-safe: one mutex, never held over I/O.
 #ifndef EDGEMOE_CORE_EXPERT_CACHE_H_
@@ -38,6 +40,8 @@ struct CacheCounters {
       evictions{0};
   // Bytes read for hints: resident when they were first used, still being read then, or dropped without being used.
   std::atomic<uint64_t> hint_used_bytes{0}, hint_late_bytes{0}, hint_wasted_bytes{0};
+  // Bytes read to preload slices, and how many of them were resident when they were first used.
+  std::atomic<uint64_t> preload_bytes{0}, preload_used_bytes{0};
 };
 
 // A read that a thread is to make, without the lock, and then to report.
@@ -46,6 +50,7 @@ struct CacheRead {
   char* to = nullptr;
   bool pack = false;
   bool is_hint = false;
+  bool is_preload = false;
 };
 
 class ExpertCache {
@@ -65,6 +70,14 @@ class ExpertCache {
   const simd::KernelTable* kernels() const { return kernels_; }
   CacheCounters& counters() { return counters_; }
   void SlotTotals(int64_t* n_slots, uint64_t* slots_bytes);
+  // Resident slices, the hottest first.
+  std::vector<int64_t> HotSlices();
+  // [slice] how many tokens used it since Start.
+  std::vector<uint64_t> Uses();
+  // Replace what is left to preload by these slices, the hottest first.
+  Status Preload(const int64_t* slices, int64_t n_slices);
+  // Slices left to preload, with those being read.
+  int64_t n_preloads_left();
   // The first failure since the last TakeError, whoever met it.
   void NoteError(Status error);
   Status TakeError();
@@ -90,7 +103,8 @@ class ExpertCache {
   bool Hinted(int64_t slice) const { return At(slice).hinted; }
   // Whether every slice has a slot of its own.
   bool HoldsEverything() const { return holds_everything_; }
-  // The next read to make: what a layer waits for, or else a hint. False: nothing, or all that may be under way is.
+  // The next read to make: what a layer waits for, or else a hint, or else a preload. False: nothing, or all that may
+  // be under way is.
   bool NextRead(CacheRead* read);
   void FinishRead(const CacheRead& read, Status status);
   const char* Data(int64_t slice) const;
@@ -116,6 +130,7 @@ class ExpertCache {
     int32_t slot = -1;
     int32_t n_pins = 0;
     int32_t heap_idx = -1;
+    uint64_t n_uses = 0;
     Heat heat;
   };
   struct ClassState {
@@ -140,6 +155,9 @@ class ExpertCache {
   bool MayReadAhead(const ClassState& c, double time) const;
   bool NextHint(CacheRead* read);
   void DropHints();
+  bool NextPreload(CacheRead* read);
+  void EndPreloadRead(const CacheRead& read, bool ok);
+  void DropPreloads();
   CacheRead ReadOf(int64_t slice);
   Status ReadAndPack(const CacheRead& read, char* scratch);
   void ReaderLoop(std::vector<char>* scratch);
@@ -170,8 +188,12 @@ class ExpertCache {
   std::vector<int64_t> hints_;
   size_t next_hint_ = 0;  // the first whose read has not begun
   double hint_time_ = 0.0;
-  int n_hint_reads_ = 0;  // under way
+  int n_demand_reads_ = 0;  // under way: what a layer waits for
+  int n_hint_reads_ = 0;    // under way: hints and preloads
   int max_hint_reads_ = 1;
+  std::vector<int64_t> preloads_;
+  size_t next_preload_ = 0;  // the first whose read has not begun
+  int n_preload_reads_ = 0;  // under way
   bool holds_everything_ = false;
   std::condition_variable queue_cv_;
   bool stopping_ = false;

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import edgemoe
 from edgemoe.errors import BackendError
 from edgemoe.llama import Llama
 from tests.unit.fakes import END, STATS, FakeLlama, error_lines, run
@@ -130,6 +131,15 @@ def test_scheduling_reaches_the_model(llama: type[FakeLlama], model: str, comman
     assert {name: llama.options[name] for name in names} == defaults
     assert run(*command, model, "--eviction", "lfu", "--prefetch", "1").exit_code == 0
     assert {name: llama.options[name] for name in names} == {"eviction": "lfu", "prefetch": "1"}
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])
+def test_warm_start_reaches_the_model(llama: type[FakeLlama], model: str, command: list[str]) -> None:
+    """Guards against experts remembered against the user's will, and against another default than the API's."""
+    assert run(*command, model).exit_code == 0
+    assert llama.options["warm_start"] is True
+    assert run(*command, model, "--no-warm-start").exit_code == 0
+    assert llama.options["warm_start"] is False
 
 
 @pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])

@@ -48,6 +48,31 @@ EDGEMOE_API void edgemoe_runtime_foresee_token(edgemoe_runtime* runtime, const f
 EDGEMOE_API uint64_t edgemoe_prefetch_bytes(const edgemoe_router* routers, int32_t n_routers, int32_t max_depth);
 EDGEMOE_API void edgemoe_runtime_prefetch_stats(edgemoe_runtime* runtime, edgemoe_prefetch_stats* stats);
 
+/* Warm start: what a run needed most, for the next one to read while storage is idle. A slice is one expert of one
+ * tensor; slices are numbered tensor by tensor in the order of edgemoe_options. These functions may be called at any
+ * time from any thread, layers in progress or not. */
+typedef struct edgemoe_preload_stats {
+  uint64_t read_bytes; /* read to preload slices */
+  uint64_t used_bytes; /* of these, resident when a layer first used them */
+  int64_t n_slices;    /* of the model */
+  int64_t n_left;      /* slices still to be preloaded, with those being read; 0 when preloading has ended */
+} edgemoe_preload_stats;
+
+/* Write the resident slices, the hottest first, at most `capacity` of them. Returns how many; -1: out of memory. */
+EDGEMOE_API int64_t edgemoe_runtime_hot_slices(edgemoe_runtime* runtime, int64_t* slices, int64_t capacity,
+                                               edgemoe_error* error);
+/* Write for each slice, at most `capacity` of them, how many tokens used it since the runtime was opened; resetting
+ * statistics does not touch these. Returns how many were written; -1: out of memory. */
+EDGEMOE_API int64_t edgemoe_runtime_slice_uses(edgemoe_runtime* runtime, uint64_t* n_uses, int64_t capacity,
+                                               edgemoe_error* error);
+/* Read slices, the hottest first, into free slots: nothing is evicted for them, reads that a layer waits for go first
+ * and find at most half of the reader threads busy with them, and until they are used they are the first to be evicted.
+ * Returns at once. What an earlier call has left to read is dropped. Ends when all are read or no slot is free, when
+ * the slots are resized, or, quietly, when a read fails. */
+EDGEMOE_API int32_t edgemoe_runtime_preload(edgemoe_runtime* runtime, const int64_t* slices, int64_t n_slices,
+                                            edgemoe_error* error);
+EDGEMOE_API void edgemoe_runtime_preload_stats(edgemoe_runtime* runtime, edgemoe_preload_stats* stats);
+
 /* Record what each layer of each batch chooses, waits for and reads, into a file of docs/trace-format.md, whose
  * `header` (JSON) describes the model. Nothing is at `path` before the recording is stopped. No layer ever waits for
  * the file: when it fails or is too slow, the recording ends early. A record is made when a layer ends. Any time, any

@@ -193,6 +193,34 @@ class Runtime {
     const int32_t tensor_idx = edgemoe_runtime_find_tensor(get(), name.c_str());
     return tensor_idx >= 0 && edgemoe_runtime_is_own(get(), tensor_idx) != 0;
   }
+  std::vector<int64_t> HotSlices() {
+    edgemoe_preload_stats sizes;
+    edgemoe_runtime_preload_stats(get(), &sizes);
+    std::vector<int64_t> slices(static_cast<size_t>(sizes.n_slices));
+    edgemoe_error error = {};
+    const int64_t n = edgemoe_runtime_hot_slices(get(), slices.data(), sizes.n_slices, &error);
+    Check(error.code, error);
+    slices.resize(static_cast<size_t>(n));
+    return slices;
+  }
+  std::vector<uint64_t> SliceUses() {
+    edgemoe_preload_stats sizes;
+    edgemoe_runtime_preload_stats(get(), &sizes);
+    std::vector<uint64_t> n_uses(static_cast<size_t>(sizes.n_slices));
+    edgemoe_error error = {};
+    edgemoe_runtime_slice_uses(get(), n_uses.data(), sizes.n_slices, &error);
+    Check(error.code, error);
+    return n_uses;
+  }
+  void Preload(const std::vector<int64_t>& slices) {
+    edgemoe_error error = {};
+    Check(edgemoe_runtime_preload(get(), slices.data(), static_cast<int64_t>(slices.size()), &error), error);
+  }
+  edgemoe_preload_stats PreloadStats() {
+    edgemoe_preload_stats stats;
+    edgemoe_runtime_preload_stats(get(), &stats);
+    return stats;
+  }
   void ResetStats() { edgemoe_runtime_reset_stats(get()); }
   // (code, message) of the last failed read, taken away; code 0 when there was none.
   std::tuple<int, std::string> TakeError() {
@@ -317,6 +345,12 @@ NB_MODULE(_core, m) {
       .def_ro("chosen", &edgemoe_prefetch_stats::chosen)
       .def_ro("depth", &edgemoe_prefetch_stats::depth);
 
+  nb::class_<edgemoe_preload_stats>(m, "PreloadStats")
+      .def_ro("read_bytes", &edgemoe_preload_stats::read_bytes)
+      .def_ro("used_bytes", &edgemoe_preload_stats::used_bytes)
+      .def_ro("n_slices", &edgemoe_preload_stats::n_slices)
+      .def_ro("n_left", &edgemoe_preload_stats::n_left);
+
   nb::class_<Runtime>(m, "Runtime")
       .def(nb::init<const std::vector<std::string>&, const std::vector<TensorTuple>&, uint64_t, int, int, int>(),
            nb::arg("files"), nb::arg("tensors"), nb::arg("slots_bytes"), nb::arg("n_io_threads"), nb::arg("eviction"),
@@ -331,6 +365,10 @@ NB_MODULE(_core, m) {
       .def("start_trace", &Runtime::StartTrace, nb::arg("path"), nb::arg("header"))
       .def("check_trace", &Runtime::CheckTrace)
       .def("stop_trace", &Runtime::StopTrace)
+      .def("hot_slices", &Runtime::HotSlices)
+      .def("slice_uses", &Runtime::SliceUses)
+      .def("preload", &Runtime::Preload, nb::arg("slices"))
+      .def("preload_stats", &Runtime::PreloadStats)
       .def("reset_stats", &Runtime::ResetStats)
       .def("take_error", &Runtime::TakeError);
 
