@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe import _core
-from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadError, ModelFormatError
+from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadError, ModelFormatError, TraceError
 
 _ABI_VERSION = 2
 _ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadError, 4: BudgetError, 5: BudgetError}
@@ -140,6 +140,47 @@ def preload(runtime: Runtime, slices: Sequence[int]) -> None:
     """
     with _translated():
         runtime.preload(list(slices))
+
+
+@contextlib.contextmanager
+def _trace_errors() -> Iterator[None]:
+    try:
+        yield
+    except _core.CoreError as error:
+        raise TraceError(error.args[1]) from None
+
+
+def start_trace(runtime: Runtime, path: Path, header: str) -> None:
+    """Record what layers choose, wait for and read, into a file that appears when the recording is stopped.
+
+    Args:
+        header: the text of the file's first block, as `trace.header_json` gives it.
+
+    Raises:
+        TraceError: the file cannot be created, or a trace is being recorded.
+    """
+    with _trace_errors():
+        runtime.start_trace(str(path), header)
+
+
+def check_trace(runtime: Runtime) -> None:
+    """Raise what has ended the recording early, if anything.
+
+    Raises:
+        TraceError: the disk is full or too slow, or nothing is being recorded.
+    """
+    with _trace_errors():
+        runtime.check_trace()
+
+
+def stop_trace(runtime: Runtime) -> None:
+    """Write the rest of the trace and give the file its name.
+
+    Raises:
+        TraceError: it cannot be written, or nothing is being recorded; there is no file then.
+    """
+    with _trace_errors():
+        runtime.stop_trace()
 
 
 def raise_error(runtime: Runtime) -> None:

@@ -34,3 +34,7 @@ class AdapterError(EdgeMoeError):
 
 class ConversionError(EdgeMoeError):
     """A converter cannot read its source or write its result."""
+
+
+class TraceError(EdgeMoeError):
+    """A trace cannot be recorded, written or read."""

@@ -20,7 +20,7 @@ from llama_cpp import llama_cpp as llama
 from edgemoe import _native, engine, host, planner, runtime, topology, warm
 from edgemoe.demo import demo_model
 from edgemoe.draft import MAX_DRAFT_TOKENS, Drafter, DraftLengthChooser, NgramProposer, Step
-from edgemoe.errors import AdapterError, BackendError
+from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.routers import Embedding, find_embedding
 from edgemoe.sizes import parse_size
@@ -504,6 +504,29 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._counters = _Counters()
         if self._runtime is not None:
             self._runtime.reset_stats()
+
+    @contextlib.contextmanager
+    def record_trace(self, path: str | Path) -> Iterator[Callable[[], None]]:
+        """Record which experts every layer chooses, waits for and reads, until the context ends; see `edgemoe.trace`.
+
+        The file appears then, also when the context ends with an exception. Recording takes 4 MiB of the slack.
+        The context's value is a function that raises what has ended the recording early.
+
+        Raises:
+            TraceError: the model has no routed experts, the file cannot be written, storage is slower than records
+                are made, or a trace is being recorded.
+        """
+        native = self._runtime
+        if native is None:
+            raise TraceError(f"cannot record a trace: {self._gguf.path} has no routed experts")
+        _native.start_trace(native, Path(path), runtime.trace_header(self._gguf))
+        try:
+            yield lambda: _native.check_trace(native)
+        except BaseException:
+            with contextlib.suppress(TraceError):
+                _native.stop_trace(native)
+            raise
+        _native.stop_trace(native)
 
     def close(self) -> None:
         """Free the model and its experts, and remember the hot ones if `warm_start`."""

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
-from edgemoe import _native
+from edgemoe import _native, trace
 from edgemoe.formats.gguf import GgufModel
 from edgemoe.routers import PREFETCH_DEPTHS, find_routers, read_tensor
 
@@ -42,6 +43,20 @@ def slot_sizes(model: GgufModel, slots_bytes: int) -> _native.Sizes:
 def open_runtime(model: GgufModel, slots_bytes: int, eviction: str = "lru", kernels: str = "auto") -> _native.Runtime:
     """Open the model's files for streaming; see `_native.open_runtime` for errors."""
     return _native.open_runtime(model.files, extents(model), slots_bytes, N_IO_THREADS, eviction, kernels)
+
+
+def trace_header(model: GgufModel) -> str:
+    """What a trace of this model says about it."""
+
+    def order_of_use(t: _native.TensorExtent) -> tuple[bool, bool]:
+        return "down" in t.name, "gate" not in t.name
+
+    layers = []
+    for layer, group in itertools.groupby(sorted(extents(model), key=lambda t: t.layer), key=lambda t: t.layer):
+        tensors = sorted(group, key=order_of_use)
+        slice_bytes = tuple(int(_native.measure([t], 0).bank_slot_bytes) // t.n_experts for t in tensors)
+        layers.append(trace.TraceLayer(layer, tensors[0].n_experts, tensors[0].n_experts_used, slice_bytes))
+    return trace.header_json(model.path.name, layers, sum(path.stat().st_size for path in model.files))
 
 
 def check_prefetch(prefetch: str) -> None:

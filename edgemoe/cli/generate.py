@@ -77,7 +77,7 @@ def generate(
     """
     if (prompt is None) == (file is None):
         raise click.UsageError("Give the prompt with exactly one of -p TEXT and -f FILE.")
-    text = prompt if prompt is not None else _read_prompt(file)
+    text = prompt if prompt is not None else read_prompt(file)
     with open_llama(
         settings,
         model,
@@ -100,7 +100,7 @@ def generate(
             say(completion.footer())
 
 
-def _read_prompt(file: BinaryIO | None) -> str:
+def read_prompt(file: BinaryIO | None) -> str:
     """The text of a prompt file without the newline at its end."""
     data = b"" if file is None else file.read()
     try:

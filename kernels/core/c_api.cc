@@ -261,3 +261,16 @@ int32_t edgemoe_session_ffn(edgemoe_session* session, const edgemoe_ffn* ffn, ed
 }
 
 void edgemoe_session_end_layer(edgemoe_session* session) { session->layer.End(); }
+
+int32_t edgemoe_runtime_start_trace(edgemoe_runtime* runtime, const char* path, const char* header,
+                                    edgemoe_error* error) {
+  return Guard(error, [&] { return runtime->trace.Start(edgemoe::CreatePosixFile, path, header, &runtime->cache); });
+}
+
+int32_t edgemoe_runtime_check_trace(edgemoe_runtime* runtime, edgemoe_error* error) {
+  return Guard(error, [&] { return runtime->trace.Check(); });
+}
+
+int32_t edgemoe_runtime_stop_trace(edgemoe_runtime* runtime, edgemoe_error* error) {
+  return Guard(error, [&] { return runtime->trace.Stop(); });
+}

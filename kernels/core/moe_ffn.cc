@@ -49,6 +49,7 @@ Status MoeLayer::Ffn(const edgemoe_ffn& ffn) {
   }
   if (status = RunTasks(); !status.ok()) return status;
   if (ffn.out != nullptr) CombineAll(ffn);
+  trace_.SetWeights(ffn);
   return status;
 }
 

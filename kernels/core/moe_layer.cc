@@ -48,6 +48,7 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   active_ = true;
   foreseen_ = prefetch_depth_ == 0;
   prefetch_->BeginLayer(first.layer, tensor_idxs_, chosen_of_expert_, chosen_.size());
+  trace_.Begin(*cache_, tensor_idxs_, expert_of_.data(), n_tokens, n_used);
   CountAndPin();
   return Status();
 }
@@ -160,6 +161,7 @@ void MoeLayer::Promise() {
 
 void MoeLayer::End() {
   if (!active_) return;
+  trace_.End(cache_->counters());
   std::lock_guard<std::mutex> lock(cache_->mutex());
   for (int64_t slice : pinned_) cache_->Release(slice);
   for (size_t i = 0; i < shares_.size(); ++i) cache_->Promised(static_cast<int>(i)) -= shares_[i].n_held;

@@ -18,14 +18,15 @@
 #include "core/expert_cache.h"
 #include "core/prefetch.h"
 #include "core/status.h"
+#include "core/trace.h"
 #include "edgemoe/edgemoe.h"
 
 namespace edgemoe {
 
 class MoeLayer {
  public:
-  MoeLayer(ExpertCache* cache, const edgemoe_kernels& engine, Prefetch* prefetch)
-      : cache_(cache), prefetch_(prefetch), arithmetic_(cache->kernels(), engine) {}
+  MoeLayer(ExpertCache* cache, const edgemoe_kernels& engine, Prefetch* prefetch, TraceRecorder* recorder)
+      : cache_(cache), prefetch_(prefetch), arithmetic_(cache->kernels(), engine), trace_(recorder) {}
   ~MoeLayer() { End(); }
   MoeLayer(const MoeLayer&) = delete;
   MoeLayer& operator=(const MoeLayer&) = delete;
@@ -98,6 +99,7 @@ class MoeLayer {
   ExpertCache* const cache_;
   Prefetch* const prefetch_;
   Arithmetic arithmetic_;
+  LayerTrace trace_;
   int n_threads_ = 1;
 
   // The layer in progress.

@@ -313,6 +313,7 @@ void MoeLayer::WaitForReady(int thread_idx, int n_ready_seen) {
   lock.unlock();
   if (thread_idx == 0) {
     const auto waited = std::chrono::steady_clock::now() - begin;
+    trace_.AddWait(waited);
     cache_->counters().stall_ns.fetch_add(
         static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count()),
         std::memory_order_relaxed);

@@ -9,19 +9,21 @@
 #include "core/expert_cache.h"
 #include "core/moe_layer.h"
 #include "core/prefetch.h"
+#include "core/trace.h"
 
 struct edgemoe_runtime {
   edgemoe_runtime(std::unique_ptr<edgemoe::ExpertFile> file, edgemoe_eviction rule,
                   const edgemoe::simd::KernelTable* kernels)
       : cache(std::move(file), rule, kernels) {}
   edgemoe::Prefetch prefetch;
+  edgemoe::TraceRecorder trace;
   edgemoe::ExpertCache cache;
   std::atomic<int> n_references{1};
 };
 
 struct edgemoe_session {
   edgemoe_session(edgemoe_runtime* runtime_in, const edgemoe_kernels& kernels)
-      : runtime(runtime_in), layer(&runtime_in->cache, kernels, &runtime_in->prefetch) {}
+      : runtime(runtime_in), layer(&runtime_in->cache, kernels, &runtime_in->prefetch, &runtime_in->trace) {}
   edgemoe_runtime* const runtime;
   edgemoe::MoeLayer layer;
 };

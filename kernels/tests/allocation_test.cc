@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "edgemoe/scheduler.h"
 #include "tests/fakes.h"
 #include "tests/own_model.h"
 
@@ -38,14 +39,16 @@ struct Step {
   float x[16];
 };
 
-class AllocationTest : public testing::TestWithParam<std::tuple<int, edgemoe_eviction>> {};
+// Slots, eviction rule, whether a trace is recorded.
+class AllocationTest : public testing::TestWithParam<std::tuple<int, edgemoe_eviction, bool>> {};
 
 // Guards against: growth of a vector, a message or a map node in each token.
 TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
-  const auto [n_slots, rule] = GetParam();
+  const auto [n_slots, rule, is_recorded] = GetParam();
   ToyShape shape;
   shape.mixed = true;
   ToyModel model(shape);
+  TempDir dir;
   RuntimePtr runtime(model.Open(model.SlotsBytes(n_slots), 2, rule));
   const edgemoe_kernels kernels = SerialToyKernels();
   edgemoe_session* session = nullptr;
@@ -85,6 +88,9 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
     std::copy(ids.begin(), ids.end(), step.ids);
     for (float& v : step.x) v = static_cast<float>(rng() % 100) / 64.0f;
   }
+  if (is_recorded) {
+    ASSERT_EQ(edgemoe_runtime_start_trace(runtime.get(), dir.Path("trace").c_str(), "{}", nullptr), EDGEMOE_OK);
+  }
   // Warm-up: one token, nothing of which is resident.
   for (int layer = 0; layer < 3; ++layer) ASSERT_EQ(run(layer, steps[0]), 0);
   g_n_allocations = 0;
@@ -106,11 +112,14 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
 
 INSTANTIATE_TEST_SUITE_P(All, AllocationTest,
                          testing::Combine(testing::Values(2, 7, 16, 32),
-                                          testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY)));
+                                          testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY),
+                                          testing::Bool()));
 
-// Guards against: the same in a whole feed-forward block by own kernels, whose slices are interleaved as they arrive.
+// Guards against: the same in a whole feed-forward block by own kernels, whose slices are interleaved as they arrive,
+// and whose mixing weights are recorded.
 TEST(OwnAllocationTest, DecodeStepsOfWholeBlocksAllocateNothingAfterWarmUp) {
   constexpr int kEmbd = 64, kFf = 256, kUsed = 2;
+  TempDir dir;
   OwnModel model({{simd::kQ4_0, kFf, kEmbd}, {simd::kQ4_K, kEmbd, kFf}, {simd::kQ8_0, kFf, kEmbd}}, 4096 + 96);
   for (const uint64_t n_slots : {2, 3, kOwnExperts}) {
     RuntimePtr runtime = model.Open(n_slots);
@@ -118,6 +127,7 @@ TEST(OwnAllocationTest, DecodeStepsOfWholeBlocksAllocateNothingAfterWarmUp) {
     const edgemoe_kernels kernels = SerialToyKernels();
     edgemoe_session* session = nullptr;
     ASSERT_EQ(edgemoe_session_create(runtime.get(), &kernels, &session, nullptr), EDGEMOE_OK);
+    ASSERT_EQ(edgemoe_runtime_start_trace(runtime.get(), dir.Path("trace").c_str(), "{}", nullptr), EDGEMOE_OK);
     std::mt19937 rng(2);
     const std::vector<float> x = RandomRows(&rng, 1, kEmbd), weights = RandomRows(&rng, 1, kUsed);
     const std::vector<int32_t> ids = RandomIds(&rng, 300, kUsed, kOwnExperts);

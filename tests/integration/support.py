@@ -37,9 +37,9 @@ class StockLlama(llama_cpp.Llama):
         self._model_params = params
 
 
-def stock(path: Path, **options: Any) -> StockLlama:
+def stock(path: Path, *, cls: type[StockLlama] = StockLlama, **options: Any) -> StockLlama:
     """The reference with a small context; two threads if not told otherwise."""
-    return StockLlama(str(path), **{"n_threads": 2, "n_threads_batch": 2, **CONTEXT, **options})
+    return cls(str(path), **{"n_threads": 2, "n_threads_batch": 2, **CONTEXT, **options})
 
 
 def streamed(path: Path, **options: Any) -> edgemoe.Llama:

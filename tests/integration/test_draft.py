@@ -312,7 +312,7 @@ def test_budget_counts_the_logits_of_a_draft(write_model: ModelWriter) -> None:
     path = write_model("olmoe")
     model = planner.read_model(path)
     kwargs = {"n_ctx": 256}
-    plain, drafting = (planner.measure(model, kwargs, "auto", draft) for draft in ("off", "ngram"))
+    plain, drafting = (planner.measure(model, kwargs, draft=draft) for draft in ("off", "ngram"))
     assert drafting.batch_bytes - plain.batch_bytes == reserved_bytes(N_VOCAB, 256)
 
 

@@ -6,15 +6,16 @@ Each token of the fake model is one byte of text.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
 
 from edgemoe.cli.main import cli
-from edgemoe.errors import BudgetError
+from edgemoe.errors import BudgetError, TraceError
 from edgemoe.types import Plan, Stats
 
 END = 256
@@ -69,9 +70,11 @@ class FakeLlama:
     prompts: list[str]
     options: dict[str, Any]
     plan = PLAN
+    trace_fails_at: int | None = None
 
     def __init__(self, path: Path, **options: Any) -> None:
         type(self).options = options
+        options["path"] = str(path)
         self.metadata = {"tokenizer.chat_template": TEMPLATE}
         self.budget_bytes = STATS.budget_bytes
         options["progress"]("loading", 0, 1)
@@ -115,6 +118,19 @@ class FakeLlama:
         if size < PLAN.floor_bytes:
             raise BudgetError("budget 1 MiB is below the floor 300 MiB; use --memory 300MiB")
         self.budget_bytes = size
+
+    @contextlib.contextmanager
+    def record_trace(self, path: Path) -> Iterator[Callable[[], None]]:
+        n_checks = 0
+
+        def check() -> None:
+            nonlocal n_checks
+            n_checks += 1
+            if n_checks == self.trace_fails_at:
+                raise TraceError(f"the disk is full (token {n_checks})")
+
+        yield check
+        path.write_text(f"{n_checks} checks")
 
     def reset(self) -> None:
         self.prompts.append("reset")

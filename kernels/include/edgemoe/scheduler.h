@@ -73,6 +73,17 @@ EDGEMOE_API int32_t edgemoe_runtime_preload(edgemoe_runtime* runtime, const int6
                                             edgemoe_error* error);
 EDGEMOE_API void edgemoe_runtime_preload_stats(edgemoe_runtime* runtime, edgemoe_preload_stats* stats);
 
+/* Record what each layer of each batch chooses, waits for and reads, into a file of docs/trace-format.md, whose
+ * `header` (JSON) describes the model. Nothing is at `path` before the recording is stopped. No layer ever waits for
+ * the file: when it fails or is too slow, the recording ends early. A record is made when a layer ends. Any time, any
+ * thread. */
+EDGEMOE_API int32_t edgemoe_runtime_start_trace(edgemoe_runtime* runtime, const char* path, const char* header,
+                                                edgemoe_error* error);
+/* Why the recording under way has ended early, if it has. */
+EDGEMOE_API int32_t edgemoe_runtime_check_trace(edgemoe_runtime* runtime, edgemoe_error* error);
+/* Write the rest, and give the file its name. A failure leaves no file. */
+EDGEMOE_API int32_t edgemoe_runtime_stop_trace(edgemoe_runtime* runtime, edgemoe_error* error);
+
 #ifdef __cplusplus
 }
 #endif

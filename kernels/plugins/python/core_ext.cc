@@ -161,6 +161,33 @@ class Runtime {
     edgemoe_runtime_prefetch_stats(get(), &stats);
     return stats;
   }
+  void StartTrace(const std::string& path, const std::string& header) {
+    edgemoe_error error = {};
+    int32_t code;
+    {
+      nb::gil_scoped_release release;
+      code = edgemoe_runtime_start_trace(get(), path.c_str(), header.c_str(), &error);
+    }
+    Check(code, error);
+  }
+  void CheckTrace() {
+    edgemoe_error error = {};
+    int32_t code;
+    {
+      nb::gil_scoped_release release;
+      code = edgemoe_runtime_check_trace(get(), &error);
+    }
+    Check(code, error);
+  }
+  void StopTrace() {
+    edgemoe_error error = {};
+    int32_t code;
+    {
+      nb::gil_scoped_release release;
+      code = edgemoe_runtime_stop_trace(get(), &error);
+    }
+    Check(code, error);
+  }
   // Whether libedgemoe's kernels multiply by the tensor of that name.
   bool IsOwn(const std::string& name) {
     const int32_t tensor_idx = edgemoe_runtime_find_tensor(get(), name.c_str());
@@ -338,6 +365,9 @@ NB_MODULE(_core, m) {
       .def("set_prefetch", &Runtime::SetPrefetch, nb::arg("routers"), nb::arg("max_depth"), nb::arg("adaptive"))
       .def("foresee_token", &Runtime::ForeseeToken, nb::arg("embedding"))
       .def("prefetch_stats", &Runtime::PrefetchStats)
+      .def("start_trace", &Runtime::StartTrace, nb::arg("path"), nb::arg("header"))
+      .def("check_trace", &Runtime::CheckTrace)
+      .def("stop_trace", &Runtime::StopTrace)
       .def("hot_slices", &Runtime::HotSlices)
       .def("slice_uses", &Runtime::SliceUses)
       .def("preload", &Runtime::Preload, nb::arg("slices"))
