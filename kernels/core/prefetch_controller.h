@@ -17,17 +17,18 @@ namespace edgemoe {
 class PrefetchController {
  public:
   static constexpr int kWindowTokens = 8;
-  static constexpr int kFirstWait = 2;  // windows between probes: soon after the start, as nothing is known then
+  static constexpr int kFirstWait = 1;  // windows between probes: none to lose after the start or a move
   static constexpr int kShortestWait = 16;
   static constexpr int kLongestWait = 64;
   // A deeper probe must be faster by more than its noise; a shallower one, which wastes less, only no slower.
   static constexpr double kGain = 0.99;
 
-  // adaptive: from 1 upwards and downwards, never past max_depth; else always max_depth.
+  // adaptive: from max_depth down, and up again; else always max_depth. Reads for the farther layer come behind those
+  // for the nearer and take only idle time, so the deepest is the best guess.
   void Start(int max_depth, bool adaptive) {
     max_depth_ = max_depth;
     adaptive_ = adaptive && max_depth > 0;
-    depth_ = adaptive_ ? 1 : max_depth;
+    depth_ = max_depth;
     Restart();
   }
   // For the token that begins now.
@@ -101,7 +102,7 @@ class PrefetchController {
     if (++n_wins_ < 2) return;
     n_wins_ = 0;
     depth_ = probe_depth_;
-    wait_ = left_ = kShortestWait;
+    wait_ = left_ = kFirstWait;
     up_next_ = deeper;
     usual_us_ = 0.0;
   }
