@@ -8,6 +8,7 @@
 #include <new>
 
 #include "core/arithmetic.h"
+#include "core/replay.h"
 #include "core/runtime.h"
 #include "edgemoe/edgemoe.h"
 #include "edgemoe/scheduler.h"
@@ -164,6 +165,11 @@ void edgemoe_runtime_prefetch_stats(edgemoe_runtime* runtime, edgemoe_prefetch_s
   stats->chosen = p.chosen.load();
   std::lock_guard<std::mutex> lock(runtime->cache.mutex());
   stats->depth = p.controller.depth();
+}
+
+int32_t edgemoe_replay(const edgemoe_replay_trace* trace, const edgemoe_replay_options* options,
+                       edgemoe_replay_result* result, double* batch_us, int32_t* depths, edgemoe_error* error) {
+  return Guard(error, [&] { return edgemoe::Replay(*trace, *options, result, batch_us, depths); });
 }
 
 void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error) {

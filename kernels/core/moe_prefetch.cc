@@ -5,13 +5,6 @@
 #include "core/moe_layer.h"
 
 namespace edgemoe {
-namespace {
-
-// A batch of more tokens is a prompt, whose next layer needs most experts whatever is predicted. Up to here it may be a
-// draft to be verified, which is decoding.
-constexpr int64_t kMostDecodeTokens = 8;
-
-}  // namespace
 
 // With the cache's lock.
 void MoeLayer::BeginBatch(int64_t n_tokens) {

@@ -14,6 +14,10 @@
 
 namespace edgemoe {
 
+// A batch of more tokens is a prompt, whose next layer needs most experts whatever is predicted. Up to here it may be a
+// draft to be verified, which is decoding.
+inline constexpr int64_t kMostDecodeTokens = 8;
+
 struct Prefetch {
   Predictor predictor;
   PrefetchController controller;
