@@ -15,16 +15,24 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from edgemoe import _core
 from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadError, ModelFormatError
 
 _ABI_VERSION = 2
 _ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadError, 4: BudgetError, 5: BudgetError}
 
-EVICTION_RULES = {"lru": 0, "lfu": 1}
+EVICTION_RULES = {"auto": 0, "lru": 0, "lfu": 1, "least-stale": 2, "utility": 3}
+"""Which slice goes first; `auto` is what replay over traces of all kinds favours, see docs/experiments.md."""
+REPLAY_POLICIES = {**EVICTION_RULES, "belady": 100}
 KERNELS = {"auto": 0, "ggml": 1}
 """Who multiplies by experts: our kernels where a format has them, or ggml alone, whose bits are llama.cpp's."""
 
+ReplayOptions = _core.ReplayOptions
+ReplayPhase = _core.ReplayPhase
+ReplayResult = _core.ReplayResult
 Runtime = _core.Runtime
 Sizes = _core.Sizes
 
@@ -105,6 +113,24 @@ def open_runtime(
             EVICTION_RULES[eviction],
             KERNELS[kernels],
         )
+
+
+def replay(
+    layers: Sequence[tuple[int, int, Sequence[int]]],
+    batch_of_token: npt.NDArray[np.int32],
+    experts: npt.NDArray[np.int16],
+    options: ReplayOptions,
+    batch_us: npt.NDArray[np.float64],
+    depths: npt.NDArray[np.int32],
+) -> ReplayResult:
+    """Walk the real cache through a trace; see `edgemoe_replay` in scheduler.h. Writes batch_us and depths.
+
+    Raises:
+        BudgetError: the slots are too few to run at all.
+        BackendError: the trace or the options make no sense.
+    """
+    with _translated():
+        return _core.replay(layers, batch_of_token, experts, options, batch_us, depths)
 
 
 def set_slots_bytes(runtime: Runtime, slots_bytes: int) -> None:

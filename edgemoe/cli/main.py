@@ -20,6 +20,7 @@ from edgemoe.cli.doctor import doctor
 from edgemoe.cli.generate import generate
 from edgemoe.cli.inspect import inspect
 from edgemoe.cli.plan import plan
+from edgemoe.cli.replay import replay
 from edgemoe.errors import EdgeMoeError
 
 EXIT_FAILED = 1
@@ -66,7 +67,7 @@ def cli(ctx: click.Context, debug: bool, verbose: bool) -> None:
     ctx.obj = Settings(debug=debug, verbose=verbose)
 
 
-for _command in (chat, generate, plan, inspect, doctor, convert):
+for _command in (chat, generate, plan, inspect, doctor, convert, replay):
     cli.add_command(_command)
 
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <random>
 #include <set>
@@ -22,8 +23,8 @@ constexpr int kRules[] = {EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EV
 
 // A trace and the ways to fill it; three projections of a page each unless told otherwise.
 struct ToyTrace {
-  ToyTrace(int n_layers, int n_experts, int n_used) : n_used(n_used) {
-    edgemoe_replay_layer layer = {n_experts, n_used, 3, 0, {kPage, kPage, kPage, 0}};
+  ToyTrace(int n_layers, int n_experts, int n_used_in) : n_used(n_used_in) {
+    edgemoe_replay_layer layer = {n_experts, n_used_in, 3, 0, {kPage, kPage, kPage, 0}};
     layers.assign(static_cast<size_t>(n_layers), layer);
   }
   void AddBatch(int n_tokens, const std::function<std::vector<int32_t>(int layer)>& choose) {
@@ -111,8 +112,8 @@ edgemoe_replay_options Options(uint64_t slots_bytes, int policy = EDGEMOE_EVICT_
   return o;
 }
 
-edgemoe_replay_result Run(const ToyTrace& trace, const edgemoe_replay_options& options,
-                          std::vector<double>* batch_us = nullptr, std::vector<int32_t>* depths = nullptr) {
+edgemoe_replay_result RunReplay(const ToyTrace& trace, const edgemoe_replay_options& options,
+                                std::vector<double>* batch_us = nullptr, std::vector<int32_t>* depths = nullptr) {
   edgemoe_replay_result result;
   const size_t n = static_cast<size_t>(trace.batch_of_token.back()) + 1;
   if (batch_us != nullptr) batch_us->resize(n);
@@ -131,10 +132,10 @@ TEST(ReplayTest, TimesAreThoseComputedByHand) {
   std::vector<double> us;
   // Dense 4. Reads of gate, up and, ahead of time, down begin at once: latency 0.5, then the bytes of one after the
   // other, so they end 1.5, 2.5 and 3.5 later. Gate 1.5-2.5, up 2.5-3.5, down 3.5-4.5.
-  Run(trace, Options(12 * kPage), &us);
+  RunReplay(trace, Options(12 * kPage), &us);
   EXPECT_DOUBLE_EQ(us[0], 4.0 + 4.5);
   use(0);
-  edgemoe_replay_result r = Run(trace, Options(12 * kPage), &us);
+  edgemoe_replay_result r = RunReplay(trace, Options(12 * kPage), &us);
   EXPECT_DOUBLE_EQ(us[1], 4.0 + 3.0);
   EXPECT_DOUBLE_EQ(r.all.stall_us, 1.5);
   EXPECT_DOUBLE_EQ(r.all.total_us, 15.5);
@@ -145,13 +146,13 @@ TEST(ReplayTest, TimesAreThoseComputedByHand) {
   // One reader, whose latencies do not overlap: 1.5, 3, 4.5; down ends at 5.5.
   edgemoe_replay_options slow = Options(12 * kPage);
   slow.n_readers = 1;
-  Run(trace, slow, &us);
+  RunReplay(trace, slow, &us);
   EXPECT_DOUBLE_EQ(us[0], 4.0 + 5.5);
   // Ten times as fast from the token on that changes it: all has arrived by 0.35, and gate begins at 0.15.
   slow = Options(12 * kPage);
   slow.change_token = 0;
   slow.change_factor = 10.0;
-  Run(trace, slow, &us);
+  RunReplay(trace, slow, &us);
   EXPECT_NEAR(us[0], 4.0 + 0.15 + 3.0, 1e-9);
 }
 
@@ -162,7 +163,7 @@ TEST(ReplayTest, HitsAreComputedWhileMissesLoad) {
   trace.AddBatch(1, [](int) { return std::vector<int32_t>{2, 1}; });
   edgemoe_replay_options o = Options(12 * kPage);
   o.expert_us = 30.0;
-  const edgemoe_replay_result once = Run(trace, o);
+  const edgemoe_replay_result once = RunReplay(trace, o);
   EXPECT_DOUBLE_EQ(once.all.stall_us, 1.5) << "only the first token's first slice is waited for";
 }
 
@@ -177,10 +178,10 @@ TEST(ReplayTest, IsDeterministicWithJitterAndPrefetch) {
   o.recall = 0.8;
   o.prefetch_depth = 2;
   o.seed = 7;
-  const edgemoe_replay_result a = Run(trace, o), b = Run(trace, o);
+  const edgemoe_replay_result a = RunReplay(trace, o), b = RunReplay(trace, o);
   EXPECT_EQ(std::memcmp(&a, &b, sizeof(a)), 0);
   o.seed = 8;
-  EXPECT_NE(Run(trace, o).all.total_us, a.all.total_us);
+  EXPECT_NE(RunReplay(trace, o).all.total_us, a.all.total_us);
   EXPECT_GT(a.prefetch.used_bytes, 0u);
   EXPECT_NEAR(static_cast<double>(a.prefetch.predicted_right) / static_cast<double>(a.prefetch.chosen), 0.8, 0.03);
 }
@@ -234,7 +235,8 @@ TEST(ReplayTest, BoundIsTheOptimumOfAllChoices) {
       steps.insert(steps.end(), chosen.begin(), chosen.end());
     }
     for (size_t n_slots = 2; n_slots <= 6; ++n_slots) {
-      EXPECT_EQ(Run(trace, Options(n_slots * kPage)).bound_reads, FewestReads(steps, n_slots)) << "round " << round;
+      EXPECT_EQ(RunReplay(trace, Options(n_slots * kPage)).bound_reads, FewestReads(steps, n_slots))
+          << "round " << round;
     }
   }
 }
@@ -273,7 +275,7 @@ TEST(ReplayTest, NoRuleReadsLessThanTheBound) {
           edgemoe_replay_options o = Options(n_pages * kPage, policy);
           o.prefetch_depth = depth;
           o.recall = 0.9;
-          const edgemoe_replay_result r = Run(trace, o);
+          const edgemoe_replay_result r = RunReplay(trace, o);
           EXPECT_GE(r.all.reads, r.bound_reads) << n_pages << " pages, policy " << policy << ", depth " << depth;
           EXPECT_GE(r.all.bytes_read, r.bound_bytes);
           EXPECT_LE(r.slots_bytes, n_pages * kPage);
@@ -290,10 +292,10 @@ TEST(ReplayTest, BeladyReachesItsBoundWhereLruHitsNothing) {
   for (int t = 0; t < 200; ++t) {
     trace.AddBatch(1, [t](int) { return std::vector<int32_t>{3 * t % 12, (3 * t + 1) % 12, (3 * t + 2) % 12}; });
   }
-  const edgemoe_replay_result lru = Run(trace, Options(27 * kPage));
+  const edgemoe_replay_result lru = RunReplay(trace, Options(27 * kPage));
   EXPECT_EQ(lru.all.hits, 0u);
   EXPECT_EQ(lru.all.reads, 3 * 3 * 200u);
-  const edgemoe_replay_result best = Run(trace, Options(27 * kPage, EDGEMOE_REPLAY_BELADY));
+  const edgemoe_replay_result best = RunReplay(trace, Options(27 * kPage, EDGEMOE_REPLAY_BELADY));
   EXPECT_LT(best.all.reads, 0.55 * static_cast<double>(lru.all.reads));
   EXPECT_LE(static_cast<double>(best.all.reads), 1.15 * static_cast<double>(best.bound_reads));
   EXPECT_LT(best.all.total_us, lru.all.total_us);
@@ -311,7 +313,7 @@ TEST(ReplayTest, FetchesAtMostWhatChangedFromATokenCycleOn) {
     for (double more : {1.0, 1.5, 2.0}) {
       const auto slots_bytes = static_cast<uint64_t>(more * static_cast<double>(trace.CycleBytes()));
       for (int policy : {EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LEAST_STALE}) {
-        const edgemoe_replay_result r = Run(trace, Options(slots_bytes, policy));
+        const edgemoe_replay_result r = RunReplay(trace, Options(slots_bytes, policy));
         EXPECT_LE(static_cast<int64_t>(r.all.misses + r.all.late_hits), trace.Changed()) << "round " << round;
         EXPECT_LE(static_cast<int64_t>(r.all.reads), 3 * trace.Changed()) << "round " << round;
       }
@@ -353,7 +355,7 @@ TEST(ReplayTest, CountsWhatMoeLayerCounts) {
       }
       edgemoe_stats stats;
       edgemoe_runtime_stats(runtime.get(), &stats);
-      const edgemoe_replay_result r = Run(trace, Options(stats.slots_bytes, rule));
+      const edgemoe_replay_result r = RunReplay(trace, Options(stats.slots_bytes, rule));
       EXPECT_EQ(r.n_slots, stats.n_slots);
       EXPECT_EQ(r.all.hits, stats.hits) << "rule " << rule << ", " << n_slots << " slots";
       EXPECT_EQ(r.all.misses, stats.misses);
