@@ -246,10 +246,11 @@ Status Replayer::RunTasks(int64_t batch, int layer, int first, int n) {
   for (size_t cursor = 0; cursor < tasks_.size(); ++cursor) {
     const double begin_us = now_us_;
     while (cursor == ready_.size()) {
-      if (disk_.idle()) return Status(EDGEMOE_INTERNAL, "replay: a layer waits for a read that nobody makes");
-      AdvanceTo(disk_.next_end_us());
       CollectAndIssue();
       StartReads();
+      if (cursor < ready_.size()) break;
+      if (disk_.idle()) return Status(EDGEMOE_INTERNAL, "replay: a layer waits for a read that nobody makes");
+      AdvanceTo(disk_.next_end_us());
     }
     stall_us_ += now_us_ - begin_us;
     const Task& task = tasks_[ready_[cursor]];

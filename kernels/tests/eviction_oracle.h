@@ -32,11 +32,15 @@ inline int Utility(const History& history, double now) {
   for (int window = 0; window <= static_cast<int>(now / 8.0); ++window) {
     int count = 0;
     for (; next < history.size() && history[next].time < 8.0 * (window + 1); ++next) count += history[next].n_uses;
-    if (count > 0) u = std::max(u, 0);
+    if (count == 0) {
+      --u;
+      continue;
+    }
+    u = std::max(u, 0);
     if (count - u >= 5) {
       u = std::min(u + 1, 5);
-    } else if (u - count >= 1 || count == 0) {
-      u -= 1;
+    } else if (u - count >= 1) {
+      --u;
     }
   }
   return u;

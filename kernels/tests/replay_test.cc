@@ -9,6 +9,7 @@
 #include <map>
 #include <random>
 #include <set>
+#include <tuple>
 #include <vector>
 
 #include "core/replay_trace.h"
@@ -364,6 +365,63 @@ TEST(ReplayTest, CountsWhatMoeLayerCounts) {
     }
   }
 }
+
+double Sum(const std::vector<double>& us, size_t begin, size_t end) {
+  double sum = 0.0;
+  for (size_t i = begin; i < end; ++i) sum += us[i];
+  return sum;
+}
+
+// Recall of the predictions, by how much the disk becomes faster in the middle.
+class ControllerTest : public testing::TestWithParam<std::tuple<double, double>> {};
+
+// Guards against: a controller of prefetch that keeps changing its mind, that sticks to what paid on another disk, or
+// lets reading ahead hold up what a layer waits for.
+TEST_P(ControllerTest, FollowsADiskWhoseSpeedChangesTenfold) {
+  const auto [recall, factor] = GetParam();
+  constexpr size_t kTokens = 1600, kChange = 800;
+  std::mt19937 rng(9);
+  ToyTrace trace(8, 32, 4);
+  trace.AddLocal(&rng, kTokens, 0.5);
+  edgemoe_replay_options o = Options(3 * trace.CycleBytes());
+  o.recall = recall;
+  o.jitter = 0.2;
+  o.change_token = kChange;
+  o.change_factor = factor;
+  if (factor > 1.0) o.disk_bytes_per_s /= factor;  // slow, then as fast as in the other case at first
+  std::vector<double> off, fixed[2], adaptive;
+  std::vector<int32_t> depths;
+  RunReplay(trace, o, &off);
+  for (int depth = 1; depth <= 2; ++depth) {
+    o.prefetch_depth = depth;
+    RunReplay(trace, o, &fixed[depth - 1]);
+  }
+  o.adaptive = 1;
+  const edgemoe_replay_result r = RunReplay(trace, o, &adaptive, &depths);
+  EXPECT_EQ(r.decode.n_tokens, static_cast<int64_t>(kTokens));
+  for (const size_t begin : {size_t{0}, kChange}) {
+    const size_t end = begin + kChange;
+    const double off_us = Sum(off, begin, end), us = Sum(adaptive, begin, end);
+    EXPECT_GE(off_us / us, 0.98) << "from token " << begin;
+    // Where reading ahead pays, it is done, once there was time to find out.
+    const size_t later = begin + kChange / 2;
+    const double best_us =
+        std::min(Sum(off, later, end), std::min(Sum(fixed[0], later, end), Sum(fixed[1], later, end)));
+    EXPECT_LE(Sum(adaptive, later, end), 1.05 * best_us) << "from token " << later;
+    EXPECT_LE(*std::max_element(adaptive.begin() + static_cast<std::ptrdiff_t>(begin),
+                                adaptive.begin() + static_cast<std::ptrdiff_t>(end)),
+              1.5 * *std::max_element(off.begin() + static_cast<std::ptrdiff_t>(begin),
+                                      off.begin() + static_cast<std::ptrdiff_t>(end)));
+    int n_changes = 0;
+    for (size_t t = later + 1; t < end; ++t) n_changes += depths[t] != depths[t - 1] ? 1 : 0;
+    // 50 windows, a probe in every 16th at the most, which is there and back; a won one is repeated.
+    EXPECT_LE(n_changes, 10) << "from token " << later;
+    RecordProperty("gain_percent_" + std::to_string(begin), static_cast<int>(100.0 * (off_us / us - 1.0)));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, ControllerTest,
+                         testing::Combine(testing::Values(0.0, 0.6, 0.9), testing::Values(0.1, 10.0)));
 
 // Guards against: nonsense taken for a trace or for options.
 TEST(ReplayTest, RefusesWhatMakesNoSense) {
