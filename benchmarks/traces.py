@@ -38,12 +38,16 @@ class Process:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A published figure: a metric of `METRICS`, its argument, its value and where it is from."""
+    """A published figure: a metric of `METRICS`, its argument, its value and where it is from.
+
+    Figures that contradict the others of their model are shown, but not fitted.
+    """
 
     metric: str
     argument: int
     value: float
     source: str
+    is_fitted: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ FAMILIES = {
         ),
         Family(
             "OLMoE-1B-7B", 16, 64, 8, 3.38, 0.475e9,
-            (Target("srp", 16, 0.509, SRP), Target("lru", 32, 0.624, "colibri PR#362, without its prefetcher")),
+            (Target("srp", 16, 0.509, SRP), Target("lru", 32, 0.624, "colibri PR#362, without its prefetcher", False)),
             Process(0.3, 0.3, 0.2, 100.0, 4.0),
         ),
         Family(
@@ -248,12 +252,17 @@ def measure(family: Family, process: Process, n_layers: int = 6, n_tokens: int =
 
 def loss(family: Family, values: Sequence[float]) -> float:
     """Sum of squared relative errors."""
-    return sum((v / t.value - 1.0) ** 2 for v, t in zip(values, family.targets, strict=True))
+    return sum((v / t.value - 1.0) ** 2 for v, t in zip(values, family.targets, strict=True) if t.is_fitted)
 
 
-def fit(family: Family, n_steps: int = 160, seed: int = 0) -> Process:
-    """Random search around the best process so far, in ever smaller steps; deterministic."""
+def fit(family: Family, n_steps: int = 250, seed: int = 0) -> Process:
+    """Random search around the best process so far, in ever smaller steps; deterministic.
+
+    Where the figures leave a choice, it stays near the process of the model of which most is known.
+    """
     rng = np.random.default_rng(seed)
+    usual = np.log(np.array([0.45, 0.10, 0.22, 0.23])) - math.log(0.23)
+    start = np.append(usual[:3], [math.log(100.0), math.log(3.0)])
 
     def process(x: npt.NDArray[np.float64]) -> Process:
         shares = np.exp(np.append(x[:3], 0.0))
@@ -261,11 +270,14 @@ def fit(family: Family, n_steps: int = 160, seed: int = 0) -> Process:
         tokens = np.exp(np.clip(x[3:], [math.log(12), 0.0], [math.log(1000), math.log(10)]))
         return Process(*(round(float(v), 4) for v in (*shares[:3], *tokens)))
 
-    best = np.array([0.0, 0.0, 0.0, math.log(100.0), math.log(4.0)])
-    least = loss(family, measure(family, process(best), n_layers=3, n_tokens=400))
-    for step in range(n_steps):
-        x = best + rng.standard_normal(5) * 0.8 * 0.98**step
+    def cost(x: npt.NDArray[np.float64]) -> float:
         found = loss(family, measure(family, process(x), n_layers=3, n_tokens=400))
+        return found + 0.0005 * float(((x - start) ** 2).sum())
+
+    best, least = start, cost(start)
+    for step in range(n_steps):
+        x = best + rng.standard_normal(5) * 0.7 * 0.985**step
+        found = cost(x)
         if found < least:
             best, least = x, found
     return process(best)
