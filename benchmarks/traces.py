@@ -93,17 +93,17 @@ FAMILIES = {
                 Target("lru", 81, 0.962, IMP_LRU),
                 Target("srp", 16, 0.541, SRP),
             ),
-            Process(0.3, 0.3, 0.2, 100.0, 4.0),
+            Process(0.4605, 0.1039, 0.1906, 182.4211, 3.3745),
         ),
         Family(
             "OLMoE-1B-7B", 16, 64, 8, 3.38, 0.475e9,
             (Target("srp", 16, 0.509, SRP), Target("lru", 32, 0.624, "colibri PR#362, without its prefetcher", False)),
-            Process(0.3, 0.3, 0.2, 100.0, 4.0),
+            Process(0.2784, 0.0947, 0.3590, 99.8414, 2.3596),
         ),
         Family(
             "DeepSeek-V2-Lite", 26, 64, 6, 4.64, 1.05e9,
             (Target("reuse", 1, 0.273, "arXiv 2605.27081 (EOR)"), Target("srp", 16, 0.379, SRP)),
-            Process(0.3, 0.3, 0.2, 100.0, 4.0),
+            Process(0.1184, 0.0786, 0.6070, 62.6529, 1.1281),
         ),
         Family(
             "gpt-oss-20b", 24, 32, 4, 12.61, 1.21e9,
@@ -111,7 +111,7 @@ FAMILIES = {
                 Target("reuse", 1, 0.179, "gpt-oss-120b (128 experts), " + BMOE),
                 Target("static", 0, 0.267, "gpt-oss-120b (128 experts), " + BMOE),
             ),
-            Process(0.3, 0.3, 0.2, 100.0, 4.0),
+            Process(0.3538, 0.0654, 0.1597, 304.6086, 1.0144),
             n_experts_fitted=128,
         ),
         Family(
@@ -122,7 +122,7 @@ FAMILIES = {
                 Target("lru", 44, 0.63, "Qwen3.6-35B-A3B at 3000 MiB of 17 GiB (0.609-0.65), BigMoeOnEdge docs"),
                 Target("distinct", 270, 128, "Qwen3.6-35B-A3B, BigMoeOnEdge 2026-09-29 findings"),
             ),
-            Process(0.3, 0.3, 0.2, 100.0, 4.0),
+            Process(0.4654, 0.0045, 0.4330, 45.1955, 1.1397),
         ),
     )
 }  # fmt: skip
@@ -243,7 +243,7 @@ METRICS: dict[str, Callable[[Ids, int], float]] = {
 }
 
 
-def measure(family: Family, process: Process, n_layers: int = 6, n_tokens: int = 560, seed: int = 1) -> list[float]:
+def measure(family: Family, process: Process, n_layers: int = 12, n_tokens: int = 560, seed: int = 2) -> list[float]:
     """The process's own values of the family's targets."""
     n_experts = family.n_experts_fitted or family.n_experts
     experts, _ = select(process, n_layers, n_experts, family.n_used, n_tokens, seed)
@@ -255,10 +255,11 @@ def loss(family: Family, values: Sequence[float]) -> float:
     return sum((v / t.value - 1.0) ** 2 for v, t in zip(values, family.targets, strict=True) if t.is_fitted)
 
 
-def fit(family: Family, n_steps: int = 250, seed: int = 0) -> Process:
+def fit(family: Family, n_steps: int = 200, seed: int = 0) -> Process:
     """Random search around the best process so far, in ever smaller steps; deterministic.
 
-    Where the figures leave a choice, it stays near the process of the model of which most is known.
+    Where the figures leave a choice, it stays near the process of the model of which most is known. Fitted to 8 layers
+    of one seed; the errors that are shown are of 12 layers of another.
     """
     rng = np.random.default_rng(seed)
     usual = np.log(np.array([0.45, 0.10, 0.22, 0.23])) - math.log(0.23)
@@ -271,7 +272,7 @@ def fit(family: Family, n_steps: int = 250, seed: int = 0) -> Process:
         return Process(*(round(float(v), 4) for v in (*shares[:3], *tokens)))
 
     def cost(x: npt.NDArray[np.float64]) -> float:
-        found = loss(family, measure(family, process(x), n_layers=3, n_tokens=400))
+        found = loss(family, measure(family, process(x), n_layers=8, n_tokens=560, seed=1))
         return found + 0.0005 * float(((x - start) ** 2).sum())
 
     best, least = start, cost(start)

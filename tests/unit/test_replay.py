@@ -59,7 +59,7 @@ def any_trace(draw: st.DrawFn) -> Trace:
 @given(trace=any_trace(), share=st.floats(0.05, 1.0), prefetch=st.sampled_from(["off", "auto", "1", "2"]))
 def test_no_policy_beats_the_bound(trace: Trace, share: float, prefetch: str) -> None:
     """Guards against a bound that a cache passes, or a cache that hits what it has not read."""
-    slots_bytes = max(int(share * replays.bank_bytes(trace)), 2 * 4096 + 2 * 8192)
+    slots_bytes = max(int(share * replays.bank_bytes(trace)), replays.cycle_bytes(trace) + 8192)
     for policy in replays.POLICIES:
         result = replays.replay(trace, slots_bytes=slots_bytes, eviction=policy, prefetch=prefetch, recall=0.8)
         assert result.all.reads >= result.bound_reads, policy
@@ -204,5 +204,5 @@ def test_fits_are_as_good_as_documented(name: str) -> None:
     """Guards against parameters that no longer belong to the figures beside them."""
     family = traces.FAMILIES[name]
     values = traces.measure(family, family.process)
-    errors = [abs(v / t.value - 1.0) for v, t in zip(values, family.targets, strict=True)]
-    assert max(errors) < 0.35 and np.mean(errors) < 0.15
+    errors = [abs(v / t.value - 1.0) for v, t in zip(values, family.targets, strict=True) if t.is_fitted]
+    assert max(errors) < 0.26 and np.mean(errors) < 0.17
