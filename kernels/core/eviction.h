@@ -4,7 +4,9 @@
 // Time is counted in tokens plus a fraction for the layer, so that a prompt evaluated layer by layer leaves the same
 // order behind as its tokens would have one by one.
 //  - LRU: the time of the last touch.
-//  - LFU with decay: a count f that halves every H tokens, f * 2^(-age/H), orders like log2(f) + t/H.
+//  - LFU with decay: a count f that halves every H tokens, f * 2^(-age/H), orders like log2(f) + t/H. Uses by the
+//  tokens
+//    of one batch count as if evenly spread over it; at full weight, what a prompt used would outlive it by far.
 //  - Least-stale (SpecMD, arXiv 2602.03921), in the form of two generations, first in first out, as two ports of it
 //    describe it; the paper's own text could not be had. A slice that the pass in progress has not touched is stale and
 //    goes before all that it has; within a generation, what entered it first goes first. A pass is a batch, and enters
@@ -29,6 +31,12 @@ namespace edgemoe {
 // Tokens in which a count halves: Qwen3-30B reuses 80 % of its experts within 8 tokens (a peer's decode traces,
 // kekzl/imp PR#1359); twice that keeps an expert through one miss of its rhythm.
 inline constexpr double kDecayHalfLifeTokens = 16.0;
+
+// Decayed count of `n_uses` uses, of which the last is now and the others are spread over the `n_tokens` before it.
+inline double DecayedUses(int n_uses, double n_tokens) {
+  const double kept = std::exp2(-n_tokens / n_uses / kDecayHalfLifeTokens);
+  return kept < 1.0 ? (1.0 - std::pow(kept, n_uses)) / (1.0 - kept) : n_uses;
+}
 
 // MoE-SpAc's constants; its window is what a draft of 8 tokens asks for.
 inline constexpr int kUtilityWindowTokens = 8;
@@ -71,7 +79,8 @@ inline void Touch(edgemoe_eviction rule, double pass_time, double time, int n_us
       break;
     case EDGEMOE_EVICT_LFU_DECAY: {
       const double age = time > heat->time ? time - heat->time : 0.0;
-      heat->frequency = heat->frequency * std::exp2(-age / kDecayHalfLifeTokens) + n_uses;
+      heat->frequency =
+          heat->frequency * std::exp2(-age / kDecayHalfLifeTokens) + DecayedUses(n_uses, std::floor(time - pass_time));
       heat->key = std::log2(heat->frequency) + time / kDecayHalfLifeTokens;
       break;
     }

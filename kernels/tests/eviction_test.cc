@@ -54,6 +54,28 @@ TEST(EvictionTest, LfuDecayKeysOrderByDecayedFrequencyAtAnyLaterTime) {
   }
 }
 
+// Guards against: a prompt that counts more than its tokens would have counted one by one, so that its experts stay
+// long after it.
+TEST(EvictionTest, LfuDecayCountsAPromptAsItsTokensOneByOne) {
+  for (int n_tokens : {1, 2, 16, 256}) {
+    for (int every : {1, 2, 5, 16}) {
+      const double begin = 1000.0;
+      Heat alone, together;
+      int n_uses = 0;
+      double last = begin;
+      for (int t = every - 1; t < n_tokens; t += every) {
+        last = begin + t + 0.25;
+        Touch(EDGEMOE_EVICT_LFU_DECAY, begin + t, last, 1, &alone);
+        ++n_uses;
+      }
+      if (n_uses == 0) continue;
+      Touch(EDGEMOE_EVICT_LFU_DECAY, begin, last, n_uses, &together);
+      EXPECT_NEAR(together.frequency / alone.frequency, 1.0, 0.06) << n_uses << " uses in " << n_tokens << " tokens";
+      EXPECT_NEAR(together.key, alone.key, 0.1);
+    }
+  }
+}
+
 // Guards against: decay by the wrong half-life.
 TEST(EvictionTest, LfuDecayHalvesACountInSixteenTokens) {
   Heat once, twice;

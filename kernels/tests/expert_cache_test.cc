@@ -147,7 +147,10 @@ TEST_P(EvictionOrderTest, EvictsWhatTheOracleWould) {
   std::set<int64_t> resident;
   double now = 0.0;
   for (int step = 0; step < 1500; ++step) {
-    now += 0.125 * (1 + rng() % 16);
+    {
+      std::lock_guard<std::mutex> lock(cache_->mutex());
+      now = cache_->AdvanceClock(1 + static_cast<int64_t>(rng() % 3)) + 0.125;
+    }
     const int64_t slice = static_cast<int64_t>(rng() % 2 ? rng() % 6 : rng() % 40);
     const int n_uses = 1 + static_cast<int>(rng() % 3);
     if (resident.count(slice) == 0 && resident.size() == n_slots) {
