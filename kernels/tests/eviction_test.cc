@@ -70,19 +70,19 @@ TEST(EvictionTest, LfuDecayCountsAPromptAsItsTokensOneByOne) {
       }
       if (n_uses == 0) continue;
       Touch(EDGEMOE_EVICT_LFU_DECAY, begin, last, n_uses, &together);
-      EXPECT_NEAR(together.frequency / alone.frequency, 1.0, 0.06) << n_uses << " uses in " << n_tokens << " tokens";
-      EXPECT_NEAR(together.key, alone.key, 0.1);
+      EXPECT_NEAR(together.frequency / alone.frequency, 1.0, 0.1) << n_uses << " uses in " << n_tokens << " tokens";
+      EXPECT_NEAR(together.key, alone.key, 0.15);
     }
   }
 }
 
 // Guards against: decay by the wrong half-life.
-TEST(EvictionTest, LfuDecayHalvesACountInSixteenTokens) {
+TEST(EvictionTest, LfuDecayHalvesACountInEightTokens) {
   Heat once, twice;
   Touch(EDGEMOE_EVICT_LFU_DECAY, 0.0, 0.0, 2, &twice);
-  Touch(EDGEMOE_EVICT_LFU_DECAY, 15.0, 15.9, 1, &once);
+  Touch(EDGEMOE_EVICT_LFU_DECAY, 7.0, 7.9, 1, &once);
   EXPECT_LT(once.key, twice.key);
-  Touch(EDGEMOE_EVICT_LFU_DECAY, 16.0, 16.1, 1, &(once = Heat()));
+  Touch(EDGEMOE_EVICT_LFU_DECAY, 8.0, 8.1, 1, &(once = Heat()));
   EXPECT_GT(once.key, twice.key);
 }
 

@@ -149,7 +149,8 @@ TEST_P(EvictionOrderTest, EvictsWhatTheOracleWould) {
   for (int step = 0; step < 1500; ++step) {
     {
       std::lock_guard<std::mutex> lock(cache_->mutex());
-      now = cache_->AdvanceClock(1 + static_cast<int64_t>(rng() % 3)) + 0.125;
+      // Odd fractions, so that no two weights are equal.
+      now = cache_->AdvanceClock(1 + static_cast<int64_t>(rng() % 3)) + (rng() % 1000) / 1009.0;
     }
     const int64_t slice = static_cast<int64_t>(rng() % 2 ? rng() % 6 : rng() % 40);
     const int n_uses = 1 + static_cast<int>(rng() % 3);

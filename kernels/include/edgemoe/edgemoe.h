@@ -68,7 +68,7 @@ typedef struct edgemoe_tensor {
 
 typedef enum edgemoe_eviction {
   EDGEMOE_EVICT_LRU = 0,         /* least recently used */
-  EDGEMOE_EVICT_LFU_DECAY = 1,   /* least frequently used, counts halving every 16 tokens */
+  EDGEMOE_EVICT_LFU_DECAY = 1,   /* least frequently used, counts halving every 8 tokens */
   EDGEMOE_EVICT_LEAST_STALE = 2, /* what the batch in progress has not used, then by layer */
   EDGEMOE_EVICT_UTILITY = 3      /* MoE-SpAc's states, slow up and fast down */
 } edgemoe_eviction;
