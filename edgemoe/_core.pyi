@@ -4,6 +4,9 @@
 from collections.abc import Sequence
 from typing import Any, TypeAlias, final
 
+import numpy as np
+import numpy.typing as npt
+
 # (name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format)
 _Tensor: TypeAlias = tuple[str, int, int, int, int, int, int, int, int, int]
 
@@ -61,6 +64,46 @@ class RuntimeStats:
     def n_own_tensors(self) -> int: ...
 
 @final
+class ReplayOptions:
+    policy: int
+    slots_bytes: int
+    disk_bytes_per_s: float
+    latency_us: float
+    jitter: float
+    change_token: int
+    change_factor: float
+    dense_us: float
+    expert_us: float
+    row_share: float
+    recall: float
+    seed: int
+    n_readers: int
+    prefetch_depth: int
+    adaptive: int
+    def __init__(self) -> None: ...
+
+@final
+class ReplayPhase:
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+    @property
+    def late_hits(self) -> int: ...
+    @property
+    def slices(self) -> int: ...
+    @property
+    def reads(self) -> int: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def stall_us(self) -> float: ...
+    @property
+    def total_us(self) -> float: ...
+
+@final
 class PrefetchStats:
     @property
     def used_bytes(self) -> int: ...
@@ -87,6 +130,35 @@ class PreloadStats:
     def n_slices(self) -> int: ...
     @property
     def n_left(self) -> int: ...
+
+@final
+class ReplayResult:
+    @property
+    def all(self) -> ReplayPhase: ...
+    @property
+    def decode(self) -> ReplayPhase: ...
+    @property
+    def evictions(self) -> int: ...
+    @property
+    def prefetch(self) -> PrefetchStats: ...
+    @property
+    def bound_reads(self) -> int: ...
+    @property
+    def bound_bytes(self) -> int: ...
+    @property
+    def slots_bytes(self) -> int: ...
+    @property
+    def n_slots(self) -> int: ...
+
+# layers: (n_experts, n_used, bytes of each projection); batch_us and depths are written
+def replay(
+    layers: Sequence[tuple[int, int, Sequence[int]]],
+    batch_of_token: npt.NDArray[np.int32],
+    experts: npt.NDArray[np.int16],
+    options: ReplayOptions,
+    batch_us: npt.NDArray[np.float64],
+    depths: npt.NDArray[np.int32],
+) -> ReplayResult: ...
 
 @final
 class Runtime:

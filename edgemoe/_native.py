@@ -16,16 +16,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edgemoe import _core
 from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadError, ModelFormatError, TraceError
 
 _ABI_VERSION = 2
 _ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadError, 4: BudgetError, 5: BudgetError}
 
-EVICTION_RULES = {"lru": 0, "lfu": 1}
+EVICTION_RULES = {"auto": 0, "lru": 0, "lfu": 1, "least-stale": 2, "utility": 3}
+"""Which slice goes first; for `auto` see docs/experiments.md, "Which expert to give up, by replay"."""
+REPLAY_POLICIES = {**EVICTION_RULES, "belady": 100}
 KERNELS = {"auto": 0, "ggml": 1}
 """Who multiplies by experts: our kernels where a format has them, or ggml alone, whose bits are llama.cpp's."""
 
+ReplayOptions = _core.ReplayOptions
+ReplayPhase = _core.ReplayPhase
+ReplayResult = _core.ReplayResult
 Runtime = _core.Runtime
 Sizes = _core.Sizes
 
@@ -124,6 +132,24 @@ def set_prefetch(runtime: Runtime, routers: Sequence[RouterData], max_depth: int
     with _translated():
         tuples = [(r.layer, r.weights, r.norm, r.bias, r.is_sigmoid) for r in routers]
         runtime.set_prefetch(tuples, max_depth, is_adaptive)
+
+
+def replay(
+    layers: Sequence[tuple[int, int, Sequence[int]]],
+    batch_of_token: npt.NDArray[np.int32],
+    experts: npt.NDArray[np.int16],
+    options: ReplayOptions,
+    batch_us: npt.NDArray[np.float64],
+    depths: npt.NDArray[np.int32],
+) -> ReplayResult:
+    """Walk the real cache through a trace; see `edgemoe_replay` in scheduler.h. Writes batch_us and depths.
+
+    Raises:
+        BudgetError: the slots are too few to run at all.
+        BackendError: the trace or the options make no sense.
+    """
+    with _translated():
+        return _core.replay(layers, batch_of_token, experts, options, batch_us, depths)
 
 
 def set_slots_bytes(runtime: Runtime, slots_bytes: int) -> None:

@@ -40,7 +40,7 @@ def slot_sizes(model: GgufModel, slots_bytes: int) -> _native.Sizes:
     return _native.measure(extents(model), max(0, slots_bytes))
 
 
-def open_runtime(model: GgufModel, slots_bytes: int, eviction: str = "lru", kernels: str = "auto") -> _native.Runtime:
+def open_runtime(model: GgufModel, slots_bytes: int, eviction: str = "auto", kernels: str = "auto") -> _native.Runtime:
     """Open the model's files for streaming; see `_native.open_runtime` for errors."""
     return _native.open_runtime(model.files, extents(model), slots_bytes, N_IO_THREADS, eviction, kernels)
 

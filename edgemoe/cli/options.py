@@ -86,10 +86,10 @@ kernels_option = click.option(
 _SCHEDULING = {
     "eviction": click.option(
         "--eviction",
-        type=click.Choice(["lru", "lfu"]),
-        default="lru",
+        type=click.Choice(["auto", "lru", "lfu", "least-stale", "utility"]),
+        default="auto",
         show_default=True,
-        help="Which expert leaves first: the least recently, or the least frequently used.",
+        help="Which expert leaves first: the least recently (auto, lru) or frequently used, or as two papers have it.",
     ),
     "prefetch": click.option(
         "--prefetch",

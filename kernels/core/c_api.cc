@@ -8,6 +8,7 @@
 #include <new>
 
 #include "core/arithmetic.h"
+#include "core/replay.h"
 #include "core/runtime.h"
 #include "edgemoe/edgemoe.h"
 #include "edgemoe/scheduler.h"
@@ -207,6 +208,11 @@ void edgemoe_runtime_preload_stats(edgemoe_runtime* runtime, edgemoe_preload_sta
   stats->read_bytes = c.preload_bytes.load();
   stats->used_bytes = c.preload_used_bytes.load();
   stats->n_slices = runtime->cache.file().n_slices();
+}
+
+int32_t edgemoe_replay(const edgemoe_replay_trace* trace, const edgemoe_replay_options* options,
+                       edgemoe_replay_result* result, double* batch_us, int32_t* depths, edgemoe_error* error) {
+  return Guard(error, [&] { return edgemoe::Replay(*trace, *options, result, batch_us, depths); });
 }
 
 void edgemoe_runtime_take_error(edgemoe_runtime* runtime, edgemoe_error* error) {

@@ -17,7 +17,7 @@ ExpertCache::~ExpertCache() {
   for (std::thread& reader : readers_) reader.join();
 }
 
-Status ExpertCache::Start(uint64_t slots_bytes, int n_io_threads) {
+Status ExpertCache::Start(uint64_t slots_bytes, int n_io_threads, int n_own_readers) {
   if (Status s = pool_.Reserve(file_->tensors()); !s.ok()) return s;
   slices_.resize(static_cast<size_t>(file_->n_slices()));
   classes_.resize(pool_.classes().size());
@@ -26,7 +26,7 @@ Status ExpertCache::Start(uint64_t slots_bytes, int n_io_threads) {
   hints_.reserve(kMaxHints);
   // Half of the readers: a demand that comes meanwhile finds the others free, and two keep most disks busy
   // (development machine: 859 MiB/s from two, 954 from four).
-  max_hint_reads_ = std::max(1, n_io_threads / 2);
+  max_hint_reads_ = std::max(1, (n_io_threads + n_own_readers) / 2);
   for (size_t i = 0; i < classes_.size(); ++i) {
     const size_t n = static_cast<size_t>(pool_.classes()[i].n_slices);
     classes_[i].slice_of_slot.assign(n, -1);
@@ -148,9 +148,9 @@ void ExpertCache::EndLayer() {
 }
 
 double ExpertCache::AdvanceClock(int64_t n_tokens) {
-  const double now = clock_tokens_;
+  pass_time_ = clock_tokens_;
   clock_tokens_ += static_cast<double>(n_tokens);
-  return now;
+  return pass_time_;
 }
 
 void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
@@ -164,7 +164,13 @@ void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
     counters_.preload_used_bytes.fetch_add(file_->Extent(slice).length, std::memory_order_relaxed);
   }
   s.n_uses += static_cast<uint64_t>(n_uses);
-  Touch(rule_, time, n_uses, &s.heat);
+  Touch(rule_, pass_time_, time, n_uses, &s.heat);
+  SetKey(slice, s.heat.key);
+}
+
+void ExpertCache::SetKey(int64_t slice, double key) {
+  Slice& s = At(slice);
+  s.heat.key = key;
   if (s.heap_idx >= 0) {
     ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
     HeapSiftUp(&c, static_cast<size_t>(s.heap_idx));

@@ -12,6 +12,7 @@
 #ifndef EDGEMOE_CORE_EXPERT_CACHE_H_
 #define EDGEMOE_CORE_EXPERT_CACHE_H_
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -53,6 +54,9 @@ struct CacheRead {
   bool is_preload = false;
 };
 
+// Slots of a class left for slices that pass through, when not all that a layer needs can be pinned at once.
+inline int64_t StreamingSlots(int64_t n_slots) { return std::min<int64_t>(16, (n_slots + 1) / 2); }
+
 class ExpertCache {
  public:
   // kernels: those that multiply the file's own tensors; null when it has none.
@@ -62,8 +66,8 @@ class ExpertCache {
   ExpertCache(const ExpertCache&) = delete;
   ExpertCache& operator=(const ExpertCache&) = delete;
 
-  // n_io_threads 0: whoever owns the cache makes the reads, with NextRead and FinishRead.
-  Status Start(uint64_t slots_bytes, int n_io_threads);
+  // n_io_threads 0: whoever owns the cache makes the reads, with NextRead and FinishRead, n_own_readers at once.
+  Status Start(uint64_t slots_bytes, int n_io_threads, int n_own_readers = 0);
   Status SetSlotsBytes(uint64_t slots_bytes);
 
   const ExpertFile& file() const { return *file_; }
@@ -93,6 +97,8 @@ class ExpertCache {
   // Begin a batch of n_tokens; returns the time of its first token.
   double AdvanceClock(int64_t n_tokens);
   void TouchSlice(int64_t slice, double time, int n_uses);
+  // Put a slice elsewhere in the order of eviction than the rule would: for whoever knows its next use.
+  void SetKey(int64_t slice, double key);
   Acquired Acquire(int64_t slice);
   // Start reading without pinning, but only over slices last used before `time`.
   bool ReadAhead(int64_t slice, double time);
@@ -174,6 +180,7 @@ class ExpertCache {
   int n_layers_ = 0;       // in progress
   bool resizing_ = false;  // one SetSlotsBytes at a time
   double clock_tokens_ = 0.0;
+  double pass_time_ = 0.0;  // of the first token of the batch that began last
   Status last_error_;
   Status read_error_;
 

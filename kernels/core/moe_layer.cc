@@ -4,12 +4,6 @@
 #include <algorithm>
 
 namespace edgemoe {
-namespace {
-
-// Slots of a class left for slices that pass through, when not all that a layer needs can be pinned at once.
-constexpr int64_t kStreamingSlots = 16;
-
-}  // namespace
 
 Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes,
                        const int32_t* tensor_idxs, int n_tensors) {
@@ -152,8 +146,8 @@ void MoeLayer::Promise() {
     const int64_t n_slots = cache_->n_slots(static_cast<int>(i));
     int64_t& promised = cache_->Promised(static_cast<int>(i));
     share.fits = fits;
-    const int64_t streaming = std::min(kStreamingSlots, (n_slots + 1) / 2);
-    share.n_promised = fits ? share.n_needed : std::clamp<int64_t>(n_slots - promised - streaming, 0, share.n_needed);
+    share.n_promised =
+        fits ? share.n_needed : std::clamp<int64_t>(n_slots - promised - StreamingSlots(n_slots), 0, share.n_needed);
     promised += share.n_promised;
     share.n_held = share.n_promised;
   }

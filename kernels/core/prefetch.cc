@@ -4,14 +4,6 @@
 #include <cmath>
 
 namespace edgemoe {
-namespace {
-
-// A batch of more tokens is a prompt, whose next layer needs most experts whatever is predicted. Up to here it may be a
-// draft to be verified, which is decoding.
-constexpr int64_t kMostDecodeTokens = 8;
-
-}  // namespace
-
 int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time) {
   const auto now = std::chrono::steady_clock::now();
   if (n_tokens == 1 && in_decode_) {

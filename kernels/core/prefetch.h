@@ -16,6 +16,10 @@
 
 namespace edgemoe {
 
+// A batch of more tokens is a prompt, whose next layer needs most experts whatever is predicted. Up to here it may be a
+// draft to be verified, which is decoding.
+inline constexpr int64_t kMostDecodeTokens = 8;
+
 // What one thread foresees, kept so that decoding allocates nothing.
 struct Foresight {
   struct Layer {

@@ -8,20 +8,10 @@
 #include <random>
 #include <vector>
 
+#include "tests/eviction_oracle.h"
+
 namespace edgemoe::test {
 namespace {
-
-struct Use {
-  double time;
-  int n_uses;
-};
-
-// Decayed count of uses as of `now`.
-double Frequency(const std::vector<Use>& history, double now) {
-  double f = 0.0;
-  for (const Use& u : history) f += u.n_uses * std::exp2(-(now - u.time) / kDecayHalfLifeTokens);
-  return f;
-}
 
 // Guards against: an order that drifts from "least recently used" once slices were touched at different times.
 TEST(EvictionTest, LruKeysOrderByLastUse) {
@@ -30,7 +20,7 @@ TEST(EvictionTest, LruKeysOrderByLastUse) {
   std::vector<double> last(20, -1.0);
   for (int step = 0; step < 2000; ++step) {
     const size_t i = rng() % heats.size();
-    Touch(EDGEMOE_EVICT_LRU, step, 1 + static_cast<int>(rng() % 3), &heats[i]);
+    Touch(EDGEMOE_EVICT_LRU, step, step, 1 + static_cast<int>(rng() % 3), &heats[i]);
     last[i] = step;
     for (size_t k = 0; k < heats.size(); ++k) {
       if (last[k] < 0 || k == i) continue;
@@ -44,13 +34,13 @@ TEST(EvictionTest, LruKeysOrderByLastUse) {
 TEST(EvictionTest, LfuDecayKeysOrderByDecayedFrequencyAtAnyLaterTime) {
   std::mt19937 rng(2);
   std::vector<Heat> heats(20);
-  std::vector<std::vector<Use>> histories(20);
+  std::vector<History> histories(20);
   double now = 0.0;
   for (int step = 0; step < 500; ++step) {
     now += 0.25 * (rng() % 8);
     const size_t i = rng() % 3 == 0 ? rng() % 20 : rng() % 5;
     const int n_uses = 1 + static_cast<int>(rng() % 4);
-    Touch(EDGEMOE_EVICT_LFU_DECAY, now, n_uses, &heats[i]);
+    Touch(EDGEMOE_EVICT_LFU_DECAY, now, now, n_uses, &heats[i]);
     histories[i].push_back({now, n_uses});
     const double later = now + rng() % 40;
     for (size_t a = 0; a < 20; ++a) {
@@ -64,23 +54,133 @@ TEST(EvictionTest, LfuDecayKeysOrderByDecayedFrequencyAtAnyLaterTime) {
   }
 }
 
+// Guards against: a prompt that counts more than its tokens would have counted one by one, so that its experts stay
+// long after it.
+TEST(EvictionTest, LfuDecayCountsAPromptAsItsTokensOneByOne) {
+  for (int n_tokens : {1, 2, 16, 256}) {
+    for (int every : {1, 2, 5, 16}) {
+      const double begin = 1000.0;
+      Heat alone, together;
+      int n_uses = 0;
+      double last = begin;
+      for (int t = every - 1; t < n_tokens; t += every) {
+        last = begin + t + 0.25;
+        Touch(EDGEMOE_EVICT_LFU_DECAY, begin + t, last, 1, &alone);
+        ++n_uses;
+      }
+      if (n_uses == 0) continue;
+      Touch(EDGEMOE_EVICT_LFU_DECAY, begin, last, n_uses, &together);
+      EXPECT_NEAR(together.frequency / alone.frequency, 1.0, 0.1) << n_uses << " uses in " << n_tokens << " tokens";
+      EXPECT_NEAR(together.key, alone.key, 0.15);
+    }
+  }
+}
+
 // Guards against: decay by the wrong half-life.
-TEST(EvictionTest, LfuDecayHalvesACountInSixteenTokens) {
+TEST(EvictionTest, LfuDecayHalvesACountInEightTokens) {
   Heat once, twice;
-  Touch(EDGEMOE_EVICT_LFU_DECAY, 0.0, 2, &twice);
-  Touch(EDGEMOE_EVICT_LFU_DECAY, 15.9, 1, &once);
+  Touch(EDGEMOE_EVICT_LFU_DECAY, 0.0, 0.0, 2, &twice);
+  Touch(EDGEMOE_EVICT_LFU_DECAY, 7.0, 7.9, 1, &once);
   EXPECT_LT(once.key, twice.key);
-  Touch(EDGEMOE_EVICT_LFU_DECAY, 16.1, 1, &(once = Heat()));
+  Touch(EDGEMOE_EVICT_LFU_DECAY, 8.0, 8.1, 1, &(once = Heat()));
   EXPECT_GT(once.key, twice.key);
+}
+
+// Guards against: a slice of an earlier batch kept before one that the batch in progress has used, or an order within a
+// batch that is not the one in which slices entered it.
+TEST(EvictionTest, LeastStaleKeysOrderByGenerationThenFirstInFirstOut) {
+  std::mt19937 rng(3);
+  constexpr int kLayers = 5, kExperts = 4;
+  std::vector<Heat> heats(kLayers * kExperts);
+  std::vector<int> entered(heats.size(), -1);  // in which position of all touches, of its latest batch
+  double pass_time = 0.0;
+  int n_touches = 0;
+  for (int pass = 0; pass < 200; ++pass) {
+    const int n_tokens = 1 + static_cast<int>(rng() % 9);
+    for (int layer = 0; layer < kLayers; ++layer) {
+      ++n_touches;  // those of one layer enter together
+      for (int e = 0; e < kExperts; ++e) {
+        if (rng() % 3 != 0) continue;
+        const size_t i = static_cast<size_t>(layer * kExperts + e);
+        const double time =
+            pass_time + static_cast<double>(rng() % static_cast<unsigned>(n_tokens)) + (layer + 1) / 64.0;
+        Touch(EDGEMOE_EVICT_LEAST_STALE, pass_time, time, 1, &heats[i]);
+        entered[i] = n_touches;
+      }
+      for (size_t a = 0; a < heats.size(); ++a) {
+        for (size_t b = 0; b < heats.size(); ++b) {
+          if (entered[a] < 0 || entered[b] < 0) continue;
+          ASSERT_EQ(heats[a].key < heats[b].key, entered[a] < entered[b]) << "pass " << pass << ", layer " << layer;
+        }
+      }
+    }
+    pass_time += n_tokens;
+  }
+}
+
+// Guards against: a decode in which the two differ, which would make one of them wrong.
+TEST(EvictionTest, LeastStaleIsLeastRecentlyUsedWhileEveryPassIsOneToken) {
+  std::mt19937 rng(4);
+  Heat lru, stale;
+  for (int token = 0; token < 100; ++token) {
+    const double time = token + (1 + rng() % 48) / 65536.0;
+    Touch(EDGEMOE_EVICT_LRU, token, time, 1, &lru);
+    Touch(EDGEMOE_EVICT_LEAST_STALE, token, time, 1, &stale);
+    ASSERT_EQ(lru.key, stale.key);
+  }
+}
+
+// Guards against: a state that rises or falls at other counts than MoE-SpAc's, one that does not fall while the slice
+// is not touched, or ties that keep what was used longest ago.
+TEST(EvictionTest, UtilityKeysOrderByStateThenByLastUse) {
+  std::mt19937 rng(5);
+  std::vector<Heat> heats(16);
+  std::vector<History> histories(16);
+  int n_high = 0;
+  double now = 0.0;
+  for (int step = 0; step < 4000; ++step) {
+    now += (rng() % 8) / 16.0;
+    // A few slices are used so often that they rise to the top, for a while.
+    const size_t i = (rng() % 4 != 0 ? 0 : rng() % 16) + (step / 700) % 3;
+    if (i >= 16) continue;
+    const int n_uses = 1 + static_cast<int>(rng() % 3);
+    Touch(EDGEMOE_EVICT_UTILITY, std::floor(now), now, n_uses, &heats[i]);
+    histories[i].push_back({now, n_uses});
+    const double later = now + rng() % 70;
+    for (size_t a = 0; a < 16; ++a) {
+      if (histories[a].empty()) continue;
+      n_high += Utility(histories[a], now) == 5 ? 1 : 0;
+      for (size_t b = 0; b < 16; ++b) {
+        if (histories[b].empty()) continue;
+        ASSERT_EQ(heats[a].key < heats[b].key, Weight(EDGEMOE_EVICT_UTILITY, histories[a], later) <
+                                                   Weight(EDGEMOE_EVICT_UTILITY, histories[b], later))
+            << "step " << step << ", slices " << a << " and " << b;
+      }
+    }
+  }
+  EXPECT_GT(n_high, 100);
+}
+
+// Guards against: MoE-SpAc's constants changed by accident.
+TEST(EvictionTest, UtilityRisesByFiveMoreUsesThanItselfAndFallsAtOneFewer) {
+  EXPECT_EQ(NextUtility(0, 4), 0);
+  EXPECT_EQ(NextUtility(0, 5), 1);
+  EXPECT_EQ(NextUtility(3, 7), 3);
+  EXPECT_EQ(NextUtility(3, 8), 4);
+  EXPECT_EQ(NextUtility(5, 10), 5);
+  EXPECT_EQ(NextUtility(3, 3), 3);
+  EXPECT_EQ(NextUtility(3, 2), 2);
+  EXPECT_EQ(NextUtility(0, 0), 0);
 }
 
 // Guards against: very long runs in which keys overflow or lose the order of neighbouring layers.
 TEST(EvictionTest, OrderOfLayersSurvivesABillionTokens) {
-  for (edgemoe_eviction rule : {EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY}) {
+  for (edgemoe_eviction rule :
+       {EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY}) {
     Heat a, b;
     const double t = 1e9;
-    Touch(rule, t + 1.0 / 65536, 1, &a);
-    Touch(rule, t + 2.0 / 65536, 1, &b);
+    Touch(rule, t, t + 1.0 / 65536, 1, &a);
+    Touch(rule, t, t + 2.0 / 65536, 1, &b);
     EXPECT_LT(a.key, b.key);
     EXPECT_TRUE(std::isfinite(a.key));
   }

@@ -10,6 +10,7 @@
 #include <map>
 #include <set>
 
+#include "tests/eviction_oracle.h"
 #include "tests/fakes.h"
 
 namespace edgemoe::test {
@@ -142,33 +143,33 @@ TEST_P(EvictionOrderTest, EvictsWhatTheOracleWould) {
   const size_t n_slots = 8;
   Start(n_slots, GetParam());
   std::mt19937 rng(5);
-  std::map<int64_t, std::vector<std::pair<double, int>>> uses;
+  std::map<int64_t, History> uses;
   std::set<int64_t> resident;
-  const auto weight = [&](int64_t slice, double now) {
-    if (GetParam() == EDGEMOE_EVICT_LRU) return uses[slice].back().first;
-    double f = 0.0;
-    for (const auto& [time, n] : uses[slice]) f += n * std::exp2(-(now - time) / kDecayHalfLifeTokens);
-    return f;
-  };
   double now = 0.0;
   for (int step = 0; step < 1500; ++step) {
-    now += 0.125 * (1 + rng() % 16);
+    {
+      std::lock_guard<std::mutex> lock(cache_->mutex());
+      // Odd fractions, so that no two weights are equal.
+      now = cache_->AdvanceClock(1 + static_cast<int64_t>(rng() % 3)) + (rng() % 1000) / 1009.0;
+    }
     const int64_t slice = static_cast<int64_t>(rng() % 2 ? rng() % 6 : rng() % 40);
     const int n_uses = 1 + static_cast<int>(rng() % 3);
     if (resident.count(slice) == 0 && resident.size() == n_slots) {
       // The cache touches before it makes room, which does not change the order of the others.
-      resident.erase(*std::min_element(resident.begin(), resident.end(),
-                                       [&](int64_t a, int64_t b) { return weight(a, now) < weight(b, now); }));
+      resident.erase(*std::min_element(resident.begin(), resident.end(), [&](int64_t a, int64_t b) {
+        return Weight(GetParam(), uses[a], now) < Weight(GetParam(), uses[b], now);
+      }));
     }
     resident.insert(slice);
-    uses[slice].emplace_back(now, n_uses);
+    uses[slice].push_back({now, n_uses});
     ASSERT_TRUE(Use(slice, now, n_uses));
     ASSERT_EQ(ResidentSlices(), resident) << "step " << step;
   }
   EXPECT_GT(cache_->counters().evictions.load(), 300u);
 }
 
-INSTANTIATE_TEST_SUITE_P(Rules, EvictionOrderTest, testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY));
+INSTANTIATE_TEST_SUITE_P(Rules, EvictionOrderTest,
+                         testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EVICT_UTILITY));
 
 // Guards against: a slice that counts as resident although its read failed, or a slot lost with every failure.
 TEST_F(ExpertCacheTest, FailedReadLeavesTheSliceAbsentAndItsSlotFree) {

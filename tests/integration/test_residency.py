@@ -112,7 +112,7 @@ def test_own_bits(case: tuple[str, dict[str, object]], write_model: ModelWriter)
             assert np.array_equal(logits(llm, PROMPT, STEPS), expected), (residency, n_threads)
 
 
-@pytest.mark.parametrize("eviction", ["lru", "lfu"])
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "least-stale", "utility", "auto"])
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_bits_do_not_depend_on_eviction(eviction: str, residency: str, write_model: ModelWriter) -> None:
     """Guards against an eviction rule that gives away a slot in use."""

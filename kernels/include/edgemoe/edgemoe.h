@@ -67,8 +67,10 @@ typedef struct edgemoe_tensor {
 } edgemoe_tensor;
 
 typedef enum edgemoe_eviction {
-  EDGEMOE_EVICT_LRU = 0,      /* least recently used */
-  EDGEMOE_EVICT_LFU_DECAY = 1 /* least frequently used, counts halving every 16 tokens */
+  EDGEMOE_EVICT_LRU = 0,         /* least recently used */
+  EDGEMOE_EVICT_LFU_DECAY = 1,   /* least frequently used, counts halving every 8 tokens */
+  EDGEMOE_EVICT_LEAST_STALE = 2, /* what the batch in progress has not used, then by layer */
+  EDGEMOE_EVICT_UTILITY = 3      /* MoE-SpAc's states, slow up and fast down */
 } edgemoe_eviction;
 
 typedef enum edgemoe_arithmetic {
@@ -88,8 +90,7 @@ typedef struct edgemoe_options {
   int32_t arithmetic;   /* edgemoe_arithmetic */
 } edgemoe_options;
 
-/* What a set of tensors needs, computed without opening a file. Bytes are those of slots, which are
- * whole pages and thus never smaller than the experts they hold. */
+/* What a set of tensors needs, computed without opening a file. Bytes are those of slots: whole pages. */
 typedef struct edgemoe_sizes {
   uint64_t bank_slot_bytes;  /* every expert resident */
   uint64_t cycle_slot_bytes; /* the experts of one token */
@@ -232,9 +233,8 @@ EDGEMOE_API int32_t edgemoe_session_create(edgemoe_runtime* runtime, const edgem
                                            edgemoe_session** session, edgemoe_error* error);
 EDGEMOE_API void edgemoe_session_destroy(edgemoe_session* session);
 EDGEMOE_API void edgemoe_session_set_threads(edgemoe_session* session, int32_t n_threads);
-/* One layer of one batch: which experts the router chose, and the tensors that will multiply, in the order of
- * use. ids: [n_tokens][n_used], a token's row `ids_token_bytes` after the one before. Reads begin with the
- * first product. */
+/* One layer of one batch: which experts the router chose, and the tensors that will multiply, in the order of use.
+ * ids: [n_tokens][n_used], a token's row `ids_token_bytes` after the one before. Reads begin with the first product. */
 EDGEMOE_API int32_t edgemoe_session_begin_layer(edgemoe_session* session, const int32_t* ids, int64_t n_tokens,
                                                 int64_t n_used, uint64_t ids_token_bytes, const int32_t* tensor_idxs,
                                                 int32_t n_tensors, edgemoe_error* error);

@@ -83,6 +83,73 @@ EDGEMOE_API int32_t edgemoe_runtime_start_trace(edgemoe_runtime* runtime, const 
 EDGEMOE_API int32_t edgemoe_runtime_check_trace(edgemoe_runtime* runtime, edgemoe_error* error);
 /* Write the rest, and give the file its name. A failure leaves no file. */
 EDGEMOE_API int32_t edgemoe_runtime_stop_trace(edgemoe_runtime* runtime, edgemoe_error* error);
+/* --- replay: the real cache over a simulated disk, by the selections of a trace --- */
+
+typedef struct edgemoe_replay_layer {
+  int32_t n_experts;
+  int32_t n_used;   /* the most that a token selects */
+  int32_t n_slices; /* projections, 1 to 4, in the order of use */
+  int32_t reserved;
+  uint64_t slice_bytes[4]; /* what reading one takes */
+} edgemoe_replay_layer;
+
+typedef struct edgemoe_replay_trace {
+  int32_t n_layers;
+  int32_t max_used;
+  int64_t n_tokens;
+  const edgemoe_replay_layer* layers;
+  const int32_t* batch_of_token; /* [n_tokens] from 0, each as the one before or 1 more */
+  const int16_t* experts;        /* [n_tokens][n_layers][max_used], -1: none */
+} edgemoe_replay_trace;
+
+/* As edgemoe_eviction; and the one that knows the future. */
+#define EDGEMOE_REPLAY_BELADY 100
+
+typedef struct edgemoe_replay_options {
+  uint32_t struct_size;
+  int32_t policy; /* edgemoe_eviction or EDGEMOE_REPLAY_BELADY */
+  uint64_t slots_bytes;
+  double disk_bytes_per_s; /* of all reads together */
+  double latency_us;       /* of a read, before its bytes flow; those of several overlap */
+  double jitter;           /* 0 to 1: each read takes 1 - jitter to 1 + jitter times as long */
+  int64_t change_token;    /* from the batch with this token on, the disk is change_factor times as fast; -1: never */
+  double change_factor;
+  double dense_us;  /* all but the routed experts, of one layer and token */
+  double expert_us; /* one expert and token */
+  double row_share; /* each further token of a batch costs this share of the first */
+  double recall;    /* of predictions: each true expert is kept with this chance, else replaced by a wrong one */
+  uint64_t seed;
+  int32_t n_readers;
+  int32_t prefetch_depth; /* layers ahead, 0 to 2 */
+  int32_t adaptive;       /* as edgemoe_runtime_set_prefetch */
+  int32_t reserved;
+} edgemoe_replay_options;
+
+typedef struct edgemoe_replay_phase {
+  int64_t n_tokens;
+  uint64_t hits, misses, late_hits; /* experts, as in edgemoe_stats */
+  uint64_t slices;                  /* used: each distinct one of a batch counts once */
+  uint64_t reads;
+  uint64_t bytes_read;
+  double stall_us; /* computing waited for the disk */
+  double total_us;
+} edgemoe_replay_phase;
+
+typedef struct edgemoe_replay_result {
+  edgemoe_replay_phase all;
+  edgemoe_replay_phase decode; /* batches of one token */
+  uint64_t evictions;
+  edgemoe_prefetch_stats prefetch;
+  uint64_t bound_reads; /* no rule reads less with these slots: each class's optimum for the whole trace */
+  uint64_t bound_bytes;
+  uint64_t slots_bytes; /* taken, of options.slots_bytes */
+  int64_t n_slots;
+} edgemoe_replay_result;
+
+/* batch_us, depths: NULL, or [n_batches]: how long each took, and how many layers ahead it read. */
+EDGEMOE_API int32_t edgemoe_replay(const edgemoe_replay_trace* trace, const edgemoe_replay_options* options,
+                                   edgemoe_replay_result* result, double* batch_us, int32_t* depths,
+                                   edgemoe_error* error);
 
 #ifdef __cplusplus
 }

@@ -96,6 +96,46 @@ using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device
 // (layer, weights [n_experts][n_cols], norm [n_cols], bias [n_experts], sigmoid)
 using RouterTuple = std::tuple<int, FloatRows, std::optional<Floats>, std::optional<Floats>, bool>;
 
+using ReplayIds = nb::ndarray<const int16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using ReplayBatches = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ReplayTimes = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ReplayDepths = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+// (n_experts, n_used, bytes of each projection)
+using ReplayLayerTuple = std::tuple<int, int, std::vector<uint64_t>>;
+
+// experts: [n_tokens][n_layers][max_used]; batch_us and depths: [n_batches], written.
+edgemoe_replay_result Replay(const std::vector<ReplayLayerTuple>& tuples, const ReplayBatches& batch_of_token,
+                             const ReplayIds& experts, const edgemoe_replay_options& options,
+                             const ReplayTimes& batch_us, const ReplayDepths& depths) {
+  std::vector<edgemoe_replay_layer> layers;
+  for (const auto& [n_experts, n_used, slice_bytes] : tuples) {
+    edgemoe_replay_layer layer = {n_experts, n_used, static_cast<int32_t>(slice_bytes.size()), 0, {}};
+    for (size_t i = 0; i < slice_bytes.size() && i < 4; ++i) layer.slice_bytes[i] = slice_bytes[i];
+    layers.push_back(layer);
+  }
+  const size_t n_tokens = batch_of_token.shape(0);
+  const size_t n_batches = n_tokens == 0 ? 0 : static_cast<size_t>(batch_of_token.data()[n_tokens - 1]) + 1;
+  if (experts.shape(0) != n_tokens || experts.shape(1) != layers.size() || batch_us.shape(0) != n_batches ||
+      depths.shape(0) != n_batches) {
+    throw CoreError{EDGEMOE_INVALID_ARGUMENT, "replay: arrays of lengths that do not belong to one trace"};
+  }
+  const edgemoe_replay_trace trace = {static_cast<int32_t>(layers.size()),
+                                      static_cast<int32_t>(experts.shape(2)),
+                                      static_cast<int64_t>(n_tokens),
+                                      layers.data(),
+                                      batch_of_token.data(),
+                                      experts.data()};
+  edgemoe_replay_result result;
+  edgemoe_error error = {};
+  int32_t code;
+  {
+    nb::gil_scoped_release release;
+    code = edgemoe_replay(&trace, &options, &result, batch_us.data(), depths.data(), &error);
+  }
+  Check(code, error);
+  return result;
+}
+
 class Runtime {
  public:
   Runtime(const std::vector<std::string>& files, const std::vector<TensorTuple>& tensors, uint64_t slots_bytes,
@@ -353,6 +393,51 @@ NB_MODULE(_core, m) {
       .def_ro("used_bytes", &edgemoe_preload_stats::used_bytes)
       .def_ro("n_slices", &edgemoe_preload_stats::n_slices)
       .def_ro("n_left", &edgemoe_preload_stats::n_left);
+  nb::class_<edgemoe_replay_options>(m, "ReplayOptions")
+      .def("__init__",
+           [](edgemoe_replay_options* options) {
+             *options = {};
+             options->struct_size = sizeof(edgemoe_replay_options);
+           })
+      .def_rw("policy", &edgemoe_replay_options::policy)
+      .def_rw("slots_bytes", &edgemoe_replay_options::slots_bytes)
+      .def_rw("disk_bytes_per_s", &edgemoe_replay_options::disk_bytes_per_s)
+      .def_rw("latency_us", &edgemoe_replay_options::latency_us)
+      .def_rw("jitter", &edgemoe_replay_options::jitter)
+      .def_rw("change_token", &edgemoe_replay_options::change_token)
+      .def_rw("change_factor", &edgemoe_replay_options::change_factor)
+      .def_rw("dense_us", &edgemoe_replay_options::dense_us)
+      .def_rw("expert_us", &edgemoe_replay_options::expert_us)
+      .def_rw("row_share", &edgemoe_replay_options::row_share)
+      .def_rw("recall", &edgemoe_replay_options::recall)
+      .def_rw("seed", &edgemoe_replay_options::seed)
+      .def_rw("n_readers", &edgemoe_replay_options::n_readers)
+      .def_rw("prefetch_depth", &edgemoe_replay_options::prefetch_depth)
+      .def_rw("adaptive", &edgemoe_replay_options::adaptive);
+
+  nb::class_<edgemoe_replay_phase>(m, "ReplayPhase")
+      .def_ro("n_tokens", &edgemoe_replay_phase::n_tokens)
+      .def_ro("hits", &edgemoe_replay_phase::hits)
+      .def_ro("misses", &edgemoe_replay_phase::misses)
+      .def_ro("late_hits", &edgemoe_replay_phase::late_hits)
+      .def_ro("slices", &edgemoe_replay_phase::slices)
+      .def_ro("reads", &edgemoe_replay_phase::reads)
+      .def_ro("bytes_read", &edgemoe_replay_phase::bytes_read)
+      .def_ro("stall_us", &edgemoe_replay_phase::stall_us)
+      .def_ro("total_us", &edgemoe_replay_phase::total_us);
+
+  nb::class_<edgemoe_replay_result>(m, "ReplayResult")
+      .def_ro("all", &edgemoe_replay_result::all)
+      .def_ro("decode", &edgemoe_replay_result::decode)
+      .def_ro("evictions", &edgemoe_replay_result::evictions)
+      .def_ro("prefetch", &edgemoe_replay_result::prefetch)
+      .def_ro("bound_reads", &edgemoe_replay_result::bound_reads)
+      .def_ro("bound_bytes", &edgemoe_replay_result::bound_bytes)
+      .def_ro("slots_bytes", &edgemoe_replay_result::slots_bytes)
+      .def_ro("n_slots", &edgemoe_replay_result::n_slots);
+
+  m.def("replay", &Replay, nb::arg("layers"), nb::arg("batch_of_token"), nb::arg("experts"), nb::arg("options"),
+        nb::arg("batch_us").noconvert(), nb::arg("depths").noconvert());
 
   nb::class_<Runtime>(m, "Runtime")
       .def(nb::init<const std::vector<std::string>&, const std::vector<TensorTuple>&, uint64_t, int, int, int>(),
