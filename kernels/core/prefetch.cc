@@ -74,6 +74,11 @@ Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, in
     if (n_used_of_layer_.size() <= layer) n_used_of_layer_.resize(layer + 1);
     n_used_of_layer_[layer] = t.n_experts_used;
   }
+  // Decoding allocates nothing.
+  size_t n_slices = 0;
+  for (const ExpertTensor& t : file.tensors()) n_slices += static_cast<size_t>(t.n_experts);
+  hints_.reserve(n_slices);
+  predicted_experts_.reserve(static_cast<size_t>(predictor.max_experts()));
   controller.Start(n_routers > 0 ? max_depth : 0, adaptive);
   return Status();
 }
@@ -89,6 +94,7 @@ void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_byt
     const int n_used = n_used_of_layer_[static_cast<size_t>(next.layer)];
     f->is_listed.assign(static_cast<size_t>(predictor.max_experts()), 0);
     next.experts.clear();
+    next.experts.reserve(static_cast<size_t>(predictor.max_experts()));
     for (int64_t t = 0; t < n_tokens; ++t) {
       const char* const row = x + static_cast<uint64_t>(t) * x_token_bytes;
       predictor.Rank(layer, distance, n_used, reinterpret_cast<const float*>(row), &f->scratch);

@@ -36,7 +36,7 @@ namespace {
 
 struct Step {
   int32_t ids[4];
-  float x[16];
+  float x[32];
 };
 
 // Slots, eviction rule, whether a trace is recorded.
@@ -47,13 +47,21 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
   const auto [n_slots, rule, is_recorded] = GetParam();
   ToyShape shape;
   shape.mixed = true;
+  shape.n_embd = 32;
   ToyModel model(shape);
   TempDir dir;
   RuntimePtr runtime(model.Open(model.SlotsBytes(n_slots), 2, rule));
+  // Routers for the prediction of coming layers.
+  std::mt19937 rng(1);
+  std::vector<float> weights(16 * 32);
+  for (float& w : weights) w = static_cast<float>(rng() % 200) / 100.0f - 1.0f;
+  std::vector<edgemoe_router> routers;
+  for (int layer = 0; layer < 3; ++layer) routers.push_back({layer, 16, 32, weights.data(), nullptr, nullptr, 0, 0});
+  ASSERT_EQ(edgemoe_runtime_set_prefetch(runtime.get(), routers.data(), 3, 2, 1, nullptr), EDGEMOE_OK);
   const edgemoe_kernels kernels = SerialToyKernels();
   edgemoe_session* session = nullptr;
   ASSERT_EQ(edgemoe_session_create(runtime.get(), &kernels, &session, nullptr), EDGEMOE_OK);
-  std::vector<float> gate(4 * 300), up(4 * 300), y(4 * 16);
+  std::vector<float> gate(4 * 300), up(4 * 300), y(4 * 32);
   const auto product = [&](int32_t tensor_idx, const float* x, int64_t x_n_used, float* to) {
     edgemoe_matmul m = {};
     m.tensor_idx = tensor_idx;
@@ -81,7 +89,6 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
     edgemoe_session_end_layer(session);
     return failed;
   };
-  std::mt19937 rng(1);
   std::vector<Step> steps(300);
   for (Step& step : steps) {
     const std::vector<int32_t> ids = RandomIds(&rng, 1, 4, 16);
@@ -92,11 +99,13 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
     ASSERT_EQ(edgemoe_runtime_start_trace(runtime.get(), dir.Path("trace").c_str(), "{}", nullptr), EDGEMOE_OK);
   }
   // Warm-up: one token, nothing of which is resident.
+  edgemoe_runtime_foresee_token(runtime.get(), steps[0].x, 32);
   for (int layer = 0; layer < 3; ++layer) ASSERT_EQ(run(layer, steps[0]), 0);
   g_n_allocations = 0;
   g_counting = true;
   int32_t failed = 0;
   for (size_t i = 1; i < steps.size(); ++i) {
+    edgemoe_runtime_foresee_token(runtime.get(), steps[i].x, 32);
     for (int layer = 0; layer < 3; ++layer) failed |= run(layer, steps[i]);
   }
   // Everything resident, if there is room: the most pins that a layer can take.
@@ -106,6 +115,9 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
   EXPECT_EQ(g_n_allocations.load(), 0);
   edgemoe_stats stats;
   edgemoe_runtime_stats(runtime.get(), &stats);
+  edgemoe_prefetch_stats prefetch;
+  edgemoe_runtime_prefetch_stats(runtime.get(), &prefetch);
+  EXPECT_EQ(prefetch.predicted > 0, n_slots < 32);
   EXPECT_TRUE(n_slots == 32 || stats.evictions > 1000) << stats.evictions << " evictions";
   edgemoe_session_destroy(session);
 }
