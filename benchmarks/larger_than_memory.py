@@ -175,7 +175,7 @@ def make_scenarios(model: Path, sizes: ModelSizes, options: Options) -> list[Sce
     else:  # in a process of its own: libraries mapped in this one would not be charged to the cgroups
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             limits = list(pool.map(functools.partial(plan_limit_bytes, model, options.n_ctx), experts_bytes))
-    room_bytes, n_resident = limits[0] + RESIDENT_HEADROOM_BYTES, min(RESIDENT_PAIRS, options.pairs)
+    room_bytes, n_resident = limits[0] + RESIDENT_HEADROOM_BYTES, min(options.resident_pairs, options.pairs)
     scenarios = [Scenario(RESIDENT, routing, room_bytes, n_resident, 2) for routing in options.routing]
     for fraction, limit_bytes in zip(fractions[1:], limits[1:], strict=True):
         name, n_passes = f"{fraction:.0%}", 2 if fraction >= 1.0 else 1
@@ -336,6 +336,7 @@ def parse_options(arguments: list[str] | None) -> Options:
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.25, 0.5, 1.0], help="share of expert bytes")
     parser.add_argument("--routing", nargs="+", choices=("local", "uniform"), default=["local", "uniform"])
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--resident-pairs", type=int, default=RESIDENT_PAIRS, help="0: no ceiling for the roofline")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--decode-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
