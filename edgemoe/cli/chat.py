@@ -16,14 +16,10 @@ from edgemoe.cli.console import Settings, open_llama, say
 from edgemoe.cli.options import (
     UNLIMITED,
     TokenCountType,
-    ctx_option,
-    kernels_option,
-    memory_option,
+    load_options,
     model_argument,
-    scheduling_options,
     seed_option,
     temperature_option,
-    threads_option,
 )
 from edgemoe.cli.plan import plan_table
 from edgemoe.errors import EdgeMoeError
@@ -61,11 +57,7 @@ _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 )
 @temperature_option
 @seed_option
-@ctx_option
-@memory_option
-@threads_option
-@kernels_option
-@scheduling_options
+@load_options
 @click.pass_obj
 def chat(
     settings: Settings,
@@ -74,25 +66,13 @@ def chat(
     n_tokens_max: int,
     temperature: float,
     seed: int | None,
-    n_ctx: int,
-    memory: int | None,
-    n_threads: int | None,
-    kernels: str,
-    scheduling: dict[str, Any],
+    load: dict[str, Any],
 ) -> None:
     """Talk with a model.
 
     Answers go to stdout, all else to stderr; /help lists what else can be typed. Lines piped in are one turn each.
     """
-    with open_llama(
-        settings,
-        model,
-        memory_bytes=memory,
-        n_ctx=n_ctx,
-        n_threads=n_threads,
-        kernels=kernels,
-        scheduling=scheduling,
-    ) as llm:
+    with open_llama(settings, model, load) as llm:
         if not has_chat_template(llm):
             say("edgemoe: the model has no chat template, using ChatML; a base model may not answer sensibly")
         if sys.stdin.isatty():

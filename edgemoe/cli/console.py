@@ -112,30 +112,14 @@ def find_model(model: Path | None) -> Path:
     return model
 
 
-def open_llama(
-    settings: Settings,
-    model: Path | None,
-    *,
-    memory_bytes: int | None,
-    n_ctx: int,
-    n_threads: int | None,
-    kernels: str,
-    scheduling: dict[str, Any],
-) -> Llama:
-    """Load a model (or the demo), showing progress. `n_threads` holds for decode and prefill alike."""
+def open_llama(settings: Settings, model: Path | None, load: dict[str, Any]) -> Llama:
+    """Load a model (or the demo) with these keywords of `Llama`, showing progress.
+
+    `n_threads` holds for decode and prefill alike.
+    """
     path = find_model(model)
     from edgemoe import Llama
 
-    batch_threads: dict[str, Any] = {} if n_threads is None else {"n_threads_batch": n_threads}
+    batch_threads: dict[str, Any] = {} if load["n_threads"] is None else {"n_threads_batch": load["n_threads"]}
     with Progress() as progress:
-        return Llama(
-            path,
-            memory=memory_bytes,
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            kernels=kernels,
-            **scheduling,
-            verbose=settings.verbose,
-            progress=progress,
-            **batch_threads,
-        )
+        return Llama(path, **load, **batch_threads, verbose=settings.verbose, progress=progress)

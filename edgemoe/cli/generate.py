@@ -12,46 +12,25 @@ import click
 from edgemoe.cli.completion import Completion, chat_prompt, text_prompt
 from edgemoe.cli.console import Settings, open_llama, print_json, say
 from edgemoe.cli.options import (
-    TokenCountType,
-    ctx_option,
     json_option,
-    kernels_option,
-    memory_option,
+    load_options,
     model_argument,
-    scheduling_options,
+    n_tokens_option,
+    prompt_file_option,
     seed_option,
     temperature_option,
-    threads_option,
 )
 
 
 @click.command()
 @model_argument
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
-@click.option(
-    "-f",
-    "--file",
-    type=click.File("rb"),
-    metavar="FILE",
-    help="Read the prompt from a file, - for stdin; one newline at its end is left out.",
-)
+@prompt_file_option
 @click.option("--chat", "as_chat", is_flag=True, help="Put the prompt as a user's turn into the model's chat template.")
-@click.option(
-    "-n",
-    "n_tokens_max",
-    type=TokenCountType(),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Most tokens to generate; -1: until the context is full.",
-)
+@n_tokens_option
 @temperature_option
 @seed_option
-@ctx_option
-@memory_option
-@threads_option
-@kernels_option
-@scheduling_options
+@load_options
 @json_option
 @click.pass_obj
 def generate(
@@ -63,12 +42,8 @@ def generate(
     n_tokens_max: int,
     temperature: float,
     seed: int | None,
-    n_ctx: int,
-    memory: int | None,
-    n_threads: int | None,
-    kernels: str,
     as_json: bool,
-    scheduling: dict[str, Any],
+    load: dict[str, Any],
 ) -> None:
     """Complete one prompt.
 
@@ -78,15 +53,7 @@ def generate(
     if (prompt is None) == (file is None):
         raise click.UsageError("Give the prompt with exactly one of -p TEXT and -f FILE.")
     text = prompt if prompt is not None else read_prompt(file)
-    with open_llama(
-        settings,
-        model,
-        memory_bytes=memory,
-        n_ctx=n_ctx,
-        n_threads=n_threads,
-        kernels=kernels,
-        scheduling=scheduling,
-    ) as llm:
+    with open_llama(settings, model, load) as llm:
         tokens = chat_prompt(llm, [{"role": "user", "content": text}]) if as_chat else text_prompt(llm, text)
         completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
         for piece in completion:

@@ -83,7 +83,28 @@ kernels_option = click.option(
     show_default=True,
     help="Who multiplies by experts: edgemoe's kernels where a format has them, or ggml, with llama.cpp's exact bits.",
 )
-_SCHEDULING = {
+prompt_file_option = click.option(
+    "-f",
+    "--file",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Read the prompt from a file, - for stdin; one newline at its end is left out.",
+)
+n_tokens_option = click.option(
+    "-n",
+    "n_tokens_max",
+    type=TokenCountType(),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Most tokens to generate; -1: until the context is full.",
+)
+# By the names of `Llama`'s keywords.
+_LOAD_OPTIONS = {
+    "n_ctx": ctx_option,
+    "memory": memory_option,
+    "n_threads": threads_option,
+    "kernels": kernels_option,
     "eviction": click.option(
         "--eviction",
         type=click.Choice(["auto", "lru", "lfu", "least-stale", "utility"]),
@@ -114,20 +135,17 @@ _SCHEDULING = {
 }
 
 
-def scheduling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say which experts are kept and read early; the command gets them as one dictionary `scheduling`.
-
-    They have the names of `Llama`'s keywords, and none of them changes an answer.
-    """
+def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say how a model is loaded; the command gets them as one dictionary `load` of `Llama`'s keywords."""
 
     @functools.wraps(command)
-    def with_scheduling(*args: Any, **kwargs: Any) -> Any:
-        scheduling = {name: kwargs.pop(name) for name in _SCHEDULING}
-        return command(*args, **kwargs, scheduling=scheduling)
+    def with_load(*args: Any, **kwargs: Any) -> Any:
+        load = {name: kwargs.pop(name) for name in _LOAD_OPTIONS}
+        return command(*args, **kwargs, load=load)
 
-    for option in reversed(_SCHEDULING.values()):
-        with_scheduling = option(with_scheduling)
-    return with_scheduling
+    for option in reversed(_LOAD_OPTIONS.values()):
+        with_load = option(with_load)
+    return with_load
 
 
 temperature_option = click.option(

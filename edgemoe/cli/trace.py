@@ -12,15 +12,12 @@ from edgemoe.cli.completion import Completion, text_prompt
 from edgemoe.cli.console import Settings, open_llama, print_json, say
 from edgemoe.cli.generate import read_prompt
 from edgemoe.cli.options import (
-    TokenCountType,
-    ctx_option,
     json_option,
-    kernels_option,
-    memory_option,
-    scheduling_options,
+    load_options,
+    n_tokens_option,
+    prompt_file_option,
     seed_option,
     temperature_option,
-    threads_option,
 )
 from edgemoe.errors import TraceError
 from edgemoe.sizes import format_size
@@ -40,30 +37,12 @@ def trace() -> None:
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.argument("out", required=False, metavar="OUT", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.  [default: built in]")
-@click.option(
-    "-f",
-    "--file",
-    type=click.File("rb"),
-    metavar="FILE",
-    help="Read the prompt from a file, - for stdin; one newline at its end is left out.",
-)
-@click.option(
-    "-n",
-    "n_tokens_max",
-    type=TokenCountType(),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Most tokens to generate; -1: until the context is full.",
-)
+@prompt_file_option
+@n_tokens_option
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @temperature_option
 @seed_option
-@ctx_option
-@memory_option
-@threads_option
-@kernels_option
-@scheduling_options
+@load_options
 @click.pass_obj
 def record(
     settings: Settings,
@@ -75,11 +54,7 @@ def record(
     force: bool,
     temperature: float,
     seed: int | None,
-    n_ctx: int,
-    memory: int | None,
-    n_threads: int | None,
-    kernels: str,
-    scheduling: dict[str, Any],
+    load: dict[str, Any],
 ) -> None:
     """Complete a prompt and record every choice of experts in OUT.
 
@@ -95,15 +70,7 @@ def record(
     if out.exists() and not force:
         raise TraceError(f"cannot record a trace: the file exists ({out}); name another or use --force")
     text = read_prompt(file) if file is not None else DEFAULT_PROMPT if prompt is None else prompt
-    with open_llama(
-        settings,
-        model,
-        memory_bytes=memory,
-        n_ctx=n_ctx,
-        n_threads=n_threads,
-        kernels=kernels,
-        scheduling=scheduling,
-    ) as llm:
+    with open_llama(settings, model, load) as llm:
         tokens = text_prompt(llm, text)
         completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
         with llm.record_trace(out) as check:
