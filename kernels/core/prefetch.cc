@@ -14,11 +14,14 @@ int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time
   last_token_ = now;
   in_decode_ = n_tokens == 1;
   batch_time_ = batch_time;
-  if (cache->HoldsEverything()) return 0;
-  if (n_tokens <= kMostDecodeTokens) return controller.depth();
-  cache->SetHints({}, batch_time);
-  predicted_layer_ = -1;
-  return 0;
+  const bool looks_ahead = n_tokens <= kMostDecodeTokens && !cache->HoldsEverything();
+  const int depth = looks_ahead ? controller.depth() : 0;
+  if (depth == 0) {
+    // Nobody will replace what the batch before has left.
+    cache->SetHints({}, batch_time);
+    predicted_layer_ = -1;
+  }
+  return depth;
 }
 
 void Prefetch::BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs,

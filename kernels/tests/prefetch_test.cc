@@ -148,6 +148,22 @@ TEST_F(HintsTest, ShrinkingDropsHints) {
   EXPECT_EQ(ReadOne(), -1);
 }
 
+// Guards against: slices kept, and read, for predictions that nobody makes any more: in a prompt, or switched off.
+TEST_F(HintsTest, ABatchThatDoesNotLookAheadDropsThem) {
+  Prefetch prefetch;
+  prefetch.controller.Start(1, false);
+  cache_->SetHints({10, 11}, 1.0);
+  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1, 2.0), 1);
+  EXPECT_TRUE(cache_->Hinted(10)) << "the layers of this token will replace them";
+  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 64, 3.0), 0);
+  EXPECT_FALSE(cache_->Hinted(10));
+  cache_->SetHints({10, 11}, 4.0);
+  prefetch.controller.Start(0, false);
+  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1, 5.0), 0);
+  EXPECT_FALSE(cache_->Hinted(10));
+  EXPECT_EQ(ReadOne(), -1);
+}
+
 struct Routers {
   explicit Routers(int n_experts, int n_layers = 3, int64_t n_cols = 96) : n_cols(n_cols), rng(7) {
     std::normal_distribution<float> normal;
