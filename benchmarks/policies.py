@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.traces import FAMILIES, Family, generate
 from edgemoe import replay as replays
+from edgemoe.routers import PREFETCH_DEPTHS
 
 SHARES = (0.12, 0.25, 0.5)
 BYTES_PER_PARAM = 4.5 / 8  # of the dense part, as models.csv gives the experts'
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=256, help="tokens decoded")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--prefetch", choices=list(replays.PREFETCH_DEPTHS), default="off")
+    parser.add_argument("--prefetch", choices=list(PREFETCH_DEPTHS), default="off")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
     names = replays.POLICIES

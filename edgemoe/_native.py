@@ -127,6 +127,11 @@ def open_runtime(
         )
 
 
+def prefetch_bytes(shapes: Sequence[tuple[int, int, int]], max_depth: int) -> int:
+    """Memory that `set_prefetch` takes for routers of these (layer, n_experts, n_cols)."""
+    return int(_core.prefetch_bytes(shapes, max_depth))
+
+
 def set_prefetch(runtime: Runtime, routers: Sequence[RouterData], max_depth: int, is_adaptive: bool) -> None:
     """Predict the experts of up to `max_depth` coming layers; adaptive: of as many as pays."""
     with _translated():

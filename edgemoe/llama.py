@@ -22,7 +22,7 @@ from edgemoe.demo import demo_model
 from edgemoe.draft import MAX_DRAFT_TOKENS, Drafter, DraftLengthChooser, NgramProposer, Step
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
-from edgemoe.routers import Embedding, find_embedding
+from edgemoe.routers import Embedding, check_prefetch, find_embedding
 from edgemoe.sizes import parse_size
 from edgemoe.types import Plan, Stats
 
@@ -106,7 +106,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if eviction not in _native.EVICTION_RULES:
             raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.EVICTION_RULES)}")
         _native.check_kernels(kernels)
-        runtime.check_prefetch(prefetch)
+        check_prefetch(prefetch)
         planner.check_draft(draft)
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")

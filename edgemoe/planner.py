@@ -12,7 +12,7 @@ from edgemoe.demo import demo_model
 from edgemoe.draft import reserved_bytes
 from edgemoe.errors import BudgetError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
-from edgemoe.routers import prefetch_bytes
+from edgemoe.routers import check_prefetch
 from edgemoe.sizes import format_size, parse_size
 from edgemoe.types import Plan
 
@@ -177,7 +177,7 @@ def measure(
         n_vocab = len(model.metadata.get("tokenizer.ggml.tokens", []))
         batch_bytes += reserved_bytes(n_vocab, int(llama_kwargs["n_ctx"]))
     buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes
-    buffers += prefetch_bytes(model, prefetch)
+    buffers += runtime.prefetch_bytes(model, prefetch)
     return Footprint(model, sizes.kv_bytes, buffers, batch_bytes)
 
 
@@ -224,7 +224,7 @@ def plan(
         ValueError: `kernels`, `prefetch` or `draft` is unknown.
     """
     _native.check_kernels(kernels)
-    runtime.check_prefetch(prefetch)
+    check_prefetch(prefetch)
     check_draft(draft)
     model = read_model(model_path if model_path is not None else demo_model())
     kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))

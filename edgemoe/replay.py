@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemoe import _native
+from edgemoe.routers import PREFETCH_DEPTHS, check_prefetch
 from edgemoe.trace import Trace
 
 POLICIES = ("lru", "lfu", "least-stale", "utility", "belady")
 """What `replay` can evict by: the runtime's rules, and the one that knows the future."""
-PREFETCH_DEPTHS = {"off": 0, "auto": 2, "1": 1, "2": 2}
-"""Layers ahead; with `auto` the most of them, of which the runtime's controller chooses."""
 
 WEIGHT_BYTES_PER_S = 26e9
 """Speed of computing, in bytes of experts per second: OLMoE-shaped Q4_K decodes at 33.8 tokens/s when resident, 432 MiB
@@ -187,8 +186,7 @@ def replay(
     """
     if eviction not in _native.REPLAY_POLICIES:
         raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.REPLAY_POLICIES)}")
-    if prefetch not in PREFETCH_DEPTHS:
-        raise ValueError(f"unknown prefetch {prefetch!r}: expected one of {', '.join(PREFETCH_DEPTHS)}")
+    check_prefetch(prefetch)
     disk, compute = disk or Disk(), compute or Compute()
     options = _native.ReplayOptions()
     options.policy = _native.REPLAY_POLICIES[eviction]

@@ -18,15 +18,13 @@ from gguf import GGMLQuantizationType, quants
 from edgemoe.errors import ModelFormatError
 from edgemoe.formats.gguf import GgufModel, GgufTensor
 
-PREFETCH_DEPTHS = {"off": 0, "1": 1, "2": 2, "auto": 2}
+PREFETCH_DEPTHS = {"off": 0, "auto": 2, "1": 1, "2": 2}
 """How many layers ahead may be read, for each value of the option `prefetch`; `auto` finds out what pays."""
 
 _SIGMOID = 2  # llama.cpp's value of `expert_gating_func`
 # The input of a layer's experts is normalized by the first of these that the layer has.
 _NORMS = ("ffn_norm.weight", "post_attention_norm.weight")
 _COLUMN_STEP = 32  # as kernels/core/predictor.h multiplies
-_ROW_STEP = 16
-_BLOCK_BYTES = 34  # of 32 columns, 8-bit integers with a 16-bit scale
 
 Floats = npt.NDArray[np.float32]
 
@@ -59,14 +57,14 @@ def find_routers(model: GgufModel) -> list[Router]:
     return [r for r in found if r.weights.shape[0] == found[0].weights.shape[0]]
 
 
-def prefetch_bytes(model: GgufModel, prefetch: str) -> int:
-    """Memory that predictions take; what `edgemoe_prefetch_bytes` of scheduler.h computes."""
-    n_bytes = 0
-    for i, router in enumerate(find_routers(model)):
-        n_cols, n_experts = router.weights.shape
-        n_rows = -(-n_experts // _ROW_STEP) * _ROW_STEP
-        n_bytes += min(i + 1, PREFETCH_DEPTHS[prefetch]) * n_rows * (n_cols // _COLUMN_STEP) * _BLOCK_BYTES
-    return n_bytes
+def check_prefetch(prefetch: str) -> None:
+    """Refuse what is none of `PREFETCH_DEPTHS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if prefetch not in PREFETCH_DEPTHS:
+        raise ValueError(f"unknown prefetch {prefetch!r}: expected one of {', '.join(PREFETCH_DEPTHS)}")
 
 
 def find_embedding(model: GgufModel) -> GgufTensor | None:

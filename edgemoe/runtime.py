@@ -59,14 +59,10 @@ def trace_header(model: GgufModel) -> str:
     return trace.header_json(model.path.name, layers, sum(path.stat().st_size for path in model.files))
 
 
-def check_prefetch(prefetch: str) -> None:
-    """Refuse what is none of `PREFETCH_DEPTHS`.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if prefetch not in PREFETCH_DEPTHS:
-        raise ValueError(f"unknown prefetch {prefetch!r}: expected one of {', '.join(PREFETCH_DEPTHS)}")
+def prefetch_bytes(model: GgufModel, prefetch: str) -> int:
+    """Memory that predictions of this model's experts take."""
+    shapes = [(r.layer, r.weights.shape[1], r.weights.shape[0]) for r in find_routers(model)]
+    return _native.prefetch_bytes(shapes, PREFETCH_DEPTHS[prefetch])
 
 
 def start_prefetch(native: _native.Runtime, model: GgufModel, prefetch: str) -> None:

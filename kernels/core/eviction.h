@@ -5,8 +5,7 @@
 // order behind as its tokens would have one by one.
 //  - LRU: the time of the last touch.
 //  - LFU with decay: a count f that halves every H tokens, f * 2^(-age/H), orders like log2(f) + t/H. Uses by the
-//  tokens
-//    of one batch count as if evenly spread over it; at full weight, what a prompt used would outlive it by far.
+//    tokens of one batch count as if evenly spread over it; at full weight, what a prompt used would outlive it by far.
 //  - Least-stale (SpecMD, arXiv 2602.03921), in the form of two generations, first in first out, as two ports of it
 //    describe it; the paper's own text could not be had. A slice that the pass in progress has not touched is stale and
 //    goes before all that it has; within a generation, what entered it first goes first. A pass is a batch, and enters

@@ -75,6 +75,15 @@ edgemoe_sizes Measure(const std::vector<TensorTuple>& tensors, uint64_t slots_by
   return sizes;
 }
 
+// shapes: (layer, n_experts, n_cols) of routers.
+uint64_t PrefetchBytes(const std::vector<std::tuple<int, int, int64_t>>& shapes, int max_depth) {
+  std::vector<edgemoe_router> routers;
+  for (const auto& [layer, n_experts, n_cols] : shapes) {
+    routers.push_back({layer, n_experts, n_cols, nullptr, nullptr, nullptr, 0, 0});
+  }
+  return edgemoe_prefetch_bytes(routers.data(), static_cast<int32_t>(routers.size()), max_depth);
+}
+
 // (name, whether this CPU has it) of the instruction sets compiled for, best first.
 std::vector<std::tuple<std::string, bool>> Isas() {
   std::vector<std::tuple<std::string, bool>> isas;
@@ -356,6 +365,7 @@ NB_MODULE(_core, m) {
   m.def("isas", &Isas);
   m.def("active_isa", &ActiveIsa);
   m.def("find_format", &edgemoe_format_find, nb::arg("ggml_name"));
+  m.def("prefetch_bytes", &PrefetchBytes, nb::arg("shapes"), nb::arg("max_depth"));
   m.def("measure", &Measure, nb::arg("tensors"), nb::arg("slots_bytes"));
 
   nb::class_<edgemoe_sizes>(m, "Sizes")
