@@ -148,6 +148,8 @@ void ExpertCache::EndLayer() {
 }
 
 double ExpertCache::AdvanceClock(int64_t n_tokens) {
+  if (in_scan_) EndScan();
+  in_scan_ = n_tokens > kMostDecodeTokens;
   pass_time_ = clock_tokens_;
   clock_tokens_ += static_cast<double>(n_tokens);
   return pass_time_;
@@ -169,12 +171,20 @@ void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
 }
 
 void ExpertCache::SetKey(int64_t slice, double key) {
-  Slice& s = At(slice);
-  s.heat.key = key;
-  if (s.heap_idx >= 0) {
-    ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
-    HeapSiftUp(&c, static_cast<size_t>(s.heap_idx));
-    HeapSiftDown(&c, static_cast<size_t>(s.heap_idx));
+  At(slice).heat.key = key;
+  HeapMoved(slice);
+}
+
+void ExpertCache::Pass(int64_t slice) {
+  if (!in_scan_) return;
+  At(slice).passed = true;
+  HeapMoved(slice);
+}
+
+void ExpertCache::EndScan() {
+  for (Slice& s : slices_) s.passed = false;
+  for (ClassState& c : classes_) {
+    for (size_t i = c.evictable.size() / 2; i-- > 0;) HeapSiftDown(&c, i);
   }
 }
 
@@ -197,7 +207,10 @@ Acquired ExpertCache::Acquire(int64_t slice) {
 }
 
 bool ExpertCache::MayReadAhead(const ClassState& c, double time) const {
-  return !c.free_slots.empty() || (!c.evictable.empty() && At(c.evictable.front()).heat.time < time);
+  if (!c.free_slots.empty()) return true;
+  if (c.evictable.empty()) return false;
+  const Slice& coldest = At(c.evictable.front());
+  return coldest.passed || coldest.heat.time < time;
 }
 
 bool ExpertCache::ReadAhead(int64_t slice, double time) {
@@ -386,6 +399,14 @@ void ExpertCache::ReaderLoop(std::vector<char>* scratch) {
   }
 }
 
+void ExpertCache::HeapMoved(int64_t slice) {
+  const Slice& s = At(slice);
+  if (s.heap_idx < 0) return;
+  ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
+  HeapSiftUp(&c, static_cast<size_t>(s.heap_idx));
+  HeapSiftDown(&c, static_cast<size_t>(s.heap_idx));
+}
+
 void ExpertCache::HeapInsert(ClassState* c, int64_t slice) {
   c->evictable.push_back(slice);
   At(slice).heap_idx = static_cast<int32_t>(c->evictable.size() - 1);
@@ -408,7 +429,7 @@ void ExpertCache::HeapSiftUp(ClassState* c, size_t i) {
   auto& heap = c->evictable;
   while (i > 0) {
     const size_t parent = (i - 1) / 2;
-    if (At(heap[parent]).heat.key <= At(heap[i]).heat.key) return;
+    if (!Colder(heap[i], heap[parent])) return;
     std::swap(heap[parent], heap[i]);
     At(heap[parent]).heap_idx = static_cast<int32_t>(parent);
     At(heap[i]).heap_idx = static_cast<int32_t>(i);
@@ -421,7 +442,7 @@ void ExpertCache::HeapSiftDown(ClassState* c, size_t i) {
   for (;;) {
     size_t least = i;
     for (size_t child = 2 * i + 1; child <= 2 * i + 2 && child < heap.size(); ++child) {
-      if (At(heap[child]).heat.key < At(heap[least]).heat.key) least = child;
+      if (Colder(heap[child], heap[least])) least = child;
     }
     if (least == i) return;
     std::swap(heap[least], heap[i]);

@@ -7,6 +7,9 @@
 // read. A hint holds no slot before its read begins, so dropping it costs nothing.
 // *Preloads* are slices that an earlier run needed most. They are read into free slots only, while storage has nothing
 // else to do, and are the first to be evicted until they are used; see warm_start.cc.
+// A *scan* is a batch of many tokens, a prompt: it goes through the layers once and uses most slices of each. What it
+// has passed is evicted first, in the usual order, for what lies ahead is certain to be used before it; without that a
+// prompt would drop the residents of the later layers, which it reads again moments later.
 // Invariants: a pinned slice keeps its slot; a slot belongs to at most one slice; a slice is read only while
 // loading. Thread-safe: one mutex, never held over I/O.
 #ifndef EDGEMOE_CORE_EXPERT_CACHE_H_
@@ -28,6 +31,9 @@
 #include "core/status.h"
 
 namespace edgemoe {
+
+// A batch of more tokens is a scan. Up to here it may be a draft to be verified, which is decoding.
+inline constexpr int64_t kMostDecodeTokens = 8;
 
 enum class Acquired {
   kResident,
@@ -100,11 +106,13 @@ class ExpertCache {
   // Put a slice elsewhere in the order of eviction than the rule would: for whoever knows its next use.
   void SetKey(int64_t slice, double key);
   Acquired Acquire(int64_t slice);
-  // Start reading without pinning, but only over slices last used before `time`.
+  // Start reading without pinning, but only over slices last used before `time` or passed by a scan.
   bool ReadAhead(int64_t slice, double time);
   void Release(int64_t slice);
+  // The batch in progress will not use the slice again.
+  void Pass(int64_t slice);
   // Replace all hints, the likeliest first; reads already under way go on. Only slots of slices last used before
-  // `time` are given to them. Hints beyond kMaxHints are dropped.
+  // `time` or passed by a scan are given to them. Hints beyond kMaxHints are dropped.
   void SetHints(const std::vector<int64_t>& slices, double time);
   bool Hinted(int64_t slice) const { return At(slice).hinted; }
   // Whether every slice has a slot of its own.
@@ -133,6 +141,7 @@ class ExpertCache {
     bool packed = false;
     bool hinted = false;      // kept out of the heap while it is
     bool read_ahead = false;  // read for a hint and not used since
+    bool passed = false;      // by the scan in progress
     int32_t slot = -1;
     int32_t n_pins = 0;
     int32_t heap_idx = -1;
@@ -142,7 +151,7 @@ class ExpertCache {
   struct ClassState {
     std::vector<int32_t> free_slots;
     std::vector<int64_t> slice_of_slot;
-    std::vector<int64_t> evictable;  // binary heap of unpinned resident slices, smallest key first
+    std::vector<int64_t> evictable;  // binary heap of unpinned resident slices, the coldest first
   };
 
   static constexpr size_t kMaxHints = 1024;
@@ -150,6 +159,12 @@ class ExpertCache {
   Slice& At(int64_t slice) { return slices_[static_cast<size_t>(slice)]; }
   const Slice& At(int64_t slice) const { return slices_[static_cast<size_t>(slice)]; }
 
+  bool Colder(int64_t a, int64_t b) const {
+    const Slice &x = At(a), &y = At(b);
+    return x.passed != y.passed ? x.passed : x.heat.key < y.heat.key;
+  }
+  void EndScan();
+  void HeapMoved(int64_t slice);  // its key has changed
   void HeapInsert(ClassState* c, int64_t slice);
   void HeapErase(ClassState* c, int64_t slice);
   void HeapSiftUp(ClassState* c, size_t i);
@@ -181,6 +196,7 @@ class ExpertCache {
   bool resizing_ = false;  // one SetSlotsBytes at a time
   double clock_tokens_ = 0.0;
   double pass_time_ = 0.0;  // of the first token of the batch that began last
+  bool in_scan_ = false;
   Status last_error_;
   Status read_error_;
 

@@ -40,10 +40,12 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   last_n_tokens_ = n_tokens;
   layer_fraction_ = static_cast<double>(first.layer + 1) / 65536.0;
   active_ = true;
-  foreseen_ = prefetch_depth_ == 0;
   prefetch_->BeginLayer(first.layer, tensor_idxs_, chosen_of_expert_, chosen_.size());
   trace_.Begin(*cache_, tensor_idxs_, expert_of_.data(), n_tokens, n_used);
   CountAndPin();
+  // A prompt's layer that does not fit needs every slot for itself.
+  const bool fits = std::all_of(shares_.begin(), shares_.end(), [](const ClassShare& s) { return s.fits; });
+  foreseen_ = prefetch_depth_ == 0 || (n_tokens > kMostDecodeTokens && !fits);
   return Status();
 }
 
@@ -76,6 +78,13 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
       ++chosen_[static_cast<size_t>(idx)].n_pairs;
       chosen_[static_cast<size_t>(idx)].last_time = static_cast<double>(token);
     }
+  }
+  if (n_tokens > kMostDecodeTokens) {
+    // What has most rows first: computing it hides most reading.
+    std::stable_sort(chosen_.begin(), chosen_.end(),
+                     [](const ChosenExpert& a, const ChosenExpert& b) { return a.n_pairs > b.n_pairs; });
+    for (size_t c = 0; c < chosen_.size(); ++c)
+      chosen_of_expert_[static_cast<size_t>(chosen_[c].expert)] = static_cast<int32_t>(c);
   }
   int64_t first_pair = 0;
   max_pairs_ = 0;

@@ -87,10 +87,16 @@ void MoeLayer::Foresee() {
   const edgemoe_matmul* const end = matmuls_ + n_matmuls_;
   const edgemoe_matmul* const m = std::find_if(matmuls_, end, [](const edgemoe_matmul& p) { return p.x_n_used == 1; });
   const bool is_known = m != end && m->n_cols == prefetch_->predictor.n_cols();
-  prefetch_->Foresee(layer_, is_known ? prefetch_depth_ : 0, is_known ? reinterpret_cast<const char*>(m->x) : nullptr,
-                     is_known ? m->x_token_bytes : 0, last_n_tokens_, &foresight_);
+  const char* const x = is_known ? reinterpret_cast<const char*>(m->x) : nullptr;
+  const uint64_t x_token_bytes = is_known ? m->x_token_bytes : 0;
+  if (last_n_tokens_ <= kMostDecodeTokens) {
+    prefetch_->Foresee(layer_, is_known ? prefetch_depth_ : 0, x, x_token_bytes, last_n_tokens_, &foresight_);
+  } else {
+    prefetch_->ForeseePrompt(layer_, chosen_.size(), chosen_of_expert_.size(), x, x_token_bytes, last_n_tokens_,
+                             &foresight_);
+  }
   std::lock_guard<std::mutex> lock(cache_->mutex());
-  prefetch_->SetHints(cache_, foresight_, batch_time_);
+  prefetch_->SetHints(cache_, foresight_, batch_time_, last_n_tokens_ <= kMostDecodeTokens);
 }
 
 // Each distinct input is brought into its activation format once, however many products and experts use it.
@@ -289,6 +295,7 @@ void MoeLayer::Work(int thread_idx) {
       {
         std::lock_guard<std::mutex> lock(cache_->mutex());
         cache_->Release(task.slice);
+        cache_->Pass(task.slice);
         if (next_pending_ < pending_.size()) CollectAndIssue();
       }
       if (ffn_ != nullptr) EndTaskOfFfn(thread_idx, task.chosen);

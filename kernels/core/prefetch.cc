@@ -1,9 +1,18 @@
 // SPDX-License-Identifier: MIT
 #include "core/prefetch.h"
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace edgemoe {
+namespace {
+
+// Of a prompt, to predict from: 25 us each on the thread that computes (OLMoE's routers, AVX-512).
+constexpr int64_t kSampledTokens = 32;
+
+}  // namespace
+
 int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time) {
   const auto now = std::chrono::steady_clock::now();
   if (n_tokens == 1 && in_decode_) {
@@ -14,8 +23,15 @@ int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time
   last_token_ = now;
   in_decode_ = n_tokens == 1;
   batch_time_ = batch_time;
-  const bool looks_ahead = n_tokens <= kMostDecodeTokens && !cache->HoldsEverything();
-  const int depth = looks_ahead ? controller.depth() : 0;
+  const bool in_prompt = n_tokens > kMostDecodeTokens;
+  if (++n_batches_ == 2) {
+    // Layers that the first batch did not use are no part of the graph: heads for drafts, say.
+    for (size_t i = 0; i < tensors_of_layer_.size(); ++i) {
+      if (!has_begun_[i]) tensors_of_layer_[i].clear();
+    }
+  }
+  const int wanted = in_prompt ? std::min(max_depth_, 1) : controller.depth();
+  const int depth = cache->HoldsEverything() ? 0 : wanted;
   if (depth == 0) {
     // Nobody will replace what the batch before has left.
     cache->SetHints({}, batch_time);
@@ -26,7 +42,11 @@ int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time
 
 void Prefetch::BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs,
                           const std::vector<int32_t>& chosen_of_expert, size_t n_chosen) {
-  if (tensors_of_layer_.size() <= static_cast<size_t>(layer)) tensors_of_layer_.resize(static_cast<size_t>(layer) + 1);
+  if (tensors_of_layer_.size() <= static_cast<size_t>(layer)) {  // not started: nobody looks ahead
+    tensors_of_layer_.resize(static_cast<size_t>(layer) + 1);
+    has_begun_.resize(tensors_of_layer_.size());
+  }
+  has_begun_[static_cast<size_t>(layer)] = 1;
   auto& tensors = tensors_of_layer_[static_cast<size_t>(layer)];
   if (tensors != tensor_idxs) tensors = tensor_idxs;
   if (predicted_layer_ != layer) return;
@@ -41,12 +61,11 @@ void Prefetch::BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs,
   predicted_layer_ = -1;
 }
 
-void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, double batch_time) {
+void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, double batch_time, bool counts) {
   hints_.clear();
   predicted_layer_ = -1;
   for (int i = 0; i < f.n_layers; ++i) {
     const Foresight::Layer& next = f.layers[i];
-    // Of a layer that was never seen to begin, the order of its tensors is not known yet.
     if (static_cast<size_t>(next.layer) >= tensors_of_layer_.size()) break;
     const auto& tensors = tensors_of_layer_[static_cast<size_t>(next.layer)];
     if (tensors.empty()) break;
@@ -60,7 +79,7 @@ void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, double batch_tim
       for (size_t t = 0; t + 1 < tensors.size(); ++t) add(tensors[t], e);
     }
     for (int32_t e : next.experts) add(tensors.back(), e);
-    if (i == 0) {
+    if (i == 0 && counts) {
       predicted_layer_ = next.layer;
       predicted_experts_.assign(next.experts.begin(), next.experts.end());
     }
@@ -71,12 +90,25 @@ void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, double batch_tim
 Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, int n_routers, int max_depth,
                        bool adaptive) {
   if (Status s = predictor.Set(routers, n_routers, max_depth); !s.ok()) return s;
-  n_used_of_layer_.clear();
-  for (const ExpertTensor& t : file.tensors()) {
+  int n_layers = 0;
+  for (const ExpertTensor& t : file.tensors()) n_layers = std::max(n_layers, t.layer + 1);
+  n_used_of_layer_.assign(static_cast<size_t>(n_layers), 0);
+  n_experts_of_layer_.assign(static_cast<size_t>(n_layers), 0);
+  tensors_of_layer_.assign(static_cast<size_t>(n_layers), {});
+  has_begun_.assign(static_cast<size_t>(n_layers), 0);
+  for (size_t i = 0; i < file.tensors().size(); ++i) {
+    const ExpertTensor& t = file.tensors()[i];
     const size_t layer = static_cast<size_t>(t.layer);
-    if (n_used_of_layer_.size() <= layer) n_used_of_layer_.resize(layer + 1);
     n_used_of_layer_[layer] = t.n_experts_used;
+    n_experts_of_layer_[layer] = t.n_experts;
+    tensors_of_layer_[layer].push_back(static_cast<int32_t>(i));
   }
+  for (auto& tensors : tensors_of_layer_) {
+    std::stable_partition(tensors.begin(), tensors.end(), [&](int32_t t) {
+      return file.tensors()[static_cast<size_t>(t)].name.find("down") == std::string::npos;
+    });
+  }
+  max_depth_ = max_depth;
   // Decoding allocates nothing.
   size_t n_slices = 0;
   for (const ExpertTensor& t : file.tensors()) n_slices += static_cast<size_t>(t.n_experts);
@@ -111,6 +143,24 @@ void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_byt
   }
 }
 
+void Prefetch::ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const char* x, uint64_t x_token_bytes,
+                             int64_t n_tokens, Foresight* f) const {
+  f->n_layers = 0;
+  if (static_cast<double>(n_chosen) < kNearlyAll * static_cast<double>(n_experts)) {
+    const int64_t n_sampled = std::min(n_tokens, kSampledTokens);
+    const uint64_t stride = static_cast<uint64_t>(n_tokens / n_sampled);
+    if (x != nullptr) Foresee(layer, 1, x, stride * x_token_bytes, n_sampled, f);
+    return;
+  }
+  size_t next = static_cast<size_t>(layer) + 1;
+  while (next < tensors_of_layer_.size() && tensors_of_layer_[next].empty()) ++next;
+  if (next == tensors_of_layer_.size()) return;
+  f->layers[0].layer = static_cast<int>(next);
+  f->layers[0].experts.resize(static_cast<size_t>(n_experts_of_layer_[next]));
+  std::iota(f->layers[0].experts.begin(), f->layers[0].experts.end(), 0);
+  f->n_layers = 1;
+}
+
 void Prefetch::ForeseeToken(ExpertCache* cache, const float* embedding) {
   std::lock_guard<std::mutex> token_lock(token_mutex_);
   int depth = 0;
@@ -129,7 +179,7 @@ void Prefetch::ForeseeToken(ExpertCache* cache, const float* embedding) {
   for (size_t i = 0; i < token_state_.size(); ++i) token_state_[i] = embedding[i] * scale;
   Foresee(Predictor::kToken, depth, reinterpret_cast<const char*>(token_state_.data()), 0, 1, &token_foresight_);
   std::lock_guard<std::mutex> lock(cache->mutex());
-  SetHints(cache, token_foresight_, time);
+  SetHints(cache, token_foresight_, time, true);
 }
 
 }  // namespace edgemoe

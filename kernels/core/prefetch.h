@@ -16,9 +16,8 @@
 
 namespace edgemoe {
 
-// A batch of more tokens is a prompt, whose next layer needs most experts whatever is predicted. Up to here it may be a
-// draft to be verified, which is decoding.
-inline constexpr int64_t kMostDecodeTokens = 8;
+// A prompt's layer that uses this share of its experts is followed by one that needs nearly all.
+inline constexpr double kNearlyAll = 0.75;
 
 // What one thread foresees, kept so that decoding allocates nothing.
 struct Foresight {
@@ -42,20 +41,31 @@ class Prefetch {
   Status Start(const ExpertFile& file, const edgemoe_router* routers, int n_routers, int max_depth, bool adaptive);
   // The present states x of n_tokens tokens in `layer`, or Predictor::kToken -> the experts of the next `depth` layers.
   void Foresee(int layer, int depth, const char* x, uint64_t x_token_bytes, int64_t n_tokens, Foresight* f) const;
+  // A prompt's layer has chosen n_chosen of its n_experts: the experts of the next one. It needs nearly all where this
+  // one did; otherwise those that some of the tokens, evenly spread, are predicted to choose.
+  void ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const char* x, uint64_t x_token_bytes,
+                     int64_t n_tokens, Foresight* f) const;
   // The token that comes next, by its embedding [n_cols]: hints for the first layers.
   void ForeseeToken(ExpertCache* cache, const float* embedding);
 
   // --- with the cache's lock ---
-  // A batch begins; returns the depth to look ahead from its layers.
+  // A batch begins; returns the depth to look ahead from its layers. The controller, which knows decoding only, has no
+  // say in a prompt.
   int BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time);
   // A layer begins with these tensors, in the order of use, and has chosen the experts with chosen_of_expert >= 0.
   void BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs, const std::vector<int32_t>& chosen_of_expert,
                   size_t n_chosen);
-  void SetHints(ExpertCache* cache, const Foresight& foresight, double batch_time);
+  // counts: whether to compare with what is chosen then.
+  void SetHints(ExpertCache* cache, const Foresight& foresight, double batch_time, bool counts);
 
  private:
-  std::vector<int> n_used_of_layer_;                    // immutable after Start
-  std::vector<std::vector<int32_t>> tensors_of_layer_;  // in the order of use, as layers have been seen to begin
+  std::vector<int> n_used_of_layer_;  // immutable after Start
+  // In the order of use, as layers have been seen to begin; until the first batch has ended, as their names suggest.
+  std::vector<std::vector<int32_t>> tensors_of_layer_;
+  std::vector<char> has_begun_;          // [layer]
+  std::vector<int> n_experts_of_layer_;  // immutable after Start
+  int max_depth_ = 0;
+  int n_batches_ = 0;
   std::vector<int64_t> hints_;
   std::vector<int32_t> predicted_experts_;  // of predicted_layer_, which has not begun yet
   int predicted_layer_ = -1;

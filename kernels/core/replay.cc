@@ -5,6 +5,7 @@
 #include <cmath>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "core/expert_cache.h"
@@ -80,6 +81,7 @@ class Replayer {
   void CollectAndIssue();
   void Predict(int64_t batch, int layer);
   void PredictLayer(int64_t batch, int layer, int distance);
+  void PredictPrompt(int64_t batch, int layer);
   // The clock: what ends until then ends at its time, and free readers go on.
   void AdvanceTo(double us);
   void StartReads();
@@ -102,6 +104,7 @@ class Replayer {
   double last_token_us_ = 0.0;
   bool in_decode_ = false;
   int depth_ = 0;
+  bool looks_ahead_ = false;  // from the layer in progress
   uint64_t n_predicted_ = 0, n_right_ = 0, n_chosen_ = 0;
   int predicted_layer_ = -1;
   std::vector<int32_t> predicted_, predicted_next_;
@@ -139,7 +142,8 @@ void Replayer::BeginBatch(int64_t n_tokens) {
   }
   last_token_us_ = now_us_;
   in_decode_ = n_tokens == 1;
-  depth_ = n_tokens <= kMostDecodeTokens && !cache_->HoldsEverything() ? controller_.depth() : 0;
+  const int wanted = n_tokens <= kMostDecodeTokens ? controller_.depth() : std::min(options_.prefetch_depth, 1);
+  depth_ = cache_->HoldsEverything() ? 0 : wanted;
   predicted_layer_ = -1;
   if (!cache_->HoldsEverything()) cache_->SetHints({}, batch_time_);
 }
@@ -168,6 +172,7 @@ void Replayer::CountAndPin(int64_t batch, int layer) {
   }
   bool fits = true;
   for (size_t c = 0; c < n_needed.size(); ++c) fits &= n_needed[c] <= cache_->n_slots(static_cast<int>(c));
+  looks_ahead_ = depth_ > 0 && (trace_.n_tokens(batch) <= kMostDecodeTokens || fits);
   std::vector<int64_t> n_promised(n_needed.size());
   for (size_t c = 0; c < n_needed.size(); ++c) {
     const int64_t n_slots = cache_->n_slots(static_cast<int>(c));
@@ -256,6 +261,7 @@ Status Replayer::RunTasks(int64_t batch, int layer, int first, int n) {
     const Task& task = tasks_[ready_[cursor]];
     AdvanceTo(now_us_ + task.us);
     cache_->Release(task.slice);
+    if (options_.policy != EDGEMOE_REPLAY_BELADY) cache_->Pass(task.slice);
     if (next_pending_ < pending_.size()) CollectAndIssue();
     StartReads();
   }
@@ -264,25 +270,42 @@ Status Replayer::RunTasks(int64_t batch, int layer, int first, int n) {
 
 // As MoeLayer::Predict and AddHints, by what the trace says that comes.
 void Replayer::Predict(int64_t batch, int layer) {
-  if (depth_ == 0) return;
+  if (!looks_ahead_) return;
+  const bool is_prompt = trace_.n_tokens(batch) > kMostDecodeTokens;
   hints_.clear();
   predicted_layer_ = -1;
   for (int distance = 1; distance <= depth_; ++distance) {
     const int target = layer + distance;
     if (target >= trace_.n_layers()) break;
-    PredictLayer(batch, target, distance);
+    if (is_prompt) {
+      PredictPrompt(batch, layer);
+    } else {
+      PredictLayer(batch, target, distance);
+    }
     const int n_slices = trace_.layer(target).n_slices;
     for (int32_t e : predicted_next_) {
       for (int i = 0; i + 1 < n_slices; ++i) hints_.push_back(Slice(target, i, e));
     }
     for (int32_t e : predicted_next_) hints_.push_back(Slice(target, n_slices - 1, e));
-    if (distance == 1) {
+    if (distance == 1 && !is_prompt) {
       predicted_layer_ = target;
       predicted_ = predicted_next_;
     }
   }
   cache_->SetHints(hints_, batch_time_);
   StartReads();
+}
+
+// As Prefetch::ForeseePrompt, for the layer after this one.
+void Replayer::PredictPrompt(int64_t batch, int layer) {
+  const int64_t step = trace_.Step(batch, layer);
+  const auto n_chosen = static_cast<double>(trace_.end(step) - trace_.begin(step));
+  if (n_chosen < kNearlyAll * trace_.layer(layer).n_experts) {
+    PredictLayer(batch, layer + 1, 1);
+    return;
+  }
+  predicted_next_.resize(static_cast<size_t>(trace_.layer(layer + 1).n_experts));
+  std::iota(predicted_next_.begin(), predicted_next_.end(), 0);
 }
 
 // Each expert of each token with the chance of `recall`, else one that the token does not choose.

@@ -5,6 +5,7 @@
 #include <queue>
 #include <string>
 
+#include "core/expert_cache.h"
 #include "core/slot_pool.h"
 
 namespace edgemoe {
@@ -100,6 +101,10 @@ Status ReplayTrace::SetUses() {
           ++u.n_rows;
           u.last_token = static_cast<int32_t>(t - first_token(b));
         }
+      }
+      if (n_tokens(b) > kMostDecodeTokens) {  // as MoeLayer::Choose
+        std::stable_sort(uses_.begin() + static_cast<std::ptrdiff_t>(first), uses_.end(),
+                         [](const ReplayUse& x, const ReplayUse& y) { return x.n_rows > y.n_rows; });
       }
       first_use_.push_back(uses_.size());
     }

@@ -104,6 +104,34 @@ TEST_F(ExpertCacheTest, SliceStaysPinnedUntilItsLastRelease) {
   Release(0);
 }
 
+// Guards against: a prompt that drops what its later layers are about to use, and with it half of a later turn's time;
+// an order of eviction that stays upside down when the prompt has ended.
+TEST_F(ExpertCacheTest, AScanEvictsWhatItHasPassedBeforeWhatLiesAhead) {
+  Start(6);
+  for (int64_t s = 0; s < 6; ++s) ASSERT_TRUE(Use(s, static_cast<double>(s)));
+  const auto use_in_batch = [&](int64_t slice, double time) {
+    ASSERT_TRUE(Use(slice, time));
+    std::lock_guard<std::mutex> lock(cache_->mutex());
+    cache_->Pass(slice);
+  };
+  double time = cache_->AdvanceClock(64) + 100.0;
+  for (int64_t s : {4, 5, 10, 11}) use_in_batch(s, time + 0.01 * static_cast<double>(s));
+  // 10 took the oldest's slot, as nothing was passed with it but what is hotter than 4; 11 the coldest passed.
+  EXPECT_EQ(ResidentSlices(), (std::set<int64_t>{0, 1, 2, 3, 10, 11}));
+  {
+    std::lock_guard<std::mutex> lock(cache_->mutex());
+    EXPECT_TRUE(cache_->ReadAhead(20, time)) << "over what was passed, though it is newer than the batch";
+  }
+  ASSERT_TRUE(Await(20));
+  EXPECT_EQ(ResidentSlices(), (std::set<int64_t>{0, 1, 2, 3, 11, 20}));
+  // A token of decode: by age again.
+  time = cache_->AdvanceClock(1) + 200.0;
+  use_in_batch(30, time);
+  use_in_batch(31, time + 0.01);
+  EXPECT_TRUE(Resident(11)) << "the newest";
+  EXPECT_FALSE(Resident(0)) << "the oldest";
+}
+
 // Guards against: a slot taken from a slice in use when all are in use.
 TEST_F(ExpertCacheTest, AcquireFindsNoRoomWhenEverySlotIsPinned) {
   Start(2);
