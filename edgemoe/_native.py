@@ -25,8 +25,8 @@ from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadEr
 _ABI_VERSION = 2
 _ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadError, 4: BudgetError, 5: BudgetError}
 
-EVICTION_RULES = {"auto": 0, "lru": 0, "lfu": 1, "least-stale": 2, "utility": 3}
-"""Which slice goes first; for `auto` see docs/experiments.md, "Which expert to give up, by replay"."""
+EVICTION_RULES = {"auto": 4, "lru": 0, "lfu": 1, "least-stale": 2, "utility": 3}
+"""Which slice goes first; `auto` is `lru` or `lfu`, whichever has missed less lately."""
 REPLAY_POLICIES = {**EVICTION_RULES, "belady": 100}
 KERNELS = {"auto": 0, "ggml": 1}
 """Who multiplies by experts: our kernels where a format has them, or ggml alone, whose bits are llama.cpp's."""

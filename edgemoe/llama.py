@@ -82,7 +82,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 the machine and its cgroup have free.
             n_ctx: context length in tokens, rounded up to a multiple of 256; 0 for the model's own.
             n_threads, n_threads_batch: threads for decode and prefill; None for the fast physical cores it may use.
-            eviction: which expert goes first: `lru`, `lfu`, `least-stale`, `utility`, or `auto` (now `lru`).
+            eviction: which expert goes first: `lru`, `lfu`, `least-stale`, `utility`, or `auto` (one of the first two).
             kernels: who multiplies by experts: `auto` for our kernels where a format has them, `ggml` for the bits of
                 llama.cpp.
             prefetch: how many layers ahead experts are predicted, kept and read: `off`, `1`, `2`, or `auto` for as many

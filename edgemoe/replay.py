@@ -13,7 +13,7 @@ from edgemoe import _native
 from edgemoe.routers import PREFETCH_DEPTHS, check_prefetch
 from edgemoe.trace import Trace
 
-POLICIES = ("lru", "lfu", "least-stale", "utility", "belady")
+POLICIES = ("auto", "lru", "lfu", "least-stale", "utility", "belady")
 """What `replay` can evict by: the runtime's rules, and the one that knows the future."""
 
 WEIGHT_BYTES_PER_S = 26e9
@@ -173,7 +173,7 @@ def replay(
 
     Args:
         slots_bytes: memory for experts. A trace does not know the dense part of its model.
-        eviction: a rule of `POLICIES`, or `auto`.
+        eviction: one of `POLICIES`.
         prefetch: `off`, `1` or `2` layers ahead, or `auto` as the runtime's controller finds.
         recall: with this chance each expert of a predicted layer is predicted, else a wrong one. The default is what
             the next layer's router reaches on Qwen3-30B-A3B's present state (BigMoeOnEdge PR#101).

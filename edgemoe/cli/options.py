@@ -110,7 +110,7 @@ _LOAD_OPTIONS = {
         type=click.Choice(["auto", "lru", "lfu", "least-stale", "utility"]),
         default="auto",
         show_default=True,
-        help="Which expert leaves first: the least recently (auto, lru) or frequently used, or as two papers have it.",
+        help="Which expert leaves first: the least recently or frequently used (auto: either), or by two papers.",
     ),
     "prefetch": click.option(
         "--prefetch",

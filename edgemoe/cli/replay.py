@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgemoe.replay import ReplayResult
 
 MIB = 1 << 20
-POLICIES = ("lru", "lfu", "least-stale", "utility", "belady")
+POLICIES = ("auto", "lru", "lfu", "least-stale", "utility", "belady")
 
 
 class ShareOrSizeType(click.ParamType[str]):

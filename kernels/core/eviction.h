@@ -55,6 +55,8 @@ inline int32_t NextUtility(int32_t utility, double count) {
   return count - utility <= -1 ? utility - 1 : utility;
 }
 
+inline double FrequencyKey(const Heat& heat) { return std::log2(heat.frequency) + heat.time / kDecayHalfLifeTokens; }
+
 inline void TouchUtility(double time, int n_uses, Heat* heat) {
   const double window = std::floor(time / kUtilityWindowTokens);
   const double n_windows = window - std::floor(heat->time / kUtilityWindowTokens);
@@ -76,11 +78,13 @@ inline void Touch(edgemoe_eviction rule, double pass_time, double time, int n_us
     case EDGEMOE_EVICT_LRU:
       heat->key = time;
       break;
+    case EDGEMOE_EVICT_AUTO:  // kept up to date for both; see Rekey
     case EDGEMOE_EVICT_LFU_DECAY: {
       const double age = time > heat->time ? time - heat->time : 0.0;
       heat->frequency =
           heat->frequency * std::exp2(-age / kDecayHalfLifeTokens) + DecayedUses(n_uses, std::floor(time - pass_time));
-      heat->key = std::log2(heat->frequency) + time / kDecayHalfLifeTokens;
+      heat->time = time;
+      heat->key = FrequencyKey(*heat);
       break;
     }
     case EDGEMOE_EVICT_LEAST_STALE:
@@ -91,6 +95,12 @@ inline void Touch(edgemoe_eviction rule, double pass_time, double time, int n_us
       break;
   }
   heat->time = time;
+}
+
+// The key by LRU or LFU_DECAY of what was touched by AUTO.
+inline void Rekey(edgemoe_eviction rule, Heat* heat) {
+  const bool was_touched = heat->time > 0.0 && heat->frequency > 0.0;
+  heat->key = rule == EDGEMOE_EVICT_LFU_DECAY && was_touched ? FrequencyKey(*heat) : heat->time;
 }
 
 // A slice that an earlier run needed and this one has not used yet: colder than all that were touched, whose times and

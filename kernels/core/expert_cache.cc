@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <system_error>
 
@@ -102,6 +103,7 @@ Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
   holds_everything_ =
       std::all_of(classes.begin(), classes.end(), [](const SlotClass& c) { return c.n_slots == c.n_slices; });
   resizing_ = false;
+  StartDuel();
   NotifyEvent();
   return Status();
 }
@@ -150,6 +152,7 @@ void ExpertCache::EndLayer() {
 double ExpertCache::AdvanceClock(int64_t n_tokens) {
   if (in_scan_) EndScan();
   in_scan_ = n_tokens > kMostDecodeTokens;
+  if (rule_ == EDGEMOE_EVICT_AUTO && !in_scan_ && duel_.EndToken()) Rekey();
   pass_time_ = clock_tokens_;
   clock_tokens_ += static_cast<double>(n_tokens);
   return pass_time_;
@@ -167,6 +170,13 @@ void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
   }
   s.n_uses += static_cast<uint64_t>(n_uses);
   Touch(rule_, pass_time_, time, n_uses, &s.heat);
+  if (rule_ == EDGEMOE_EVICT_AUTO) {
+    edgemoe::Rekey(duel_.rule(), &s.heat);
+    const int tensor_idx = file_->TensorOf(slice);
+    const int sample = sample_of_tensor_[static_cast<size_t>(tensor_idx)];
+    const int64_t expert = slice - file_->tensors()[static_cast<size_t>(tensor_idx)].first_slice;
+    if (sample >= 0) duel_.Use(sample, static_cast<int>(expert), pass_time_, time, n_uses, !in_scan_);
+  }
   SetKey(slice, s.heat.key);
 }
 
@@ -183,9 +193,40 @@ void ExpertCache::Pass(int64_t slice) {
 
 void ExpertCache::EndScan() {
   for (Slice& s : slices_) s.passed = false;
+  Reorder();
+}
+
+void ExpertCache::Rekey() {
+  for (Slice& s : slices_) edgemoe::Rekey(duel_.rule(), &s.heat);
+  Reorder();
+}
+
+void ExpertCache::Reorder() {
   for (ClassState& c : classes_) {
     for (size_t i = c.evictable.size() / 2; i-- > 0;) HeapSiftDown(&c, i);
   }
+}
+
+// The first tensors of a few layers, evenly spread, each with its share of the slots.
+void ExpertCache::StartDuel() {
+  if (rule_ != EDGEMOE_EVICT_AUTO) return;
+  const auto& tensors = file_->tensors();
+  std::vector<size_t> first_of_layer;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    if (t == 0 || tensors[t].layer != tensors[t - 1].layer) first_of_layer.push_back(t);
+  }
+  const size_t n_samples = std::min<size_t>(first_of_layer.size(), EvictionDuel::kMaxSamples);
+  sample_of_tensor_.assign(tensors.size(), -1);
+  std::vector<EvictionDuel::Sample> samples;
+  for (size_t i = 0; i < n_samples; ++i) {
+    const size_t t = first_of_layer[(2 * i + 1) * first_of_layer.size() / (2 * n_samples)];
+    const SlotClass& c = pool_.classes()[static_cast<size_t>(pool_.ClassOfTensor(static_cast<int>(t)))];
+    const double share = static_cast<double>(c.n_slots) / static_cast<double>(c.n_slices);
+    sample_of_tensor_[t] = static_cast<int32_t>(i);
+    samples.push_back({tensors[t].n_experts, std::max(tensors[t].n_experts_used,
+                                                      static_cast<int>(std::lround(share * tensors[t].n_experts)))});
+  }
+  duel_.Start(samples);
 }
 
 Acquired ExpertCache::Acquire(int64_t slice) {

@@ -26,6 +26,7 @@
 
 #include "core/arithmetic.h"
 #include "core/eviction.h"
+#include "core/eviction_duel.h"
 #include "core/expert_file.h"
 #include "core/slot_pool.h"
 #include "core/status.h"
@@ -164,6 +165,9 @@ class ExpertCache {
     return x.passed != y.passed ? x.passed : x.heat.key < y.heat.key;
   }
   void EndScan();
+  void StartDuel();
+  void Rekey();                   // the duel has another rule
+  void Reorder();                 // all keys have changed
   void HeapMoved(int64_t slice);  // its key has changed
   void HeapInsert(ClassState* c, int64_t slice);
   void HeapErase(ClassState* c, int64_t slice);
@@ -197,6 +201,8 @@ class ExpertCache {
   double clock_tokens_ = 0.0;
   double pass_time_ = 0.0;  // of the first token of the batch that began last
   bool in_scan_ = false;
+  EvictionDuel duel_;                      // with EDGEMOE_EVICT_AUTO
+  std::vector<int32_t> sample_of_tensor_;  // of the duel, or -1
   Status last_error_;
   Status read_error_;
 

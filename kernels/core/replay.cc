@@ -418,8 +418,8 @@ Status CheckOptions(const edgemoe_replay_options& o) {
   const auto positive = [](double x) { return std::isfinite(x) && x > 0.0; };
   const auto no_less_than_zero = [](double x) { return std::isfinite(x) && x >= 0.0; };
   if (o.struct_size != sizeof(o)) return refuse("options", o.struct_size, "this library's size of them");
-  if ((o.policy < EDGEMOE_EVICT_LRU || o.policy > EDGEMOE_EVICT_UTILITY) && o.policy != EDGEMOE_REPLAY_BELADY)
-    return refuse("policy", o.policy, "0 to 3, or 100 (Belady)");
+  if ((o.policy < EDGEMOE_EVICT_LRU || o.policy > EDGEMOE_EVICT_AUTO) && o.policy != EDGEMOE_REPLAY_BELADY)
+    return refuse("policy", o.policy, "0 to 4, or 100 (Belady)");
   if (!positive(o.disk_bytes_per_s)) return refuse("disk_bytes_per_s", o.disk_bytes_per_s, "a positive number");
   if (!no_less_than_zero(o.latency_us)) return refuse("latency_us", o.latency_us, "0 or more");
   if (!(o.jitter >= 0.0 && o.jitter <= 1.0)) return refuse("jitter", o.jitter, "0 to 1");

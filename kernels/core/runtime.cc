@@ -4,10 +4,11 @@
 namespace edgemoe {
 
 Status OpenRuntime(const edgemoe_options& options, const FileOpener& opener, edgemoe_runtime** runtime) {
-  if (options.eviction < EDGEMOE_EVICT_LRU || options.eviction > EDGEMOE_EVICT_UTILITY) {
-    return Status(EDGEMOE_INVALID_ARGUMENT,
-                  Format("eviction rule %d, expected 0 (LRU), 1 (LFU with decay), 2 (least-stale) or 3 (utility)",
-                         options.eviction));
+  if (options.eviction < EDGEMOE_EVICT_LRU || options.eviction > EDGEMOE_EVICT_AUTO) {
+    return Status(
+        EDGEMOE_INVALID_ARGUMENT,
+        Format("eviction rule %d, expected 0 (LRU), 1 (LFU with decay), 2 (least-stale), 3 (utility) or 4 (auto)",
+               options.eviction));
   }
   if (options.n_tensors <= 0 || options.n_io_threads <= 0) {
     return Status(EDGEMOE_INVALID_ARGUMENT, Format("%d tensors and %d reader threads, expected at least one of each",

@@ -125,7 +125,8 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
 INSTANTIATE_TEST_SUITE_P(All, AllocationTest,
                          testing::Combine(testing::Values(2, 7, 16, 32),
                                           testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY,
-                                                          EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY),
+                                                          EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY,
+                                                          EDGEMOE_EVICT_AUTO),
                                           testing::Bool()));
 
 // Guards against: the same in a whole feed-forward block by own kernels, whose slices are interleaved as they arrive,

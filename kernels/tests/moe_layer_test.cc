@@ -169,7 +169,8 @@ TEST_P(WavesTest, EachSliceIsReadAtMostOncePerLayerAndBatch) {
 
 INSTANTIATE_TEST_SUITE_P(All, WavesTest,
                          testing::Combine(testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY,
-                                                          EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY),
+                                                          EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY,
+                                                          EDGEMOE_EVICT_AUTO),
                                           testing::Values(2, 3, 5, 9, 20, 40), testing::Values(1, 3), testing::Bool()));
 
 // Guards against: a slice that was used and evicted in this layer read ahead once more, when another session lets a

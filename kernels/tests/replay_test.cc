@@ -19,8 +19,8 @@ namespace edgemoe::test {
 namespace {
 
 constexpr uint64_t kPage = 4096;
-constexpr int kRules[] = {EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY,
-                          EDGEMOE_REPLAY_BELADY};
+constexpr int kRules[] = {EDGEMOE_EVICT_LRU,     EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EVICT_LEAST_STALE,
+                          EDGEMOE_EVICT_UTILITY, EDGEMOE_EVICT_AUTO,      EDGEMOE_REPLAY_BELADY};
 
 // A trace and the ways to fill it; three projections of a page each unless told otherwise.
 struct ToyTrace {
@@ -327,8 +327,8 @@ TEST(ReplayTest, FetchesAtMostWhatChangedFromATokenCycleOn) {
 
 // Guards against: a replay that no longer asks the cache as MoeLayer does.
 TEST(ReplayTest, CountsWhatMoeLayerCounts) {
-  for (edgemoe_eviction rule :
-       {EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY}) {
+  for (edgemoe_eviction rule : {EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EVICT_LEAST_STALE,
+                                EDGEMOE_EVICT_UTILITY, EDGEMOE_EVICT_AUTO}) {
     for (int64_t n_slots : {26, 34, 48}) {
       ToyModel model({});
       RuntimePtr runtime(model.Open(model.SlotsBytes(n_slots * 3), 2, rule));
@@ -441,6 +441,42 @@ TEST_P(ControllerTest, FollowsADiskWhoseSpeedChangesTenfold) {
 INSTANTIATE_TEST_SUITE_P(All, ControllerTest,
                          testing::Combine(testing::Values(0.0, 0.6, 0.9), testing::Values(0.1, 10.0)));
 
+// Guards against: a rule that is chosen for good, or by chance, or for the wrong text.
+TEST(ReplayTest, AutoFollowsTheRuleThatSuitsTheText) {
+  std::mt19937 rng(4);
+  const auto drift = [&](ToyTrace* trace) { trace->AddLocal(&rng, 1000, 0.85); };
+  // Half of the uses go to six experts of each layer, the others to any.
+  const auto favourites = [&](ToyTrace* trace) {
+    for (int t = 0; t < 1000; ++t) {
+      trace->AddBatch(1, [&](int layer) {
+        std::vector<int32_t> ids;
+        while (ids.size() < 4) {
+          const int32_t e =
+              static_cast<int32_t>(rng() % 2 == 0 ? (rng() % 6 + static_cast<unsigned>(layer)) : rng()) & 31;
+          if (std::find(ids.begin(), ids.end(), e) == ids.end()) ids.push_back(e);
+        }
+        return ids;
+      });
+    }
+  };
+  const auto reads = [](const ToyTrace& trace, int policy) {
+    return static_cast<double>(RunReplay(trace, Options(2 * trace.CycleBytes(), policy)).all.reads);
+  };
+  ToyTrace drifting(8, 32, 4), favouring(8, 32, 4), both(8, 32, 4);
+  drift(&drifting);
+  favourites(&favouring);
+  for (int i = 0; i < 2; ++i) {
+    drift(&both);
+    favourites(&both);
+  }
+  ASSERT_LT(reads(drifting, EDGEMOE_EVICT_LRU), 0.9 * reads(drifting, EDGEMOE_EVICT_LFU_DECAY));
+  ASSERT_LT(reads(favouring, EDGEMOE_EVICT_LFU_DECAY), 0.97 * reads(favouring, EDGEMOE_EVICT_LRU));
+  EXPECT_LE(reads(drifting, EDGEMOE_EVICT_AUTO), 1.03 * reads(drifting, EDGEMOE_EVICT_LRU));
+  EXPECT_LE(reads(favouring, EDGEMOE_EVICT_AUTO), 1.03 * reads(favouring, EDGEMOE_EVICT_LFU_DECAY));
+  EXPECT_LT(reads(both, EDGEMOE_EVICT_AUTO),
+            std::min(reads(both, EDGEMOE_EVICT_LRU), reads(both, EDGEMOE_EVICT_LFU_DECAY)));
+}
+
 // Guards against: nonsense taken for a trace or for options.
 TEST(ReplayTest, RefusesWhatMakesNoSense) {
   ToyTrace good(2, 8, 2);
@@ -466,7 +502,7 @@ TEST(ReplayTest, RefusesWhatMakesNoSense) {
   bad.batch_of_token.clear();
   refused(bad, Options(enough), EDGEMOE_INVALID_ARGUMENT, "trace of 0 tokens");
   refused(good, Options(kPage), EDGEMOE_BUDGET, "at least 2");
-  refused(good, Options(enough, 4), EDGEMOE_INVALID_ARGUMENT, "policy of 4");
+  refused(good, Options(enough, 5), EDGEMOE_INVALID_ARGUMENT, "policy of 5");
   edgemoe_replay_options o = Options(enough);
   o.disk_bytes_per_s = 0.0;
   refused(good, o, EDGEMOE_INVALID_ARGUMENT, "disk_bytes_per_s");

@@ -145,7 +145,7 @@ def test_command_shows_every_policy_and_budget(trace_path: str) -> None:
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.stdout.splitlines()[2:]]
     assert [r[3] for r in rows] == list(replays.POLICIES) * 2
-    assert rows[0][2] == "25%" and rows[5][:3] == ["128", "KiB", "50%"]
+    assert rows[0][2] == "25%" and rows[6][:3] == ["128", "KiB", "50%"]
 
 
 def test_command_prints_json(trace_path: str) -> None:

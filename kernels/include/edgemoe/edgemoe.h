@@ -70,7 +70,8 @@ typedef enum edgemoe_eviction {
   EDGEMOE_EVICT_LRU = 0,         /* least recently used */
   EDGEMOE_EVICT_LFU_DECAY = 1,   /* least frequently used, counts halving every 8 tokens */
   EDGEMOE_EVICT_LEAST_STALE = 2, /* what the batch in progress has not used, then by layer */
-  EDGEMOE_EVICT_UTILITY = 3      /* MoE-SpAc's states, slow up and fast down */
+  EDGEMOE_EVICT_UTILITY = 3,     /* MoE-SpAc's states, slow up and fast down */
+  EDGEMOE_EVICT_AUTO = 4         /* LRU or LFU_DECAY, whichever has missed less lately */
 } edgemoe_eviction;
 
 typedef enum edgemoe_arithmetic {
@@ -95,8 +96,7 @@ typedef struct edgemoe_sizes {
   uint64_t bank_slot_bytes;  /* every expert resident */
   uint64_t cycle_slot_bytes; /* the experts of one token */
   uint64_t slots_bytes;      /* what options.slots_bytes really takes */
-  int64_t n_slots;           /* slots in options.slots_bytes */
-  int64_t n_slices;          /* slots for every expert resident */
+  int64_t n_slots, n_slices; /* slots in options.slots_bytes; slots for every expert resident */
 } edgemoe_sizes;
 
 typedef struct edgemoe_stats {
