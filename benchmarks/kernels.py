@@ -28,16 +28,16 @@ BANDWIDTH_SHARE = {1: 0.85}  # by threads; 0.90 for two and more
 Record = dict[str, Any]
 
 
-def build(build_dir: Path = BUILD_DIR) -> Path:
-    """Compile the native benchmark against the installed llama-cpp-python; returns the program."""
+def build(target: str = "kernel_benchmark", build_dir: Path = BUILD_DIR) -> Path:
+    """Compile a native benchmark against the installed llama-cpp-python; returns the program."""
     configure = ["cmake", "-S", str(session.REPO_ROOT / "kernels"), "-B", str(build_dir), "-DEDGEMOE_BENCHMARKS=ON"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
-    compile_it = ["cmake", "--build", str(build_dir), "--target", "kernel_benchmark", "--parallel", "2"]
+    compile_it = ["cmake", "--build", str(build_dir), "--target", target, "--parallel", "2"]
     for command in (configure, compile_it):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             sys.exit(f"kernels: cannot build the native benchmark: {' '.join(command)}\n{done.stdout}{done.stderr}")
-    return build_dir / "benchmarks" / "kernel_benchmark"
+    return build_dir / "benchmarks" / target
 
 
 def run(program: Path, *arguments: str) -> Record:
@@ -141,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--isa", default="", help="a name, several with commas, or all; default: the best")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--tokens", nargs="+", type=int, help="1 is decode, more are prefill; default: 1 to 512")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument(
         "--bank-mib", type=int, default=512, help="weights that decode goes through; more than L3 holds"
@@ -153,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     program = options.program or build()
     common = ["--threads", ",".join(map(str, options.threads)), "--repetitions", str(options.repetitions)]
     common += ["--bank-mib", str(options.bank_mib), *(["--isa", options.isa] if options.isa else [])]
+    common += ["--tokens", ",".join(map(str, options.tokens))] if options.tokens else []
     results: list[Record] = []
     for name in options.formats:
         was_idle = options.quick or wait_until_idle(options.idle_wait_s)

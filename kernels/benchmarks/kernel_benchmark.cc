@@ -26,8 +26,7 @@ namespace {
 
 constexpr int64_t kPrefillExperts = 4;  // 4.5 MiB of 4-bit weights: from L3, or L2 once there
 constexpr double kMaxNmse = 1e-3;       // both quantize activations to 8 bits: some 1e-4 apart
-constexpr int64_t kPrefillTokens[] = {2, 3, 4, 8, 16, 32, 64, 128, 512};
-constexpr int64_t kQuickPrefillTokens[] = {3, 16, 64};
+constexpr int64_t kQuickTokens[] = {1, 3, 16, 64};
 constexpr int64_t kTokensPerRun = 64;  // of one expert: a run takes milliseconds
 constexpr uint32_t kLayerSeeds = 4;
 
@@ -35,6 +34,7 @@ struct Options {
   std::vector<simd::Format> formats;
   std::vector<const simd::KernelTable*> tables;
   std::vector<int> threads = {1, 2};
+  std::vector<int64_t> tokens = {1, 2, 3, 4, 8, 16, 32, 64, 128, 512};  // of one expert; 1 is decode, more are prefill
   int repetitions = 7;
   size_t bank_bytes = size_t{512} << 20;
   bool quick = false;
@@ -99,9 +99,12 @@ Options ParseOptions(int argc, char** argv) {
     } else if (name == "--threads") {
       options.threads.clear();
       for (const std::string& n : Split(value)) options.threads.push_back(std::max(1, std::atoi(n.c_str())));
+    } else if (name == "--tokens") {
+      options.tokens.clear();
+      for (const std::string& n : Split(value)) options.tokens.push_back(std::max(1, std::atoi(n.c_str())));
     } else {
       Fail("unknown argument " + name +
-           "; expected --formats, --isa, --threads, --repetitions, --bank-mib, --quick or --layer-nmse");
+           "; expected --formats, --isa, --threads, --tokens, --repetitions, --bank-mib, --quick or --layer-nmse");
     }
   }
   for (const std::string& name : Split(formats)) {
@@ -111,6 +114,7 @@ Options ParseOptions(int argc, char** argv) {
   if (options.quick) {
     options.repetitions = std::min(options.repetitions, 2);
     options.bank_bytes = std::min(options.bank_bytes, size_t{64} << 20);
+    options.tokens.assign(std::begin(kQuickTokens), std::end(kQuickTokens));
   }
   options.tables = FindTables(isa);
   return options;
@@ -161,14 +165,12 @@ class FormatBenchmark {
   void Run(const simd::KernelTable& table, std::vector<std::string>& results) {
     OwnMatrices own(table, bank_);
     for (int n_threads : options_.threads) {
-      Add(results, table, n_threads, Decode(own, table, n_threads), "decode", 0, own.pack_bytes_per_second());
-      const auto prefill = [&](int64_t n_tokens) {
-        Add(results, table, n_threads, Prefill(own, table, n_tokens, n_threads), "prefill", n_tokens, 0);
-      };
-      if (options_.quick) {
-        for (int64_t n_tokens : kQuickPrefillTokens) prefill(n_tokens);
-      } else {
-        for (int64_t n_tokens : kPrefillTokens) prefill(n_tokens);
+      for (int64_t n_tokens : options_.tokens) {
+        if (n_tokens == 1) {
+          Add(results, table, n_threads, Decode(own, table, n_threads), "decode", 0, own.pack_bytes_per_second());
+        } else {
+          Add(results, table, n_threads, Prefill(own, table, n_tokens, n_threads), "prefill", n_tokens, 0);
+        }
       }
     }
   }

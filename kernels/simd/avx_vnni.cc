@@ -18,6 +18,7 @@ namespace {
 // AVX2 with a Dot into int32 lanes that takes all unsigned codes.
 struct AvxVnni : Avx2 {
   static constexpr int kMaxCode = 255;
+  static constexpr bool kLooksUpAgain = true;  // MXFP4, T = 8: 1.05 times as fast; AVX2, AVX-512: 0.97, 0.96
   template <int kMax>
   static constexpr int kSteps = 8;
   template <int kMax>

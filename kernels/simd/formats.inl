@@ -17,6 +17,7 @@
 //   kPrefersSigned      formats whose codes come out of a table or a byte use kSigned, not a bias
 //   kTileTokens<T>, kTileGroups<T>   TT, and G, for a panel of T; TT divides T
 //   kFloatTokens, kFloatGroups       the same for F16 and BF16, whose accumulators are four times as many
+//   kLooksUpAgain       codes out of a table are unpacked for each TT tokens anew, not kept
 //   kTileSubs<T>        how many sub-blocks, of those of a 256-column format that share bytes, to sum at a time
 //   kPrefetchBytes      how far ahead of the loads to prefetch, or 0
 //   kHasScaleF          there is a ScaleF, which does not take the place of a Dot
@@ -34,6 +35,7 @@
 //   OrAnd(a, b, c)      a | (b & c)
 //   And, Or, Xor, Add, Sub, MaxI(a, b); Shr<N> (zeros come in), Shl<N>; int32 lanes
 //   Table(p), Lookup(table, v): bytes of a table of 16 by bytes of v, all < 16
+//   Held<kMax>(codes)   the same, in a register
 //   Dot<kMax>(partial, codes, get)             partial + codes * 4 activation bytes
 //   FoldScaled<kMax>(sum, partial, scale)      sum + scale * partial; scale = Scale<kMax>(int32 lanes of +-128 or less)
 //   Fold<kMax>(sum, partial)                   sum + partial
@@ -110,10 +112,12 @@ static inline __attribute__((always_inline)) typename V::I ShrBy(typename V::I v
 }
 
 // ---- Formats of 32 columns: a scale, and codes by step. kMax, kBias: the codes are in 0 .. kMax, and kBias too large.
+// kHasTable: they come out of one.
 
 template <class V>
 struct FormatQ4_0 {
   using Block = BlockQ4_0;
+  static constexpr bool kHasTable = false;
   static constexpr int kMax = 15, kBias = 8;
   static constexpr SumsKind kSums = kBiasSums;
   static typename V::F Scale(const uint8_t* w) { return V::LoadF16(w + offsetof(Block, d) * V::kLanes); }
@@ -127,6 +131,7 @@ struct FormatQ4_0 {
 template <class V>
 struct FormatQ4_1 {
   using Block = BlockQ4_1;
+  static constexpr bool kHasTable = false;
   static constexpr int kMax = 15, kBias = 0;
   static constexpr SumsKind kSums = kFloatSums;
   static typename V::F Scale(const uint8_t* w) { return V::LoadF16(w + offsetof(Block, d) * V::kLanes); }
@@ -141,6 +146,7 @@ struct FormatQ4_1 {
 template <class V>
 struct FormatQ8_0 {
   using Block = BlockQ8_0;
+  static constexpr bool kHasTable = false;
   static constexpr bool kIsSigned = V::kPrefersSigned || V::kMaxCode < 255;
   static constexpr int kMax = kIsSigned ? kSigned : 255, kBias = kIsSigned ? 0 : 128;
   static constexpr SumsKind kSums = kIsSigned ? kNoSums : kBiasSums;
@@ -160,6 +166,7 @@ struct FormatQ8_0 {
 template <class V>
 struct FormatIQ4_NL {
   using Block = BlockIQ4_NL;
+  static constexpr bool kHasTable = true;
   static constexpr bool kIsSigned = V::kPrefersSigned || V::kMaxCode < 255;
   static constexpr int kMax = kIsSigned ? kSigned : 255, kBias = kIsSigned ? 0 : 128;
   static constexpr SumsKind kSums = kIsSigned ? kNoSums : kBiasSums;
@@ -175,6 +182,7 @@ struct FormatIQ4_NL {
 template <class V>
 struct FormatMXFP4 {
   using Block = BlockMXFP4;
+  static constexpr bool kHasTable = true;
   static constexpr int kMax = V::kPrefersSigned ? kSigned : 24, kBias = V::kPrefersSigned ? 0 : 12;
   static constexpr SumsKind kSums = V::kPrefersSigned ? kNoSums : kBiasSums;
   static constexpr ByteTable kTable = Biased(kValuesMXFP4, kBias);

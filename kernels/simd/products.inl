@@ -59,7 +59,14 @@ struct Product32 {
     For<T / kTokens>([&](auto pass) __attribute__((always_inline)) {
       constexpr int t0 = pass * kTokens;
       I sum[G][kTokens];
-      Dots<G, T, kTokens>(w, x.q + 4 * t0, x.sums + t0, sum);
+      // Other passes use the same bytes. A compiler that sees it keeps all codes on the stack, which pays only where
+      // they come out of a table. (volatile, or it takes two of these for the same.)
+      const uint8_t* v[G];
+      for (int g = 0; g < G; ++g) v[g] = w[g];
+      if constexpr (kTokens < T && (!F_::kHasTable || V::kLooksUpAgain)) {
+        for (int g = 0; g < G; ++g) __asm__ volatile("" : "+r"(v[g]));
+      }
+      Dots<G, T, kTokens>(v, x.q + 4 * t0, x.sums + t0, sum);
       For<kTokens>([&](auto t) __attribute__((always_inline)) {
         const F d = V::SplatF(x.d + t0 + t);
         For<G>([&](auto g) __attribute__((always_inline)) {
@@ -81,14 +88,15 @@ struct Product32 {
     constexpr bool kIsWide = V::template kIsWide<kMax>;
     constexpr int kSteps = kIsWide ? 8 : V::template kSteps<kMax>;
     PartialOf<V, kMax> partial[G][kTokens];
-    For<8>([&](auto s) __attribute__((always_inline)) {
+    For<8>([&](auto k) __attribute__((always_inline)) {
+      constexpr int s = k % 2 * 4 + k / 2;  // nibbles of steps s and s + 4 are in the same bytes
       I codes[G];
-      for (int g = 0; g < G; ++g) codes[g] = F_::template Codes<s>(w[g]);
+      for (int g = 0; g < G; ++g) codes[g] = V::template Held<kMax>(F_::template Codes<s>(w[g]));
       const auto acts = V::template LoadActs<kTokens>(q + s * 4 * T);
       For<kTokens>([&](auto t) __attribute__((always_inline)) {
         const auto a = V::Get(acts, t);
         // What the sum begins with, where it does: at the first Dot or, if that is not into int32, at the first Fold.
-        constexpr bool begins = s == (kIsWide ? 0 : kSteps - 1);
+        constexpr bool begins = k == (kIsWide ? 0 : kSteps - 1);
         I start = V::Zero();
         if constexpr (begins && kSums == kBiasSums) start = V::Splat(sums + t);
         for (int g = 0; g < G; ++g) {
@@ -96,8 +104,8 @@ struct Product32 {
             sum[g][t] = V::template Dot<kMax>(begins ? start : sum[g][t], codes[g], a);
           } else {
             PartialOf<V, kMax>& p = partial[g][t];
-            p = V::template Dot<kMax>(s % kSteps == 0 ? V::Zero() : p, codes[g], a);
-            if constexpr ((s + 1) % kSteps == 0) sum[g][t] = V::template Fold<kMax>(begins ? start : sum[g][t], p);
+            p = V::template Dot<kMax>(k % kSteps == 0 ? V::Zero() : p, codes[g], a);
+            if constexpr ((k + 1) % kSteps == 0) sum[g][t] = V::template Fold<kMax>(begins ? start : sum[g][t], p);
           }
         }
       });

@@ -11,6 +11,7 @@ struct Avx2 {
   using F = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kMaxCode = 63;
+  static constexpr bool kLooksUpAgain = false;
   static constexpr bool kPrefersSigned = false;
   template <int T>
   static constexpr int kTileTokens = T < 4 ? T : 4;
@@ -114,6 +115,11 @@ struct Avx2 {
   static I Fixed(I v) {
     __asm__("" : "+x"(v));
     return v;
+  }
+  // Signed codes are used twice, and GCC would load them from memory for each use: there are two loads in a cycle.
+  template <int kMax>
+  static I Held(I codes) {
+    return kMax == kSigned ? Fixed(codes) : codes;
   }
   template <int kMax>
   static I Dot(I partial, I codes, I acts) {

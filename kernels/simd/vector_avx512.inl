@@ -11,6 +11,7 @@ struct Avx512Vnni {
   using F = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kMaxCode = 255;
+  static constexpr bool kLooksUpAgain = false;
   static constexpr bool kPrefersSigned = false;
   template <int T>
   static constexpr int kTileTokens = T < 4 ? T : 4;
@@ -66,6 +67,10 @@ struct Avx512Vnni {
   static I Add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I Sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I Mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  template <int kMax>
+  static I Held(I codes) {
+    return codes;
+  }
   static I MaxI(I a, I b) { return _mm512_max_epi32(a, b); }
   template <int N>
   static I Shr(I v) {

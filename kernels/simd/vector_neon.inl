@@ -12,6 +12,7 @@ struct Neon {
   using F = float32x4_t;
   static constexpr int kLanes = 4;
   static constexpr int kMaxCode = 127;  // signed times signed: what is called unsigned just is not negative
+  static constexpr bool kLooksUpAgain = false;
   static constexpr bool kPrefersSigned = false;
   template <int T>
   static constexpr int kTileTokens = T < 4 ? T : 4;
@@ -91,6 +92,10 @@ struct Neon {
   static I Add(I a, I b) { return vaddq_s32(a, b); }
   static I Sub(I a, I b) { return vsubq_s32(a, b); }
   static I Mul(I a, I b) { return vmulq_s32(a, b); }
+  template <int kMax>
+  static I Held(I codes) {
+    return codes;
+  }
   static I MaxI(I a, I b) { return vmaxq_s32(a, b); }
   template <int N>
   static I Shr(I v) {
