@@ -13,17 +13,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
-import numpy as np
 from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native, engine, host, planner, runtime, topology, warm
 from edgemoe.demo import demo_model
-from edgemoe.draft import MAX_DRAFT_TOKENS, Drafter, DraftLengthChooser, NgramProposer, Step
+from edgemoe.draft import Step
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.routers import Embedding, check_prefetch, find_embedding
 from edgemoe.sizes import parse_size
+from edgemoe.speculate import SpeculativeLlama
 from edgemoe.types import Plan, Stats
 
 Progress = Callable[[str, int, int], None]
@@ -32,8 +31,6 @@ Progress = Callable[[str, int, int], None]
 _log = logging.getLogger("edgemoe")
 # Loads are told apart by thread, but memory is measured by process: one at a time.
 _load_lock = threading.Lock()
-# llama.cpp computes attention over the cells in use, rounded up to a multiple of this (llama-kv-cache.cpp, get_n_kv).
-_CACHE_PADDING = 256
 
 
 @dataclasses.dataclass
@@ -49,7 +46,7 @@ class _Counters:
     accepted_tokens: int = 0
 
 
-class Llama(llama_cpp.Llama):  # type: ignore[misc]
+class Llama(SpeculativeLlama):
     """A `llama_cpp.Llama` whose experts stay on storage, within `memory`.
 
     Everything that `llama_cpp.Llama` offers works as it does there. Its bits do not depend on the budget, and with
@@ -121,13 +118,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._prefetch = prefetch
         self._embedding: Embedding | None = None
         self._kernels_used = "ggml"
-        self.n_tokens: int
         self._draft = draft
-        self._chooser: DraftLengthChooser | None = None
-        self._drafter: Drafter | None = None
-        self._n_drafted = 0
-        self._n_certain: int | None = None
-        self._n_visible: int | None = None
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         n_cores = topology.default_threads()
         kwargs = dict(
@@ -325,7 +316,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""
         begin_s = time.perf_counter()
         is_first = True
-        with self._drafting(), contextlib.closing(super().generate(*args, **kwargs)) as tokens:
+        with self._drafting(self._count_draft), contextlib.closing(super().generate(*args, **kwargs)) as tokens:
             for token in tokens:
                 if is_first:
                     self._counters.ttft_s = time.perf_counter() - begin_s
@@ -334,107 +325,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 self._n_visible = self._n_certain
                 yield token
                 self._n_visible = None
-
-    # ------------------------------------------------------------ drafts
-    # llama_cpp's loop evaluates a draft, samples at each of its positions with the one sampler, and drops it from the
-    # first token that differs: exact for any sampler, if logits do not depend on the batch. That they do not, and that
-    # only the draft's positions have logits (llama_cpp's own draft models need a table of the whole context), is here.
-
-    def _prepare_drafts(self) -> None:
-        if self._runtime is None:
-            raise BackendError(
-                f"cannot use draft={self._draft!r}: {self._gguf.path} has no routed experts; use draft='off'"
-            )
-        if self._is_recurrent or self._is_hybrid:
-            raise BackendError(
-                f"cannot use draft={self._draft!r}: the memory of {self._gguf.path} is recurrent, and cannot take back "
-                "tokens; use draft='off'"
-            )
-        if llama.llama_model_n_swa(self._model.model) > 0 and not self.context_params.swa_full:
-            raise BackendError(
-                f"cannot use draft={self._draft!r}: a cache of only the attention window orders tokens otherwise after "
-                "drafts; use swa_full=True or draft='off'"
-            )
-        if not self._is_hooked:
-            raise BackendError(
-                f"cannot use draft={self._draft!r}: llama.cpp's CPU backend cannot be told to give the bits of single "
-                "tokens; use draft='off'"
-            )
-        self._chooser = DraftLengthChooser(self._gguf.n_experts, self._gguf.n_experts_used)
-
-    @contextlib.contextmanager
-    def _drafting(self) -> Iterator[None]:
-        """Within: `llama_cpp.Llama.generate` asks for drafts."""
-        if self._chooser is None:
-            yield
-            return
-        self._drafter = Drafter(NgramProposer(), self._chooser, self._count_draft)
-        self._n_certain = self._n_visible = None
-        self.draft_model: Any = self._propose
-        try:
-            yield
-        finally:
-            self.draft_model = None
-            drafter, self._drafter = self._drafter, None
-            self._n_drafted = 0
-            n_certain, self._n_certain, self._n_visible = self._n_certain, None, None
-            if n_certain is not None:
-                drafter.finish(n_certain + 1 - drafter.n_known_tokens)
-                if n_certain < self.n_tokens:  # the rest of a draft that nobody asked for any more
-                    self.n_tokens = n_certain
-                    self._ctx.kv_cache_seq_rm(-1, n_certain, -1)
-                    self._requires_eval = True
-
-    def _propose(self, history: Any) -> Any:
-        """The draft that follows `history`, as llama_cpp asks a draft model for it."""
-        assert self._drafter is not None
-        # The last token of the history and the draft share llama.cpp's padding of the cache: it decides how flash
-        # attention splits.
-        first = len(history) - 1
-        n_max = min(
-            MAX_DRAFT_TOKENS,
-            self._n_ctx - len(history),
-            min(self.n_batch, self.context_params.n_ubatch) - 1,
-            _CACHE_PADDING - 1 - first % _CACHE_PADDING,
-        )
-        draft = self._drafter.draft(history[self._drafter.n_known_tokens :].tolist(), n_max)
-        self._n_drafted = len(draft)
-        return np.array(draft, dtype=np.intc)
-
-    def _eval_draft(self, tokens: Sequence[int]) -> None:
-        n_threads_batch = llama.llama_n_threads_batch(self._ctx.ctx)
-        n_threads = llama.llama_n_threads(self._ctx.ctx)
-        plugin = _native.plugin()
-        plugin.set_lone_rows(len(tokens))
-        llama.llama_set_n_threads(self._ctx.ctx, n_threads, n_threads)
-        try:
-            if self._logits_all:
-                super().eval(tokens)
-                return
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-            self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=True)
-            self._ctx.decode(self._batch)
-        finally:
-            plugin.set_lone_rows(0)
-            llama.llama_set_n_threads(self._ctx.ctx, n_threads, n_threads_batch)
-        self.input_ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
-        self.n_tokens += len(tokens)
-        self._requires_eval = False
-
-    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
-        """Sample a token, as `llama_cpp.Llama.sample`."""
-        if self._drafter is None or idx is None:
-            return int(super().sample(*args, idx=idx, **kwargs))
-        self._n_certain = self._n_visible = idx + 1
-        try:
-            return int(super().sample(*args, idx=idx, **kwargs))
-        finally:
-            self._n_visible = None
-
-    @property
-    def _input_ids(self) -> Any:
-        # What logits processors and stopping criteria are shown: without what is only drafted.
-        return self.input_ids[: self.n_tokens if self._n_visible is None else self._n_visible]
 
     def _count_draft(self, n_drafted: int, n_accepted: int) -> None:
         self._counters.drafted_tokens += n_drafted
