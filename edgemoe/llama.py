@@ -17,7 +17,8 @@ from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native, engine, host, planner, runtime, topology, warm
 from edgemoe.demo import demo_model
-from edgemoe.draft import Step
+from edgemoe.draft_length import Step
+from edgemoe.draft_model import DraftModel
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.routers import Embedding, check_prefetch, find_embedding
@@ -66,7 +67,7 @@ class Llama(SpeculativeLlama):
         kernels: str = "auto",
         prefetch: str = planner.DEFAULT_PREFETCH,
         warm_start: bool = True,
-        draft: str = "off",
+        draft: str | Path = "off",
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -86,16 +87,18 @@ class Llama(SpeculativeLlama):
                 as pays by the clock. It changes no result.
             warm_start: read the experts that were hot when this model was last closed into free slots while storage
                 is idle, and remember the hot ones when it is closed, in the user's cache folder (see `edgemoe.warm`).
-            draft: speculative decoding, which never changes what is generated: `off`, or `ngram` to draft from the
-                prompt and the answer so far, as many tokens as their experts' bytes make worth while.
+            draft: speculative decoding, which never changes what is generated: `off`; `ngram` to draft from the
+                prompt and the answer so far, as many tokens as their experts' bytes make worth while; or the path of
+                a small GGUF model with the same vocabulary, dense or not, to draft with it as well. It is loaded
+                whole, and its memory is part of the budget.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
         Raises:
             ModelFormatError: a file is missing, truncated or no GGUF.
             BudgetError: the budget is below the model's floor, or cannot be parsed.
-            BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, or `draft` cannot
-                be exact with this model.
+            BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, `draft` cannot
+                be exact with this model, or the draft model has another vocabulary.
             ValueError: `eviction`, `kernels`, `prefetch` or `draft` is unknown.
             AdapterError: the LoRA adapter changes routed experts.
         """
@@ -104,7 +107,7 @@ class Llama(SpeculativeLlama):
             raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.EVICTION_RULES)}")
         _native.check_kernels(kernels)
         check_prefetch(prefetch)
-        planner.check_draft(draft)
+        planner.draft_path(draft)
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)
@@ -119,6 +122,7 @@ class Llama(SpeculativeLlama):
         self._embedding: Embedding | None = None
         self._kernels_used = "ggml"
         self._draft = draft
+        self._draft_model: DraftModel | None = None
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         n_cores = topology.default_threads()
         kwargs = dict(
@@ -141,11 +145,13 @@ class Llama(SpeculativeLlama):
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
             report("loading", 0, model.dense_bytes)
             try:
+                if self._footprint.draft is not None:
+                    self._draft_model = DraftModel(self._footprint.draft)
                 self._load(kwargs, eviction, lock_memory, verbose)
                 if lora_path is not None:
                     self._add_adapter(str(lora_path), lora_scale)
                 if draft != "off":
-                    self._prepare_drafts()
+                    self._prepare_drafts(self._draft_model)
             except BaseException:
                 self.close()
                 raise
@@ -155,18 +161,6 @@ class Llama(SpeculativeLlama):
             self._warm = warm.WarmStart(model, self._runtime)
             self._warm.begin()
         report("loading", model.dense_bytes, model.dense_bytes)
-
-    # llama_cpp.Llama fills in `self.model_params` and hands it to llama.cpp: the place to say what it has no
-    # argument for. Repacked weights would be a second copy, of other bits.
-    @property
-    def model_params(self) -> Any:
-        """llama.cpp's model parameters."""
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: Any) -> None:
-        params.use_extra_bufts = False
-        self._model_params = params
 
     def _load(self, kwargs: dict[str, Any], eviction: str, lock_memory: bool, verbose: bool) -> None:
         model = self._gguf
@@ -215,6 +209,8 @@ class Llama(SpeculativeLlama):
         # What was planned is now there to be measured; only buffers not yet written to are still a plan.
         sizes = log.sizes(host.process_rss_bytes())
         self._fixed_bytes = sizes.process_bytes + sizes.compute_bytes + self._footprint.batch_bytes
+        if self._footprint.draft is not None:
+            self._fixed_bytes += self._footprint.draft.compute_bytes
         self._fit_slots(self.plan)
         if not self._runtime.stats().direct_io:
             _log.warning("the file system of %s has no O_DIRECT: reads are buffered, and slower", model.path)
@@ -230,13 +226,27 @@ class Llama(SpeculativeLlama):
         assert self._runtime is not None
         slots = self._footprint.slots_bytes(plan.budget_bytes, self._fixed_bytes)
         if slots is None:
-            short = self._fixed_bytes - (plan.dense_bytes + plan.kv_bytes + plan.buffers_bytes)
+            short = self._fixed_bytes - (plan.dense_bytes + plan.kv_bytes + plan.buffers_bytes + plan.draft_bytes)
             raise planner.refusal(
                 dataclasses.replace(plan, fits=False, floor_bytes=plan.floor_bytes + short), self._gguf, self.n_ctx()
             )
         sizes = runtime.slot_sizes(self._gguf, slots)
         _native.set_slots_bytes(self._runtime, slots)
         self.plan = dataclasses.replace(plan, slots_bytes=int(sizes.slots_bytes))
+
+    def _release_draft_model(self) -> None:
+        draft, model = self._footprint.draft, self._draft_model
+        assert draft is not None and model is not None
+        self._draft_model = self._draft_proposer = None
+        model.close()
+        self._footprint = dataclasses.replace(self._footprint, draft=None)
+        self._fixed_bytes -= draft.total_bytes
+        self._fit_slots(self._footprint.plan(self.plan.budget_bytes))
+        _log.warning(
+            "drafts of %s are no gain here: it is freed, and its %d MiB go to experts",
+            draft.model.path,
+            draft.total_bytes >> 20,
+        )
 
     def set_memory(self, memory: int | str) -> None:
         """Change the budget now: experts are dropped, coldest first, or get more room.
@@ -424,6 +434,9 @@ class Llama(SpeculativeLlama):
             self._warm.save()  # type: ignore[union-attr]
             self._warm = None
         self._embedding = None
+        if getattr(self, "_draft_model", None) is not None:
+            self._draft_model.close()  # type: ignore[union-attr]
+            self._draft_model = self._draft_proposer = None
         stack = getattr(self, "_stack", None)
         if stack is not None:
             stack.close()

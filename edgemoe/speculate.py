@@ -9,16 +9,20 @@ drafted, and how much of it, is for `edgemoe.draft` to say.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native
-from edgemoe.draft import MAX_DRAFT_TOKENS, Drafter, DraftLengthChooser, NgramProposer
+from edgemoe.draft import Drafter, NgramProposer
+from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser
+from edgemoe.draft_model import DraftModel, ModelProposer
+from edgemoe.engine import PlainLlama
 from edgemoe.errors import BackendError
 from edgemoe.formats.gguf import GgufModel
 
@@ -26,22 +30,23 @@ from edgemoe.formats.gguf import GgufModel
 _CACHE_PADDING = 256
 
 
-class SpeculativeLlama(llama_cpp.Llama):  # type: ignore[misc]
+class SpeculativeLlama(PlainLlama):
     """A `llama_cpp.Llama` that drafts within `_drafting()`, once `_prepare_drafts` has been called."""
 
     n_tokens: int
     _requires_eval: bool
     _runtime: _native.Runtime | None
     _gguf: GgufModel
-    _draft: str
+    _draft: str | Path
     _is_hooked: bool
     _chooser: DraftLengthChooser | None = None
+    _draft_proposer: ModelProposer | None = None
     _drafter: Drafter | None = None
     _n_drafted = 0  # tokens of the draft that the next evaluation ends with
     _n_certain: int | None = None  # tokens that have been sampled, while a draft is compared with them
     _n_visible: int | None = None
 
-    def _prepare_drafts(self) -> None:
+    def _prepare_drafts(self, model: DraftModel | None) -> None:
         if self._runtime is None:
             raise BackendError(
                 f"cannot use draft={self._draft!r}: {self._gguf.path} has no routed experts; use draft='off'"
@@ -61,7 +66,13 @@ class SpeculativeLlama(llama_cpp.Llama):  # type: ignore[misc]
                 f"cannot use draft={self._draft!r}: llama.cpp's CPU backend cannot be told to give the bits of single "
                 "tokens; use draft='off'"
             )
+        if model is not None:
+            self._draft_proposer = ModelProposer(model, self._n_vocab)
         self._chooser = DraftLengthChooser(self._gguf.n_experts, self._gguf.n_experts_used)
+
+    @abc.abstractmethod
+    def _release_draft_model(self) -> None:
+        """Free the draft model, and use its memory otherwise."""
 
     @contextlib.contextmanager
     def _drafting(self, count: Callable[[int, int], None]) -> Iterator[None]:
@@ -69,7 +80,7 @@ class SpeculativeLlama(llama_cpp.Llama):  # type: ignore[misc]
         if self._chooser is None:
             yield
             return
-        self._drafter = Drafter(NgramProposer(), self._chooser, count)
+        self._drafter = Drafter(NgramProposer(), self._chooser, count, self._draft_proposer)
         self._n_certain = self._n_visible = None
         self.draft_model: Any = self._propose
         try:
@@ -88,7 +99,10 @@ class SpeculativeLlama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _propose(self, history: Any) -> Any:
         """The draft that follows `history`, as llama_cpp asks a draft model for it."""
-        assert self._drafter is not None
+        assert self._drafter is not None and self._chooser is not None
+        if self._draft_proposer is not None and self._chooser.has_given_up:
+            self._drafter.drop_model()
+            self._release_draft_model()
         # The last token of the history and the draft share llama.cpp's padding of the cache: it decides how flash
         # attention splits.
         first = len(history) - 1

@@ -121,10 +121,11 @@ _LOAD_OPTIONS = {
     ),
     "draft": click.option(
         "--draft",
-        type=click.Choice(["off", "ngram"]),
+        metavar="off|ngram|PATH",
         default="off",
         show_default=True,
-        help="Evaluate several tokens at once where that is faster: what followed the same words earlier in the text.",
+        help="Evaluate several tokens at once where that is faster: what followed the same words earlier in the text "
+        "(ngram), or what a small GGUF model of the same vocabulary writes next (its path).",
     ),
     "warm_start": click.option(
         "--warm-start/--no-warm-start",

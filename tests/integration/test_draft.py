@@ -18,7 +18,8 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 import edgemoe
 from benchmarks import synthetic
 from edgemoe import planner
-from edgemoe.draft import MAX_DRAFT_TOKENS, DraftLengthChooser, reserved_bytes
+from edgemoe.draft import reserved_bytes
+from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser
 from edgemoe.errors import BackendError
 from tests.conftest import ModelWriter
 from tests.integration.support import N_VOCAB, Logits, set_residency, streamed
