@@ -152,8 +152,16 @@ class Drafter:
         chooser: DraftLengthChooser,
         count: Callable[[int, int], None],
         model: CostlyProposer | None = None,
+        foresee: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
-        """Begin; `count` is called with the drafted and the accepted tokens of each step."""
+        """Begin.
+
+        Args:
+            count: called with the drafted and the accepted tokens of each step.
+            model: asked where the text proposes nothing that is worth while.
+            foresee: called with the token that comes next before the model drafts what follows it: storage is idle
+                then, and may read that token's first experts.
+        """
         chooser.begin()
         if model is not None:
             model.begin()
@@ -161,9 +169,11 @@ class Drafter:
         self._chooser = chooser
         self._count = count
         self._model = model
+        self._foresee = foresee
         self._watch = _Watch(chooser)
         self._model_watch = _Watch(chooser)
         self._draft_s = 0.0
+        self._last_token = -1
         self._step: Step | None = None
 
     @property
@@ -183,6 +193,7 @@ class Drafter:
         self._proposer.extend(new_tokens)
         if self._model is not None:
             self._model.extend(new_tokens)
+        self._last_token = new_tokens[-1]
         if n_tokens_max < 1:
             return ()
         return self._from_text(n_tokens_max) or self._from_model(n_tokens_max)
@@ -215,6 +226,8 @@ class Drafter:
         n_wanted = self._chooser.wanted(n_tokens_max, self._model.seconds) if self._model is not None else 0
         if self._model is None or n_wanted == 0:
             return ()
+        if self._foresee is not None:
+            self._foresee([self._last_token])
         proposal = self._model.propose(n_wanted, self._chooser.catch_up_s())
         self._chooser.pay_catch_up(proposal.catch_up_s)
         self._draft_s = proposal.seconds

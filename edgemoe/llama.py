@@ -294,8 +294,8 @@ class Llama(SpeculativeLlama):
         n_drafted, self._n_drafted = self._n_drafted, 0
         before = self._runtime.stats() if self._drafter is not None and self._runtime is not None else None
         begin_s = time.perf_counter()
-        if len(tokens) == 1 and self._embedding is not None and self._runtime is not None:
-            self._runtime.foresee_token(self._embedding.row(tokens[0]))
+        if len(tokens) == n_drafted + 1:
+            self._foresee(tokens)
         try:
             with self._read_errors():
                 if n_drafted:
@@ -321,6 +321,11 @@ class Llama(SpeculativeLlama):
         else:
             self._counters.completion_tokens += 1
             self._counters.decode_s += elapsed_s
+
+    def _foresee(self, tokens: Sequence[int]) -> None:
+        # At most 8: a token and its draft.
+        if self._embedding is not None and self._runtime is not None:
+            self._runtime.foresee_tokens(self._embedding.rows(tokens))
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, None, None]:
         """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""

@@ -74,13 +74,17 @@ class SpeculativeLlama(PlainLlama):
     def _release_draft_model(self) -> None:
         """Free the draft model, and use its memory otherwise."""
 
+    @abc.abstractmethod
+    def _foresee(self, tokens: Sequence[int]) -> None:
+        """Let the experts be read that the first layers will choose for these tokens, which come next."""
+
     @contextlib.contextmanager
     def _drafting(self, count: Callable[[int, int], None]) -> Iterator[None]:
         """Within: `llama_cpp.Llama.generate` asks for drafts; `count` as for `Drafter`."""
         if self._chooser is None:
             yield
             return
-        self._drafter = Drafter(NgramProposer(), self._chooser, count, self._draft_proposer)
+        self._drafter = Drafter(NgramProposer(), self._chooser, count, self._draft_proposer, self._foresee)
         self._n_certain = self._n_visible = None
         self.draft_model: Any = self._propose
         try:
