@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Speculative decoding: what the next tokens may be, and how many of them are worth evaluating.
+"""Speculative decoding: what the next tokens may be.
 
 A drafted token is kept only if it is the one that sampling gives at its place, so drafts never change what is
 generated. They change what a step costs: a batch of several tokens reads the union of their experts, which for one
@@ -13,24 +13,46 @@ import dataclasses
 import itertools
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
-MAX_DRAFT_TOKENS = 7
-"""Most tokens of a draft: with the token before them a batch of 8 rows, up to which ggml's products of single rows
-and of several have the same bits (it changes over to other code for experts with 8 rows)."""
+from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser, Step
 
 _SHORTEST_MATCH = 2  # one equal token says little
 _LONGEST_MATCH = 8
 # Occurrences of the last two tokens that are looked at, most recent first: bounds the work per token.
 _MAX_CANDIDATES = 32
-_N_KINDS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """Tokens that may come next, and how sure the proposer is: a class of drafts with an acceptance of its own."""
+    """Tokens that may come next.
+
+    Attributes:
+        kind: how sure the proposer is: a class of drafts with an acceptance of its own.
+        seconds: what it took to make the draft.
+        catch_up_s: what it took before that, once, to read text that earlier drafts had no use for.
+    """
 
     tokens: tuple[int, ...]
     kind: int = 0
+    seconds: float = 0.0
+    catch_up_s: float = 0.0
+
+
+class CostlyProposer(Protocol):
+    """Makes drafts that take time: a draft model."""
+
+    def begin(self) -> None:
+        """Another text begins."""
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Tokens that are certain."""
+
+    def seconds(self, n_tokens: int) -> float:
+        """What a draft of that many tokens will take, without catching up."""
+
+    def propose(self, n_tokens: int, catch_up_s: float) -> Draft:
+        """Up to `n_tokens` tokens; none if the text cannot be caught up with in about `catch_up_s`."""
 
 
 class NgramProposer:
@@ -94,233 +116,64 @@ def _kind(match_length: int) -> int:
     return 0 if match_length == 2 else 1 if match_length <= 4 else 2 if match_length < _LONGEST_MATCH else 3
 
 
-def union_growth(n_experts: int, n_experts_used: int, n_tokens: int) -> float:
-    """Distinct experts of `n_tokens` tokens over those of one, for uniform routing: E (1 - (1 - K/E)^B) / K.
+class _Watch:
+    """Compares proposals with the text that comes, whether they were evaluated or not."""
 
-    Source: the form that prices batches in arXiv 2603.08960. Real routing repeats itself, so it is an upper bound.
-    1.0 for models without experts.
-    """
-    if n_experts <= 0:
-        return 1.0
-    return n_experts * (1 - (1 - n_experts_used / n_experts) ** n_tokens) / n_experts_used
+    def __init__(self, chooser: DraftLengthChooser) -> None:
+        self._chooser = chooser
+        self._proposal = Draft(())
+        self._n_seen = 0
 
+    def begin(self, proposal: Draft) -> None:
+        """Watch another one, if all of the last one has been seen: no token counts twice."""
+        if self._n_seen == len(self._proposal.tokens):
+            self._proposal, self._n_seen = proposal, 0
 
-class _Average:
-    """A mean that begins as that of all values and becomes an exponential one over the last `memory` of them."""
-
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
-        self.n = 0
-        self.value = 0.0
-
-    def add(self, value: float) -> None:
-        self.n += 1
-        self.value += (value - self.value) / min(self.n, self._memory)
-
-    def doubt(self, n: int) -> None:
-        """Let what was added so far weigh no more than `n` values."""
-        self.n = min(self.n, n)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What the evaluation of one token and `n_drafted` drafted ones took.
-
-    Attributes:
-        seconds, stall_s: wall time, and the part of it that computing waited for storage.
-        n_experts: experts that the layers asked for, each once for each layer.
-        draft_s: time that went into the draft itself.
-    """
-
-    n_drafted: int
-    seconds: float
-    stall_s: float = 0.0
-    n_experts: int = 0
-    draft_s: float = 0.0
-
-
-class DraftLengthChooser:
-    """Chooses how many drafted tokens to evaluate with the next one, 0 among them.
-
-    The choice maximizes expected tokens per second: 1 + a1 + a1 a2 + ... over the time of the step. Acceptance a_i is
-    measured for each kind of draft and position, from proposals that were not evaluated too: the text shows by itself
-    whether they were right. The time of a step of k + 1 tokens, in steps of one, is at first
-
-        waiting x growth of the union of experts + computing x (1 + 0.7 k)
-
-    where waiting and computing are shares of a step of one token and the union is the formula's, scaled by the unions
-    measured; what steps of each length took replaces it as they come, and corrects the lengths beside it.
-
-    A loss account bounds what being wrong costs: a step with drafts, and the few after it whose cache it changed, are
-    charged with what they took beyond the usual time for the tokens they gave. Drafts are evaluated only while the
-    account can pay for one of which half fails; it fills with 2 % of the time and with what drafts gain.
-    """
-
-    # Source of the numbers: simulated worlds in tests/unit/test_draft.py, where all of them may be halved or doubled.
-    _COMPUTE_GROWTH = 0.7  # of computing, for each further token, until it is measured
-    _MIN_GAIN = 1.1  # below it, noise decides, and a cache that wrong drafts disturbed
-    _INITIAL_ACCEPTANCE, _INITIAL_WEIGHT = 0.4, 2.0
-    _ACCEPTANCE_MEMORY = 24
-    _TIME_MEMORY = 16
-    _RATIO_MEMORY = 8
-    _MODEL_WEIGHT = 1.0  # in measurements
-    _N_AFFECTED = 8  # steps after a draft that it may have slowed down
-    _N_BASE = 4  # steps without drafts before the first draft
-    _MAX_STEPS_WITHOUT_BASE = 256
-    _RETRY_STEPS = 64
-    _NEIGHBOUR_STEPS = 16
-    _EARNED_SHARE = 0.02
-    _INITIAL_CREDIT, _MAX_CREDIT = 1.5, 4.0  # in steps of one token
-
-    def __init__(self, n_experts: int, n_experts_used: int, max_tokens: int = MAX_DRAFT_TOKENS) -> None:
-        self._unions = [union_growth(n_experts, n_experts_used, k + 1) for k in range(max_tokens + 1)]
-        self._max_tokens = max_tokens
-        self._accepted = [[_Average(self._ACCEPTANCE_MEMORY) for _ in range(max_tokens)] for _ in range(_N_KINDS)]
-        self._base_s = _Average(self._TIME_MEMORY)
-        self._base_wait = _Average(self._TIME_MEMORY)
-        self._base_experts = _Average(self._TIME_MEMORY)
-        self._ratios = [_Average(self._RATIO_MEMORY) for _ in range(max_tokens + 1)]
-        self._union_scale = _Average(self._TIME_MEMORY)
-        self._draft_token_s = _Average(self._TIME_MEMORY)
-        self._credit = self._INITIAL_CREDIT  # in steps of one token
-        self._n_since_draft = self._n_since_base = self._n_since_retry = self._n_choices = 0
-        self._n_base_due = self._N_BASE
-        self._longest = 0  # the most drafted tokens of any step so far
-
-    def begin(self) -> None:
-        """Another text begins: it starts with what steps cost in the last one, not with its acceptance or its gains."""
-        self._credit = min(max(self._credit, 0.0), self._INITIAL_CREDIT)
-        self._n_base_due = self._N_BASE
-        self._n_since_draft = self._N_AFFECTED
-        for average in (self._base_s, self._base_wait, self._base_experts, *itertools.chain(*self._accepted)):
-            average.doubt(0)
-        for average in self._ratios:
-            average.doubt(2)
-
-    def choose(self, kind: int, n_proposed: int) -> int:
-        """How many of `n_proposed` tokens of a draft to evaluate."""
-        self._n_since_retry += 1
-        if self._base_s.n < self._N_BASE or self._base_s.value <= 0:
-            return 0
-        if self._n_base_due > 0 or self._n_since_base > self._MAX_STEPS_WITHOUT_BASE:
-            # Without steps of one token now and then nobody knows what they take by now.
-            if self._n_base_due <= 0:
-                self._n_base_due = self._N_AFFECTED + 2
-            return 0
-        n_max = min(n_proposed, self._max_tokens)
-        expected = [1.0]
-        chance = 1.0
-        for k in range(1, n_max + 1):
-            chance *= self.acceptance(kind, k)
-            expected.append(expected[-1] + chance)
-        ratios = [1.0, *(self.time_ratio(k) for k in range(1, n_max + 1))]
-        rates = [expected[k] / ratios[k] for k in range(n_max + 1)]
-        best = max(range(n_max + 1), key=rates.__getitem__)
-        if rates[best] < self._MIN_GAIN:
-            # As if all that was measured were twice too slow.
-            hopes = [expected[k] / (1 + (ratios[k] - 1) / 2) for k in range(n_max + 1)]
-            best = max(range(n_max + 1), key=hopes.__getitem__)
-            if hopes[best] < self._MIN_GAIN or self._n_since_retry <= self._RETRY_STEPS:
-                return 0
-            self._n_since_retry = 0
-        else:
-            self._n_choices += 1
-            if self._n_choices % self._NEIGHBOUR_STEPS == 0:
-                # What the next length takes may have changed since it was measured.
-                longer = self._n_choices % (2 * self._NEIGHBOUR_STEPS) == 0
-                best = min(best + 1, n_max) if longer else max(best - 1, 1)
-        # 1, 3, 7: nobody knows what a long batch takes before a shorter one was tried.
-        best = min(best, 2 * self._longest + 1)
-        # What is lost if half as many tokens are right as expected; shorter drafts lose less.
-        while best > 0 and ratios[best] - 1 - (expected[best] - 1) / 2 > self._credit:
-            best -= 1
-        return best
-
-    def acceptance(self, kind: int, position: int) -> float:
-        """The chance that the token at `position` (from 1) of a draft is right if those before it are.
-
-        What is not known of a position is taken from the one before.
-        """
-        a = self._INITIAL_ACCEPTANCE
-        for average in self._accepted[kind][:position]:
-            n = min(average.n, self._ACCEPTANCE_MEMORY)
-            a = (n * average.value + self._INITIAL_WEIGHT * a) / (n + self._INITIAL_WEIGHT)
-        return a
-
-    def time_ratio(self, n_drafted: int) -> float:
-        """The time of a step with that many drafted tokens, in steps without."""
-        modelled = self._modelled_ratio(n_drafted)
-        measured = self._ratios[n_drafted]
-        n = min(measured.n, self._RATIO_MEMORY)
-        ratio = (n * measured.value + self._MODEL_WEIGHT * modelled) / (n + self._MODEL_WEIGHT)
-        return ratio + n_drafted * self._draft_token_s.value / self._base_s.value
-
-    def observe_acceptance(self, kind: int, position: int, is_right: bool) -> None:
-        """Whether the token at `position` (from 1) of a proposal was right, those before it having been."""
-        self._accepted[kind][position - 1].add(float(is_right))
-
-    def observe_step(self, step: Step, n_tokens: int) -> None:
-        """A step that gave `n_tokens` tokens: 1, and the drafted ones that were right."""
-        if step.n_drafted == 0:
-            self._n_since_draft += 1
-            self._n_base_due -= 1
-        else:
-            self._n_since_draft = 0
-            self._draft_token_s.add(step.draft_s / step.n_drafted)
-        is_base = self._n_since_draft > self._N_AFFECTED or self._base_s.n < self._N_BASE
-        self._n_since_base = 0 if is_base else self._n_since_base + 1
-        base_s = self._base_s.value
-        if is_base:
-            self._base_s.add(step.seconds if self._base_s.n < 2 else min(step.seconds, 4 * base_s))
-            self._base_wait.add(min(step.stall_s / step.seconds, 1.0) if step.seconds > 0 else 0.0)
-            self._base_experts.add(step.n_experts)
-            self._earn(self._EARNED_SHARE)
-            return
-        if step.n_drafted:
-            self._observe_draft(step)
-        taken = (step.seconds + step.draft_s) / base_s
-        self._earn(self._EARNED_SHARE * taken + n_tokens - taken)
-
-    def _earn(self, steps: float) -> None:
-        self._credit = min(self._credit + steps, self._MAX_CREDIT)
-
-    def _observe_draft(self, step: Step) -> None:
-        k = step.n_drafted
-        self._longest = max(self._longest, k)
-        if self._base_experts.value > 0 and self._unions[k] > 1:
-            growth = step.n_experts / self._base_experts.value
-            self._union_scale.add(min(max((growth - 1) / (self._unions[k] - 1), 0.0), 2.0))
-        self._ratios[k].add(min(step.seconds / self._base_s.value, 3 * self.time_ratio(k)))
-
-    def _modelled_ratio(self, k: int) -> float:
-        """From what other lengths took: on a line between the next shorter and longer ones, else as bytes grow."""
-        shorter = max(i for i in range(k) if i == 0 or self._ratios[i].n)
-        value = self._ratios[shorter].value if shorter else 1.0
-        longer = next((i for i in range(k + 1, self._max_tokens + 1) if self._ratios[i].n), None)
-        if longer is not None:
-            return value + (self._ratios[longer].value - value) * (k - shorter) / (longer - shorter)
-        scale = (value - 1) / (self._bytes_ratio(shorter) - 1) if shorter else 1.0
-        return value + max(scale, 0.0) * (self._bytes_ratio(k) - self._bytes_ratio(shorter))
-
-    def _bytes_ratio(self, k: int) -> float:
-        scale = self._union_scale.value if self._union_scale.n else 1.0
-        union = 1 + scale * (self._unions[k] - 1)
-        wait = self._base_wait.value
-        # At least something: a step that only waits for experts that all tokens share.
-        return max(wait * union + (1 - wait) * (1 + self._COMPUTE_GROWTH * k), 1 + 0.01 * k)
+    def see(self, tokens: Sequence[int]) -> None:
+        """The text goes on with these."""
+        for token in itertools.islice(tokens, len(self._proposal.tokens) - self._n_seen):
+            self._n_seen += 1
+            is_right = token == self._proposal.tokens[self._n_seen - 1]
+            self._chooser.observe_acceptance(self._proposal.kind, self._n_seen, is_right)
+            if not is_right:
+                self._proposal, self._n_seen = Draft(()), 0
+                return
 
 
 class Drafter:
-    """Proposals of one generation, their lengths chosen, and everything learned from how they fared."""
+    """Proposals of one generation, their lengths chosen, and everything learned from how they fared.
 
-    def __init__(self, proposer: NgramProposer, chooser: DraftLengthChooser, count: Callable[[int, int], None]) -> None:
-        """Begin; `count` is called with the drafted and the accepted tokens of each step."""
+    What the text proposes costs nothing, so it is asked first; a draft model is asked where that is not worth while.
+    """
+
+    def __init__(
+        self,
+        proposer: NgramProposer,
+        chooser: DraftLengthChooser,
+        count: Callable[[int, int], None],
+        model: CostlyProposer | None = None,
+        foresee: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        """Begin.
+
+        Args:
+            count: called with the drafted and the accepted tokens of each step.
+            model: asked where the text proposes nothing that is worth while.
+            foresee: called with the token that comes next before the model drafts what follows it: storage is idle
+                then, and may read that token's first experts.
+        """
         chooser.begin()
+        if model is not None:
+            model.begin()
         self._proposer = proposer
         self._chooser = chooser
         self._count = count
-        self._watched = Draft(())
-        self._n_seen = 0  # of the watched proposal
+        self._model = model
+        self._foresee = foresee
+        self._watch = _Watch(chooser)
+        self._model_watch = _Watch(chooser)
+        self._draft_s = 0.0
+        self._last_token = -1
         self._step: Step | None = None
 
     @property
@@ -335,16 +188,19 @@ class Drafter:
         """
         if self.n_known_tokens:
             self.finish(len(new_tokens))
-            self._watch(new_tokens)
+            self._watch.see(new_tokens)
+            self._model_watch.see(new_tokens)
         self._proposer.extend(new_tokens)
+        if self._model is not None:
+            self._model.extend(new_tokens)
+        self._last_token = new_tokens[-1]
         if n_tokens_max < 1:
             return ()
-        proposal = self._proposer.propose(MAX_DRAFT_TOKENS)
-        if not proposal.tokens:
-            return ()
-        if self._n_seen == len(self._watched.tokens):
-            self._watched, self._n_seen = proposal, 0
-        return proposal.tokens[: self._chooser.choose(proposal.kind, min(n_tokens_max, len(proposal.tokens)))]
+        return self._from_text(n_tokens_max) or self._from_model(n_tokens_max)
+
+    def drop_model(self) -> None:
+        """Go on with what the text proposes."""
+        self._model = None
 
     def observe(self, step: Step) -> None:
         """What the evaluation of the draft and the token before it took."""
@@ -353,19 +209,32 @@ class Drafter:
     def finish(self, n_tokens: int) -> None:
         """`n_tokens` tokens came out of the last step; the generation may end here."""
         step, self._step = self._step, None
+        draft_s, self._draft_s = self._draft_s, 0.0
         if step is None or n_tokens < 1:
             return
         self._count(step.n_drafted, min(n_tokens - 1, step.n_drafted))
-        self._chooser.observe_step(step, n_tokens)
+        self._chooser.observe_step(dataclasses.replace(step, draft_s=draft_s), n_tokens)
 
-    def _watch(self, tokens: Sequence[int]) -> None:
-        for token in itertools.islice(tokens, len(self._watched.tokens) - self._n_seen):
-            self._n_seen += 1
-            is_right = token == self._watched.tokens[self._n_seen - 1]
-            self._chooser.observe_acceptance(self._watched.kind, self._n_seen, is_right)
-            if not is_right:
-                self._watched, self._n_seen = Draft(()), 0
-                return
+    def _from_text(self, n_tokens_max: int) -> tuple[int, ...]:
+        proposal = self._proposer.propose(MAX_DRAFT_TOKENS)
+        if not proposal.tokens:
+            return ()
+        self._watch.begin(proposal)
+        return proposal.tokens[: self._chooser.choose(proposal.kind, min(n_tokens_max, len(proposal.tokens)))]
+
+    def _from_model(self, n_tokens_max: int) -> tuple[int, ...]:
+        n_wanted = self._chooser.wanted(n_tokens_max, self._model.seconds) if self._model is not None else 0
+        if self._model is None or n_wanted == 0:
+            return ()
+        if self._foresee is not None:
+            self._foresee([self._last_token])
+        proposal = self._model.propose(n_wanted, self._chooser.catch_up_s())
+        self._chooser.pay_catch_up(proposal.catch_up_s)
+        self._draft_s = proposal.seconds
+        if not proposal.tokens:
+            return ()
+        self._model_watch.begin(proposal)
+        return proposal.tokens[: self._chooser.choose(proposal.kind, len(proposal.tokens))]
 
 
 def reserved_bytes(n_vocab: int, n_ctx: int) -> int:

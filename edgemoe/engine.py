@@ -86,22 +86,33 @@ def engine_log(echo: bool) -> Iterator[EngineLog]:
         llama.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
-class _Rehearsal(llama_cpp.Llama):  # type: ignore[misc]
-    """A model and a context that llama.cpp sizes without allocating them."""
+class PlainLlama(llama_cpp.Llama):  # type: ignore[misc]
+    """llama.cpp as it is, without weight repacking, which takes a second copy of some weights."""
 
+    _allocates = True
+
+    # llama_cpp.Llama fills in `self.model_params` and hands it to llama.cpp.
     @property
     def model_params(self) -> Any:
+        """llama.cpp's model parameters."""
         return self._model_params
 
     @model_params.setter
     def model_params(self, params: Any) -> None:
-        params.no_alloc = True
+        params.no_alloc = not self._allocates
         params.use_extra_bufts = False
         self._model_params = params
 
 
-def rehearse(model: GgufModel, runtime: _native.Runtime | None, llama_kwargs: dict[str, Any]) -> EngineSizes:
-    """Measure what llama.cpp will take for this model and context, without loading weights.
+class _Rehearsal(PlainLlama):
+    """A model and a context that llama.cpp sizes without allocating them."""
+
+    _allocates = False
+
+
+@contextlib.contextmanager
+def rehearsal(model: GgufModel, runtime: _native.Runtime | None, llama_kwargs: dict[str, Any]) -> Iterator[EngineSizes]:
+    """Measure what llama.cpp will take for this model and context, without loading weights; it is freed at the end.
 
     Raises:
         BackendError: llama.cpp cannot load the model.
@@ -109,12 +120,12 @@ def rehearse(model: GgufModel, runtime: _native.Runtime | None, llama_kwargs: di
     kwargs = dict(llama_kwargs, use_mmap=False, use_mlock=False, lora_path=None, verbose=False, draft_model=None)
     with loading(runtime), engine_log(echo=False) as log:
         try:
-            rehearsal = _Rehearsal(str(model.path), **kwargs)
+            rehearsed = _Rehearsal(str(model.path), **kwargs)
         except (ValueError, RuntimeError) as error:
             raise BackendError(f"llama.cpp cannot load {model.path}: {log.last_error()}") from error
-        process_bytes = host.process_rss_bytes()
-        rehearsal.close()
-    return log.sizes(process_bytes)
+        sizes = log.sizes(host.process_rss_bytes())
+    with contextlib.closing(rehearsed):
+        yield sizes
 
 
 @dataclasses.dataclass

@@ -13,17 +13,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
-import numpy as np
 from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native, engine, host, planner, runtime, topology, warm
 from edgemoe.demo import demo_model
-from edgemoe.draft import MAX_DRAFT_TOKENS, Drafter, DraftLengthChooser, NgramProposer, Step
+from edgemoe.draft_length import Step
+from edgemoe.draft_model import DraftModel
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.routers import Embedding, check_prefetch, find_embedding
 from edgemoe.sizes import parse_size
+from edgemoe.speculate import SpeculativeLlama
 from edgemoe.types import Plan, Stats
 
 Progress = Callable[[str, int, int], None]
@@ -32,8 +32,6 @@ Progress = Callable[[str, int, int], None]
 _log = logging.getLogger("edgemoe")
 # Loads are told apart by thread, but memory is measured by process: one at a time.
 _load_lock = threading.Lock()
-# llama.cpp computes attention over the cells in use, rounded up to a multiple of this (llama-kv-cache.cpp, get_n_kv).
-_CACHE_PADDING = 256
 
 
 @dataclasses.dataclass
@@ -49,7 +47,7 @@ class _Counters:
     accepted_tokens: int = 0
 
 
-class Llama(llama_cpp.Llama):  # type: ignore[misc]
+class Llama(SpeculativeLlama):
     """A `llama_cpp.Llama` whose experts stay on storage, within `memory`.
 
     Everything that `llama_cpp.Llama` offers works as it does there. Its bits do not depend on the budget, and with
@@ -69,7 +67,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         kernels: str = "auto",
         prefetch: str = planner.DEFAULT_PREFETCH,
         warm_start: bool = True,
-        draft: str = "off",
+        draft: str | Path = "off",
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -89,16 +87,18 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 as pays by the clock. It changes no result.
             warm_start: read the experts that were hot when this model was last closed into free slots while storage
                 is idle, and remember the hot ones when it is closed, in the user's cache folder (see `edgemoe.warm`).
-            draft: speculative decoding, which never changes what is generated: `off`, or `ngram` to draft from the
-                prompt and the answer so far, as many tokens as their experts' bytes make worth while.
+            draft: speculative decoding, which never changes what is generated: `off`; `ngram` to draft from the
+                prompt and the answer so far, as many tokens as their experts' bytes make worth while; or the path of
+                a small GGUF model with the same vocabulary, dense or not, to draft with it as well. It is loaded
+                whole, and its memory is part of the budget.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
         Raises:
             ModelFormatError: a file is missing, truncated or no GGUF.
             BudgetError: the budget is below the model's floor, or cannot be parsed.
-            BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, or `draft` cannot
-                be exact with this model.
+            BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, `draft` cannot
+                be exact with this model, or the draft model has another vocabulary.
             ValueError: `eviction`, `kernels`, `prefetch` or `draft` is unknown.
             AdapterError: the LoRA adapter changes routed experts.
         """
@@ -107,7 +107,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.EVICTION_RULES)}")
         _native.check_kernels(kernels)
         check_prefetch(prefetch)
-        planner.check_draft(draft)
+        planner.draft_path(draft)
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)
@@ -121,13 +121,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         self._prefetch = prefetch
         self._embedding: Embedding | None = None
         self._kernels_used = "ggml"
-        self.n_tokens: int
         self._draft = draft
-        self._chooser: DraftLengthChooser | None = None
-        self._drafter: Drafter | None = None
-        self._n_drafted = 0
-        self._n_certain: int | None = None
-        self._n_visible: int | None = None
+        self._draft_model: DraftModel | None = None
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         n_cores = topology.default_threads()
         kwargs = dict(
@@ -150,11 +145,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
             report("loading", 0, model.dense_bytes)
             try:
+                if self._footprint.draft is not None:
+                    self._draft_model = DraftModel(self._footprint.draft)
                 self._load(kwargs, eviction, lock_memory, verbose)
                 if lora_path is not None:
                     self._add_adapter(str(lora_path), lora_scale)
                 if draft != "off":
-                    self._prepare_drafts()
+                    self._prepare_drafts(self._draft_model)
             except BaseException:
                 self.close()
                 raise
@@ -164,18 +161,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._warm = warm.WarmStart(model, self._runtime)
             self._warm.begin()
         report("loading", model.dense_bytes, model.dense_bytes)
-
-    # llama_cpp.Llama fills in `self.model_params` and hands it to llama.cpp: the place to say what it has no
-    # argument for. Repacked weights would be a second copy, of other bits.
-    @property
-    def model_params(self) -> Any:
-        """llama.cpp's model parameters."""
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: Any) -> None:
-        params.use_extra_bufts = False
-        self._model_params = params
 
     def _load(self, kwargs: dict[str, Any], eviction: str, lock_memory: bool, verbose: bool) -> None:
         model = self._gguf
@@ -224,6 +209,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         # What was planned is now there to be measured; only buffers not yet written to are still a plan.
         sizes = log.sizes(host.process_rss_bytes())
         self._fixed_bytes = sizes.process_bytes + sizes.compute_bytes + self._footprint.batch_bytes
+        if self._footprint.draft is not None:
+            self._fixed_bytes += self._footprint.draft.compute_bytes
         self._fit_slots(self.plan)
         if not self._runtime.stats().direct_io:
             _log.warning("the file system of %s has no O_DIRECT: reads are buffered, and slower", model.path)
@@ -239,13 +226,27 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         assert self._runtime is not None
         slots = self._footprint.slots_bytes(plan.budget_bytes, self._fixed_bytes)
         if slots is None:
-            short = self._fixed_bytes - (plan.dense_bytes + plan.kv_bytes + plan.buffers_bytes)
+            short = self._fixed_bytes - (plan.dense_bytes + plan.kv_bytes + plan.buffers_bytes + plan.draft_bytes)
             raise planner.refusal(
                 dataclasses.replace(plan, fits=False, floor_bytes=plan.floor_bytes + short), self._gguf, self.n_ctx()
             )
         sizes = runtime.slot_sizes(self._gguf, slots)
         _native.set_slots_bytes(self._runtime, slots)
         self.plan = dataclasses.replace(plan, slots_bytes=int(sizes.slots_bytes))
+
+    def _release_draft_model(self) -> None:
+        draft, model = self._footprint.draft, self._draft_model
+        assert draft is not None and model is not None
+        self._draft_model = self._draft_proposer = None
+        model.close()
+        self._footprint = dataclasses.replace(self._footprint, draft=None)
+        self._fixed_bytes -= draft.total_bytes
+        self._fit_slots(self._footprint.plan(self.plan.budget_bytes))
+        _log.warning(
+            "drafts of %s are no gain here: it is freed, and its %d MiB go to experts",
+            draft.model.path,
+            draft.total_bytes >> 20,
+        )
 
     def set_memory(self, memory: int | str) -> None:
         """Change the budget now: experts are dropped, coldest first, or get more room.
@@ -293,8 +294,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         n_drafted, self._n_drafted = self._n_drafted, 0
         before = self._runtime.stats() if self._drafter is not None and self._runtime is not None else None
         begin_s = time.perf_counter()
-        if len(tokens) == 1 and self._embedding is not None and self._runtime is not None:
-            self._runtime.foresee_token(self._embedding.row(tokens[0]))
+        if len(tokens) == n_drafted + 1:
+            self._foresee(tokens)
         try:
             with self._read_errors():
                 if n_drafted:
@@ -321,11 +322,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._counters.completion_tokens += 1
             self._counters.decode_s += elapsed_s
 
+    def _foresee(self, tokens: Sequence[int]) -> None:
+        # At most 8: a token and its draft.
+        if self._embedding is not None and self._runtime is not None:
+            self._runtime.foresee_tokens(self._embedding.rows(tokens))
+
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, None, None]:
         """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""
         begin_s = time.perf_counter()
         is_first = True
-        with self._drafting(), contextlib.closing(super().generate(*args, **kwargs)) as tokens:
+        with self._drafting(self._count_draft), contextlib.closing(super().generate(*args, **kwargs)) as tokens:
             for token in tokens:
                 if is_first:
                     self._counters.ttft_s = time.perf_counter() - begin_s
@@ -334,107 +340,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
                 self._n_visible = self._n_certain
                 yield token
                 self._n_visible = None
-
-    # ------------------------------------------------------------ drafts
-    # llama_cpp's loop evaluates a draft, samples at each of its positions with the one sampler, and drops it from the
-    # first token that differs: exact for any sampler, if logits do not depend on the batch. That they do not, and that
-    # only the draft's positions have logits (llama_cpp's own draft models need a table of the whole context), is here.
-
-    def _prepare_drafts(self) -> None:
-        if self._runtime is None:
-            raise BackendError(
-                f"cannot use draft={self._draft!r}: {self._gguf.path} has no routed experts; use draft='off'"
-            )
-        if self._is_recurrent or self._is_hybrid:
-            raise BackendError(
-                f"cannot use draft={self._draft!r}: the memory of {self._gguf.path} is recurrent, and cannot take back "
-                "tokens; use draft='off'"
-            )
-        if llama.llama_model_n_swa(self._model.model) > 0 and not self.context_params.swa_full:
-            raise BackendError(
-                f"cannot use draft={self._draft!r}: a cache of only the attention window orders tokens otherwise after "
-                "drafts; use swa_full=True or draft='off'"
-            )
-        if not self._is_hooked:
-            raise BackendError(
-                f"cannot use draft={self._draft!r}: llama.cpp's CPU backend cannot be told to give the bits of single "
-                "tokens; use draft='off'"
-            )
-        self._chooser = DraftLengthChooser(self._gguf.n_experts, self._gguf.n_experts_used)
-
-    @contextlib.contextmanager
-    def _drafting(self) -> Iterator[None]:
-        """Within: `llama_cpp.Llama.generate` asks for drafts."""
-        if self._chooser is None:
-            yield
-            return
-        self._drafter = Drafter(NgramProposer(), self._chooser, self._count_draft)
-        self._n_certain = self._n_visible = None
-        self.draft_model: Any = self._propose
-        try:
-            yield
-        finally:
-            self.draft_model = None
-            drafter, self._drafter = self._drafter, None
-            self._n_drafted = 0
-            n_certain, self._n_certain, self._n_visible = self._n_certain, None, None
-            if n_certain is not None:
-                drafter.finish(n_certain + 1 - drafter.n_known_tokens)
-                if n_certain < self.n_tokens:  # the rest of a draft that nobody asked for any more
-                    self.n_tokens = n_certain
-                    self._ctx.kv_cache_seq_rm(-1, n_certain, -1)
-                    self._requires_eval = True
-
-    def _propose(self, history: Any) -> Any:
-        """The draft that follows `history`, as llama_cpp asks a draft model for it."""
-        assert self._drafter is not None
-        # The last token of the history and the draft share llama.cpp's padding of the cache: it decides how flash
-        # attention splits.
-        first = len(history) - 1
-        n_max = min(
-            MAX_DRAFT_TOKENS,
-            self._n_ctx - len(history),
-            min(self.n_batch, self.context_params.n_ubatch) - 1,
-            _CACHE_PADDING - 1 - first % _CACHE_PADDING,
-        )
-        draft = self._drafter.draft(history[self._drafter.n_known_tokens :].tolist(), n_max)
-        self._n_drafted = len(draft)
-        return np.array(draft, dtype=np.intc)
-
-    def _eval_draft(self, tokens: Sequence[int]) -> None:
-        n_threads_batch = llama.llama_n_threads_batch(self._ctx.ctx)
-        n_threads = llama.llama_n_threads(self._ctx.ctx)
-        plugin = _native.plugin()
-        plugin.set_lone_rows(len(tokens))
-        llama.llama_set_n_threads(self._ctx.ctx, n_threads, n_threads)
-        try:
-            if self._logits_all:
-                super().eval(tokens)
-                return
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-            self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=True)
-            self._ctx.decode(self._batch)
-        finally:
-            plugin.set_lone_rows(0)
-            llama.llama_set_n_threads(self._ctx.ctx, n_threads, n_threads_batch)
-        self.input_ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
-        self.n_tokens += len(tokens)
-        self._requires_eval = False
-
-    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
-        """Sample a token, as `llama_cpp.Llama.sample`."""
-        if self._drafter is None or idx is None:
-            return int(super().sample(*args, idx=idx, **kwargs))
-        self._n_certain = self._n_visible = idx + 1
-        try:
-            return int(super().sample(*args, idx=idx, **kwargs))
-        finally:
-            self._n_visible = None
-
-    @property
-    def _input_ids(self) -> Any:
-        # What logits processors and stopping criteria are shown: without what is only drafted.
-        return self.input_ids[: self.n_tokens if self._n_visible is None else self._n_visible]
 
     def _count_draft(self, n_drafted: int, n_accepted: int) -> None:
         self._counters.drafted_tokens += n_drafted
@@ -534,6 +439,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             self._warm.save()  # type: ignore[union-attr]
             self._warm = None
         self._embedding = None
+        if getattr(self, "_draft_model", None) is not None:
+            self._draft_model.close()  # type: ignore[union-attr]
+            self._draft_model = self._draft_proposer = None
         stack = getattr(self, "_stack", None)
         if stack is not None:
             stack.close()

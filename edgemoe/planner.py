@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from edgemoe import _native, engine, host, runtime, topology
 from edgemoe.demo import demo_model
 from edgemoe.draft import reserved_bytes
+from edgemoe.draft_model import DraftFootprint, rehearsed
 from edgemoe.errors import BudgetError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
 from edgemoe.routers import check_prefetch
@@ -33,7 +36,7 @@ _GROUP_ROWS = 16
 _INTERLEAVED_BYTES = 288 << 10
 DEFAULT_PREFETCH = "auto"
 DRAFTS = ("off", "ngram")
-"""The ways to draft tokens."""
+"""The ways to draft tokens that have a name; the other one is the path of a draft model."""
 
 _HUGE_PAGE_BYTES = 2 << 20  # what a thread gathers and interleaves lies in such pages
 
@@ -105,6 +108,12 @@ class Footprint:
     kv_bytes: int
     buffers_bytes: int
     batch_bytes: int
+    draft: DraftFootprint | None = None
+
+    @property
+    def draft_bytes(self) -> int:
+        """What a draft model takes: weights, cache, compute buffers."""
+        return self.draft.total_bytes if self.draft is not None else 0
 
     def slack_bytes(self, budget_bytes: int) -> int:
         """Set aside for what cannot be counted."""
@@ -119,7 +128,7 @@ class Footprint:
     def plan(self, budget_bytes: int | None) -> Plan:
         """Divide a budget; None: what this machine has, and no more than the model can use."""
         model = self.model
-        fixed = model.dense_bytes + self.kv_bytes + self.buffers_bytes + _SLACK_BYTES
+        fixed = model.dense_bytes + self.kv_bytes + self.buffers_bytes + self.draft_bytes + _SLACK_BYTES
         sizes = runtime.slot_sizes(model, 0)
         floor = int((fixed + sizes.cycle_slot_bytes) / (1 - _SLACK_SHARE))
         if budget_bytes is None:
@@ -142,17 +151,22 @@ class Footprint:
             n_experts=model.n_experts if model.expert_tensors else 0,
             n_experts_used=model.n_experts_used if model.expert_tensors else 0,
             n_moe_layers=model.n_moe_layers,
+            draft_bytes=self.draft_bytes,
         )
 
 
-def check_draft(draft: str) -> None:
-    """Refuse what is no way to draft.
+def draft_path(draft: str | Path) -> Path | None:
+    """The draft model that the option `draft` names; None for the ways without one.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is no way to draft, and nothing like the path of a file either.
     """
-    if draft not in DRAFTS:
-        raise ValueError(f"unknown draft {draft!r}: expected one of {', '.join(DRAFTS)}")
+    if draft in DRAFTS:
+        return None
+    path = Path(draft)
+    if isinstance(draft, str) and path.suffix != ".gguf" and os.sep not in draft and not path.exists():
+        raise ValueError(f"unknown draft {draft!r}: expected {', '.join(DRAFTS)}, or the path of a small GGUF model")
+    return path
 
 
 def measure(
@@ -160,25 +174,27 @@ def measure(
     llama_kwargs: dict[str, Any],
     kernels: str = "auto",
     prefetch: str = DEFAULT_PREFETCH,
-    draft: str = "off",
+    draft: str | Path = "off",
 ) -> Footprint:
-    """Rehearse the load; see `engine.rehearse` and `runtime.open_runtime` for errors."""
+    """Rehearse the load; for errors see `engine.rehearsal`, `runtime.open_runtime`, `draft_path` and `rehearsed`."""
+    path = draft_path(draft)
     expert_runtime = None
     if model.expert_tensors:
         bank_bytes = int(runtime.slot_sizes(model, 0).bank_slot_bytes)
         expert_runtime = runtime.open_runtime(model, bank_bytes, kernels=kernels)
-    try:
-        sizes = engine.rehearse(model, expert_runtime, llama_kwargs)
-    finally:
+    with contextlib.ExitStack() as stack:
         if expert_runtime is not None:
-            expert_runtime.close()
+            stack.callback(expert_runtime.close)
+        # Held while the model itself is rehearsed: its vocabulary and graph are part of what the process takes.
+        drafts = None if path is None else stack.enter_context(rehearsed(read_model(path), model, llama_kwargs))
+        sizes = stack.enter_context(engine.rehearsal(model, expert_runtime, llama_kwargs))
     batch_bytes = _batch_bytes(model, llama_kwargs)
     if draft != "off":
         n_vocab = len(model.metadata.get("tokenizer.ggml.tokens", []))
         batch_bytes += reserved_bytes(n_vocab, int(llama_kwargs["n_ctx"]))
     buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes
     buffers += runtime.prefetch_bytes(model, prefetch)
-    return Footprint(model, sizes.kv_bytes, buffers, batch_bytes)
+    return Footprint(model, sizes.kv_bytes, buffers, batch_bytes, drafts)
 
 
 def refusal(plan: Plan, model: GgufModel, n_ctx: int) -> BudgetError:
@@ -188,12 +204,14 @@ def refusal(plan: Plan, model: GgufModel, n_ctx: int) -> BudgetError:
         return f"{n_bytes / (1 << 30):.2f}"
 
     enough = -(-plan.floor_bytes * 102 // 100 // (1 << 20))
+    drafts = f"draft model {gib(plan.draft_bytes)}, " if plan.draft_bytes else ""
     shorter = f"a shorter context (now {n_ctx}) or " if plan.kv_bytes > plan.floor_bytes // 20 else ""
+    without = "no draft model or " if plan.draft_bytes else ""
     return BudgetError(
         f"budget {format_size(plan.budget_bytes)} is below the floor {format_size(plan.floor_bytes)} for "
         f"{model.path.name} (GiB: dense {gib(plan.dense_bytes)}, KV {gib(plan.kv_bytes)}, buffers "
-        f"{gib(plan.buffers_bytes)}, one token's experts {gib(plan.token_cycle_bytes)}, slack {gib(plan.slack_bytes)})"
-        f"; use {shorter}--memory {enough}MiB"
+        f"{gib(plan.buffers_bytes)}, {drafts}one token's experts {gib(plan.token_cycle_bytes)}, slack "
+        f"{gib(plan.slack_bytes)}); use {shorter}{without}--memory {enough}MiB"
     )
 
 
@@ -204,7 +222,7 @@ def plan(
     n_ctx: int = 4096,
     kernels: str = "auto",
     prefetch: str = DEFAULT_PREFETCH,
-    draft: str = "off",
+    draft: str | Path = "off",
     **llama_kwargs: Any,
 ) -> Plan:
     """Plan a memory budget for a model without loading it.
@@ -225,7 +243,7 @@ def plan(
     """
     _native.check_kernels(kernels)
     check_prefetch(prefetch)
-    check_draft(draft)
+    draft_path(draft)
     model = read_model(model_path if model_path is not None else demo_model())
     kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))
     return measure(model, kwargs, kernels, prefetch, draft).plan(None if memory is None else parse_size(memory))

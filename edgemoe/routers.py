@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -89,10 +90,10 @@ class Embedding:
         raw = (ctypes.c_uint8 * tensor.n_bytes).from_address(address)
         self._rows: npt.NDArray[np.uint8] = np.ctypeslib.as_array(raw).reshape(n_rows, -1)
 
-    def row(self, token: int) -> Floats:
-        """The embedding of a token, as float32 [n_cols]."""
-        values = quants.dequantize(self._rows[token : token + 1], self._kind)
-        return np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
+    def rows(self, tokens: Sequence[int]) -> Floats:
+        """The embeddings of tokens, as float32 [n_tokens, n_cols]."""
+        values = quants.dequantize(self._rows[list(tokens)], self._kind)
+        return np.ascontiguousarray(values, dtype=np.float32).reshape(len(tokens), -1)
 
 
 def read_tensor(model: GgufModel, tensor: GgufTensor) -> Floats:

@@ -79,6 +79,7 @@ class Plan:
     """Where the bytes of a memory budget go; made before anything is loaded.
 
     `floor_bytes` is the smallest budget that runs: everything but the slots, plus the experts of one token.
+    `draft_bytes` is what a draft model takes: weights, cache, compute buffers.
     All sizes are bytes. For a model without routed experts the expert fields are 0.
     """
 
@@ -95,6 +96,7 @@ class Plan:
     n_experts: int
     n_experts_used: int
     n_moe_layers: int
+    draft_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dictionary, ready for JSON."""

@@ -52,6 +52,12 @@ def _round_up_ctx(_ctx: click.Context, _param: click.Parameter, n_ctx: int) -> i
     return -(-n_ctx // CTX_STEP) * CTX_STEP
 
 
+def _check_draft(_ctx: click.Context, _param: click.Parameter, draft: str) -> str:
+    if draft not in ("off", "ngram") and not Path(draft).is_file():
+        raise click.BadParameter(f"{draft!r} is neither off nor ngram nor a file.")
+    return draft
+
+
 model_argument = click.argument("model", required=False, type=click.Path(path_type=Path))
 memory_option = click.option(
     "--memory",
@@ -121,10 +127,12 @@ _LOAD_OPTIONS = {
     ),
     "draft": click.option(
         "--draft",
-        type=click.Choice(["off", "ngram"]),
+        metavar="off|ngram|PATH",
+        callback=_check_draft,
         default="off",
         show_default=True,
-        help="Evaluate several tokens at once where that is faster: what followed the same words earlier in the text.",
+        help="Evaluate several tokens at once where that is faster: what followed the same words earlier in the text "
+        "(ngram), or what a small GGUF model of the same vocabulary writes next (its path).",
     ),
     "warm_start": click.option(
         "--warm-start/--no-warm-start",

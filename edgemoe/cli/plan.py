@@ -53,6 +53,7 @@ def plan_table(plan: Plan) -> str:
         ("dense weights", plan.dense_bytes),
         ("KV cache", plan.kv_bytes),
         ("buffers, process", plan.buffers_bytes),
+        *([("draft model", plan.draft_bytes)] if plan.draft_bytes else []),
         ("expert slots", plan.slots_bytes),
         ("slack", plan.slack_bytes),
     ]

@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -156,6 +157,29 @@ def read_model(path: str | Path) -> GgufModel:
     return GgufModel(first, files, metadata, tensors)
 
 
+def iter_strings(path: Path, key: str) -> Iterator[str]:
+    """The strings of an array in a file's metadata, however long it is; nothing if there is no such array.
+
+    Raises:
+        ModelFormatError: as `read_model`.
+    """
+    try:
+        with path.open("rb") as file:
+            reader = _Reader(path, file)
+            for _ in range(_begin(reader)[1]):
+                name, kind = reader.string(), reader.unpack("I")
+                if name != key or kind != _ARRAY:
+                    reader.value(kind)
+                elif reader.unpack("I") == _STRING:
+                    for _ in range(reader.unpack("Q")):
+                        yield reader.string()
+                    return
+                else:
+                    return
+    except OSError as error:
+        raise ModelFormatError(f"cannot open {path}: {error.strerror or error}; check the path") from error
+
+
 class _Reader:
     """Reads little-endian values from a file, with errors that say where."""
 
@@ -232,7 +256,8 @@ def _read_header(path: Path, file_idx: int) -> tuple[dict[str, Any], list[GgufTe
         raise ModelFormatError(f"cannot open {path}: {error.strerror or error}; check the path") from error
 
 
-def _parse(reader: _Reader, file_idx: int, file_bytes: int) -> tuple[dict[str, Any], list[GgufTensor]]:
+def _begin(reader: _Reader) -> tuple[int, int]:
+    """Check that it is GGUF; the numbers of tensors and of values in the metadata, which come next."""
     magic = reader.take(4)
     version = reader.unpack("I")
     if magic != _MAGIC or version not in (2, 3):
@@ -240,7 +265,11 @@ def _parse(reader: _Reader, file_idx: int, file_bytes: int) -> tuple[dict[str, A
             f"cannot read {reader.path}: it begins with {magic!r} version {version}, expected b'GGUF' version 2 or 3; "
             "is it a GGUF file?"
         )
-    n_tensors, n_values = reader.unpack("Q"), reader.unpack("Q")
+    return reader.unpack("Q"), reader.unpack("Q")
+
+
+def _parse(reader: _Reader, file_idx: int, file_bytes: int) -> tuple[dict[str, Any], list[GgufTensor]]:
+    n_tensors, n_values = _begin(reader)
     metadata = {}
     for _ in range(n_values):
         key = reader.string()

@@ -148,10 +148,12 @@ int32_t edgemoe_runtime_set_prefetch(edgemoe_runtime* runtime, const edgemoe_rou
   });
 }
 
-void edgemoe_runtime_foresee_token(edgemoe_runtime* runtime, const float* embedding, int64_t n_cols) {
+void edgemoe_runtime_foresee_tokens(edgemoe_runtime* runtime, const float* embeddings, int64_t n_tokens,
+                                    int64_t n_cols) {
   if (n_cols != runtime->prefetch.predictor.n_cols()) return;
+  if (n_tokens < 1 || n_tokens > edgemoe::kMostDecodeTokens) return;
   (void)Guard(nullptr, [&] {
-    runtime->prefetch.ForeseeToken(&runtime->cache, embedding);
+    runtime->prefetch.ForeseeTokens(&runtime->cache, embeddings, n_tokens);
     return Status();
   });
 }

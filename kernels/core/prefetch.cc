@@ -22,7 +22,7 @@ int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time
   }
   last_token_ = now;
   in_decode_ = n_tokens == 1;
-  batch_time_ = batch_time;
+  next_batch_time_ = batch_time + static_cast<double>(n_tokens);
   const bool in_prompt = n_tokens > kMostDecodeTokens;
   if (++n_batches_ == 2) {
     // Layers that the first batch did not use are no part of the graph: heads for drafts, say.
@@ -161,7 +161,7 @@ void Prefetch::ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const
   f->n_layers = 1;
 }
 
-void Prefetch::ForeseeToken(ExpertCache* cache, const float* embedding) {
+void Prefetch::ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_t n_tokens) {
   std::lock_guard<std::mutex> token_lock(token_mutex_);
   int depth = 0;
   double time = 0.0;
@@ -169,15 +169,20 @@ void Prefetch::ForeseeToken(ExpertCache* cache, const float* embedding) {
     std::lock_guard<std::mutex> lock(cache->mutex());
     // The first layer of the batch before went by the depth of its own token; so does the one that comes.
     depth = cache->HoldsEverything() ? 0 : controller.depth();
-    time = batch_time_ + 1.0;
+    time = next_batch_time_;
   }
   if (depth == 0) return;
-  token_state_.resize(static_cast<size_t>(predictor.n_cols()));
-  double sum = 0.0;
-  for (size_t i = 0; i < token_state_.size(); ++i) sum += static_cast<double>(embedding[i]) * embedding[i];
-  const float scale = static_cast<float>(1.0 / std::sqrt(sum / static_cast<double>(token_state_.size()) + 1e-12));
-  for (size_t i = 0; i < token_state_.size(); ++i) token_state_[i] = embedding[i] * scale;
-  Foresee(Predictor::kToken, depth, reinterpret_cast<const char*>(token_state_.data()), 0, 1, &token_foresight_);
+  const size_t n_cols = static_cast<size_t>(predictor.n_cols());
+  token_state_.reserve(n_cols * static_cast<size_t>(kMostDecodeTokens));
+  token_state_.resize(n_cols * static_cast<size_t>(n_tokens));
+  for (size_t begin = 0; begin < token_state_.size(); begin += n_cols) {
+    double sum = 0.0;
+    for (size_t i = begin; i < begin + n_cols; ++i) sum += static_cast<double>(embeddings[i]) * embeddings[i];
+    const float scale = static_cast<float>(1.0 / std::sqrt(sum / static_cast<double>(n_cols) + 1e-12));
+    for (size_t i = begin; i < begin + n_cols; ++i) token_state_[i] = embeddings[i] * scale;
+  }
+  Foresee(Predictor::kToken, depth, reinterpret_cast<const char*>(token_state_.data()), n_cols * sizeof(float),
+          n_tokens, &token_foresight_);
   std::lock_guard<std::mutex> lock(cache->mutex());
   SetHints(cache, token_foresight_, time, true);
 }

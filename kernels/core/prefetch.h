@@ -45,8 +45,9 @@ class Prefetch {
   // one did; otherwise those that some of the tokens, evenly spread, are predicted to choose.
   void ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const char* x, uint64_t x_token_bytes,
                      int64_t n_tokens, Foresight* f) const;
-  // The token that comes next, by its embedding [n_cols]: hints for the first layers.
-  void ForeseeToken(ExpertCache* cache, const float* embedding);
+  // The tokens that come next, at most kMostDecodeTokens, by their embeddings [n_tokens][n_cols]: hints for the first
+  // layers.
+  void ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_t n_tokens);
 
   // --- with the cache's lock ---
   // A batch begins; returns the depth to look ahead from its layers. The controller, which knows decoding only, has no
@@ -71,7 +72,7 @@ class Prefetch {
   int predicted_layer_ = -1;
   std::chrono::steady_clock::time_point last_token_;  // when the last token of decode began
   bool in_decode_ = false;                            // the batch before was one token
-  double batch_time_ = 0.0;
+  double next_batch_time_ = 0.0;
 
   std::mutex token_mutex_;  // of the two below
   Foresight token_foresight_;

@@ -99,13 +99,13 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
     ASSERT_EQ(edgemoe_runtime_start_trace(runtime.get(), dir.Path("trace").c_str(), "{}", nullptr), EDGEMOE_OK);
   }
   // Warm-up: one token, nothing of which is resident.
-  edgemoe_runtime_foresee_token(runtime.get(), steps[0].x, 32);
+  edgemoe_runtime_foresee_tokens(runtime.get(), steps[0].x, 1, 32);
   for (int layer = 0; layer < 3; ++layer) ASSERT_EQ(run(layer, steps[0]), 0);
   g_n_allocations = 0;
   g_counting = true;
   int32_t failed = 0;
   for (size_t i = 1; i < steps.size(); ++i) {
-    edgemoe_runtime_foresee_token(runtime.get(), steps[i].x, 32);
+    edgemoe_runtime_foresee_tokens(runtime.get(), steps[i].x, 1, 32);
     for (int layer = 0; layer < 3; ++layer) failed |= run(layer, steps[i]);
   }
   // Everything resident, if there is room: the most pins that a layer can take.

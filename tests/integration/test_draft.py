@@ -18,7 +18,8 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 import edgemoe
 from benchmarks import synthetic
 from edgemoe import planner
-from edgemoe.draft import MAX_DRAFT_TOKENS, DraftLengthChooser, reserved_bytes
+from edgemoe.draft import reserved_bytes
+from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser
 from edgemoe.errors import BackendError
 from tests.conftest import ModelWriter
 from tests.integration.support import N_VOCAB, Logits, set_residency, streamed
@@ -299,7 +300,7 @@ def test_refusals(write_model: ModelWriter, tmp_path: Path) -> None:
     """Guards against drafts that would change the output, or an option that is ignored in silence."""
     path = write_model("olmoe")
     for make in (edgemoe.Llama, edgemoe.plan):
-        with pytest.raises(ValueError, match="unknown draft 'guess': expected one of off, ngram"):
+        with pytest.raises(ValueError, match="unknown draft 'guess': expected off, ngram, or the path"):
             make(path, draft="guess")
     with pytest.raises(ValueError, match="draft='ngram' and draft_model exclude each other"):
         streamed(path, draft="ngram", draft_model=LlamaPromptLookupDecoding())

@@ -123,6 +123,8 @@ def test_kernels_reach_the_model(llama: type[FakeLlama], model: str, command: li
     assert run(*command, model, "--kernels", "ggml", "--draft", "ngram").exit_code == 0
     assert llama.options["kernels"] == "ggml"
     assert llama.options["draft"] == "ngram"
+    assert run(*command, model, "--draft", model).exit_code == 0
+    assert llama.options["draft"] == model
 
 
 @pytest.mark.parametrize("command", [["generate", "-p", "a"], ["chat"]])

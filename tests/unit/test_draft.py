@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.draft import (
-    MAX_DRAFT_TOKENS,
-    Drafter,
-    DraftLengthChooser,
-    NgramProposer,
-    Step,
-    reserved_bytes,
-    union_growth,
-)
+from edgemoe.draft import Drafter, NgramProposer, reserved_bytes
+from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser, Step, union_growth
 
 # ---------------------------------------------------------------- n-grams
 

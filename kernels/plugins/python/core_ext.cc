@@ -201,8 +201,9 @@ class Runtime {
     }
     Check(code, error);
   }
-  void ForeseeToken(const Floats& embedding) {
-    edgemoe_runtime_foresee_token(get(), embedding.data(), static_cast<int64_t>(embedding.shape(0)));
+  void ForeseeTokens(const FloatRows& embeddings) {
+    edgemoe_runtime_foresee_tokens(get(), embeddings.data(), static_cast<int64_t>(embeddings.shape(0)),
+                                   static_cast<int64_t>(embeddings.shape(1)));
   }
   edgemoe_prefetch_stats PrefetchStats() {
     edgemoe_prefetch_stats stats;
@@ -458,7 +459,7 @@ NB_MODULE(_core, m) {
       .def("set_slots_bytes", &Runtime::SetSlotsBytes, nb::arg("slots_bytes"))
       .def("stats", &Runtime::Stats)
       .def("set_prefetch", &Runtime::SetPrefetch, nb::arg("routers"), nb::arg("max_depth"), nb::arg("adaptive"))
-      .def("foresee_token", &Runtime::ForeseeToken, nb::arg("embedding"))
+      .def("foresee_tokens", &Runtime::ForeseeTokens, nb::arg("embeddings"))
       .def("prefetch_stats", &Runtime::PrefetchStats)
       .def("start_trace", &Runtime::StartTrace, nb::arg("path"), nb::arg("header"))
       .def("check_trace", &Runtime::CheckTrace)

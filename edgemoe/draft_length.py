@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: MIT
+"""Speculative decoding: how many tokens of a draft are worth evaluating.
+
+Costs come from what steps took, chances from how earlier drafts fared. Pure arithmetic; one thread at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+MAX_DRAFT_TOKENS = 7
+"""Most tokens of a draft: with the token before them a batch of 8 rows, up to which ggml's products of single rows
+and of several have the same bits (it changes over to other code for experts with 8 rows)."""
+
+# Drafts from the text are of the kinds 0 to 3, those of a draft model of the kinds 4 to 7, which are also counted
+# together: how sure the model is of a draft is known only when it has been made.
+_FIRST_MODEL_KIND = 4
+_ANY_MODEL_KIND = 8
+_N_KINDS = 9
+
+
+def model_kind(probability: float) -> int:
+    """The kind of a model's draft by how likely the model finds its first token."""
+    return _FIRST_MODEL_KIND + sum(probability >= bound for bound in (0.5, 0.8, 0.95))
+
+
+def union_growth(n_experts: int, n_experts_used: int, n_tokens: int) -> float:
+    """Distinct experts of `n_tokens` tokens over those of one, for uniform routing: E (1 - (1 - K/E)^B) / K.
+
+    Source: the form that prices batches in arXiv 2603.08960. Real routing repeats itself, so it is an upper bound.
+    1.0 for models without experts.
+    """
+    if n_experts <= 0:
+        return 1.0
+    return n_experts * (1 - (1 - n_experts_used / n_experts) ** n_tokens) / n_experts_used
+
+
+class Average:
+    """A mean that begins as that of all values and becomes an exponential one over the last `memory` of them."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self.n = 0
+        self.value = 0.0
+
+    def add(self, value: float) -> None:
+        self.n += 1
+        self.value += (value - self.value) / min(self.n, self._memory)
+
+    def doubt(self, n: int) -> None:
+        """Let what was added so far weigh no more than `n` values."""
+        self.n = min(self.n, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the evaluation of one token and `n_drafted` drafted ones took.
+
+    Attributes:
+        seconds, stall_s: wall time, and the part of it that computing waited for storage.
+        n_experts: experts that the layers asked for, each once for each layer.
+        draft_s: time that went into the draft itself.
+    """
+
+    n_drafted: int
+    seconds: float
+    stall_s: float = 0.0
+    n_experts: int = 0
+    draft_s: float = 0.0
+
+
+class DraftLengthChooser:
+    """Chooses how many drafted tokens to evaluate with the next one, 0 among them.
+
+    The choice maximizes expected tokens per second: 1 + a1 + a1 a2 + ... over the time of the step. Acceptance a_i is
+    measured for each kind of draft and position, from proposals that were not evaluated too: the text shows by itself
+    whether they were right. The time of a step of k + 1 tokens, in steps of one, is at first
+
+        waiting x growth of the union of experts + computing x (1 + 0.7 k)
+
+    where waiting and computing are shares of a step of one token and the union is the formula's, scaled by the unions
+    measured; what steps of each length took replaces it as they come, and corrects the lengths beside it.
+
+    A loss account bounds what being wrong costs: a step with drafts, and the few after it whose cache it changed, are
+    charged with what they took beyond the usual time for the tokens they gave. Drafts are evaluated only while the
+    account can pay for one of which half fails; it fills with 2 % of the time and with what drafts gain. A draft that
+    takes time itself is charged with it, and wanted only if it pays with that time; what a draft model must read before
+    its first draft comes out of the account as well, and out of gains that were too large for the account.
+    """
+
+    # Source of the numbers: simulated worlds in tests/unit/test_draft.py, where all of them may be halved or doubled.
+    _COMPUTE_GROWTH = 0.7  # of computing, for each further token, until it is measured
+    _MIN_GAIN = 1.1  # below it, noise decides, and a cache that wrong drafts disturbed
+    _INITIAL_ACCEPTANCE, _INITIAL_WEIGHT = 0.4, 2.0
+    # Of draft models: of the lower acceptances per token that arXiv 2211.17192 reports (0.5 to 0.9, tables 2 and 3).
+    _INITIAL_MODEL_ACCEPTANCE = 0.6
+    _ACCEPTANCE_MEMORY = 24
+    _TIME_MEMORY = 16
+    _RATIO_MEMORY = 8
+    _MODEL_WEIGHT = 1.0  # in measurements
+    _N_AFFECTED = 8  # steps after a draft that it may have slowed down
+    _N_BASE = 4  # steps without drafts before the first draft
+    _MAX_STEPS_WITHOUT_BASE = 256
+    _RETRY_STEPS = 64
+    _GIVE_UP_STEPS = 128
+    _NEIGHBOUR_STEPS = 16
+    _EARNED_SHARE = 0.02
+    _INITIAL_CREDIT, _MAX_CREDIT = 1.5, 4.0  # in steps of one token
+
+    def __init__(self, n_experts: int, n_experts_used: int, max_tokens: int = MAX_DRAFT_TOKENS) -> None:
+        self._unions = [union_growth(n_experts, n_experts_used, k + 1) for k in range(max_tokens + 1)]
+        self._max_tokens = max_tokens
+        self._accepted = [[Average(self._ACCEPTANCE_MEMORY) for _ in range(max_tokens)] for _ in range(_N_KINDS)]
+        self._base_s = Average(self._TIME_MEMORY)
+        self._base_wait = Average(self._TIME_MEMORY)
+        self._base_experts = Average(self._TIME_MEMORY)
+        self._ratios = [Average(self._RATIO_MEMORY) for _ in range(max_tokens + 1)]
+        self._union_scale = Average(self._TIME_MEMORY)
+        self._credit = self._INITIAL_CREDIT  # in steps of one token
+        self._savings = 0.0  # gains of this text that the account had no room for
+        self._is_retry = False  # the draft that is being made is one
+        self._n_unwanted = 0  # steps since a model's draft seemed to pay
+        self._n_since_draft = self._n_since_base = self._n_since_retry = self._n_choices = 0
+        self._n_base_due = self._N_BASE
+        self._longest = 0  # the most drafted tokens of any step so far
+
+    def begin(self) -> None:
+        """Another text begins: it starts with what steps cost in the last one, not with its acceptance or its gains."""
+        self._credit = min(max(self._credit, 0.0), self._INITIAL_CREDIT)
+        self._savings = 0.0
+        self._is_retry = False
+        self._n_base_due = self._N_BASE
+        self._n_since_draft = self._N_AFFECTED
+        for average in (self._base_s, self._base_wait, self._base_experts, *itertools.chain(*self._accepted)):
+            average.doubt(0)
+        for average in self._ratios:
+            average.doubt(2)
+
+    def choose(self, kind: int, n_proposed: int) -> int:
+        """How many of `n_proposed` tokens of a draft to evaluate; what it took to make it is spent."""
+        is_retry, self._is_retry = self._is_retry, False
+        if not self._is_measured():
+            return 0
+        n_max = min(n_proposed, self._max_tokens)
+        expected = self._expected(kind, n_max)
+        ratios = [self.time_ratio(k) for k in range(n_max + 1)]
+        best = self._fastest(expected, ratios)
+        if best == 0:
+            best = self._most_hopeful(expected, ratios)
+            if best == 0 or not (is_retry or self._n_since_retry > self._RETRY_STEPS):
+                return 0
+            self._n_since_retry = 0
+        else:
+            self._n_choices += 1
+            if self._n_choices % self._NEIGHBOUR_STEPS == 0:
+                # What the next length takes may have changed since it was measured.
+                longer = self._n_choices % (2 * self._NEIGHBOUR_STEPS) == 0
+                best = min(best + 1, n_max) if longer else max(best - 1, 1)
+        return self._affordable(best, expected, ratios)
+
+    def wanted(self, n_tokens: int, draft_s: Callable[[int], float]) -> int:
+        """How many of at most `n_tokens` tokens to draft where a draft of k tokens takes `draft_s(k)` itself."""
+        self._is_retry = False
+        if not self._is_measured():
+            return 0
+        n_max = min(n_tokens, self._max_tokens)
+        expected = self._expected(_ANY_MODEL_KIND, n_max)
+        base_s = self._base_s.value
+        ratios = [1.0, *(self.time_ratio(k) + draft_s(k) / base_s for k in range(1, n_max + 1))]
+        best = self._fastest(expected, ratios)
+        self._n_unwanted = 0 if best else self._n_unwanted + 1
+        if best == 0:
+            best = self._most_hopeful(expected, ratios)
+            if best == 0 or self._n_since_retry <= self._RETRY_STEPS:
+                return 0
+            self._n_since_retry = 0
+            self._is_retry = True
+        return self._affordable(best, expected, ratios)
+
+    def catch_up_s(self) -> float:
+        """What a draft model may take to read the text before it drafts."""
+        return (max(self._credit, 0.0) / 2 + self._savings) * self._base_s.value
+
+    def pay_catch_up(self, seconds: float) -> None:
+        """A draft model has read text for so long."""
+        if seconds <= 0.0 or self._base_s.value <= 0.0:
+            return
+        steps = seconds / self._base_s.value
+        saved = min(steps, self._savings)
+        self._savings -= saved
+        self._credit -= steps - saved
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether a draft model's memory is better used otherwise: for long its drafts have not seemed to pay."""
+        return self._n_unwanted >= self._GIVE_UP_STEPS
+
+    def _is_measured(self) -> bool:
+        if self._base_s.n < self._N_BASE or self._base_s.value <= 0:
+            return False
+        if self._n_base_due <= 0 and self._n_since_base <= self._MAX_STEPS_WITHOUT_BASE:
+            return True
+        # Without steps of one token now and then nobody knows what they take by now.
+        if self._n_base_due <= 0:
+            self._n_base_due = self._N_AFFECTED + 2
+        return False
+
+    def _expected(self, kind: int, n_max: int) -> list[float]:
+        """Tokens that a step with 0 to `n_max` drafted ones gives."""
+        expected = [1.0]
+        chance = 1.0
+        for k in range(1, n_max + 1):
+            chance *= self.acceptance(kind, k)
+            expected.append(expected[-1] + chance)
+        return expected
+
+    def _fastest(self, expected: Sequence[float], ratios: Sequence[float]) -> int:
+        rates = [e / r for e, r in zip(expected, ratios, strict=True)]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        return best if rates[best] >= self._MIN_GAIN else 0
+
+    def _most_hopeful(self, expected: Sequence[float], ratios: Sequence[float]) -> int:
+        """As if all that was measured were twice too slow."""
+        return self._fastest(expected, [1 + (r - 1) / 2 for r in ratios])
+
+    def _affordable(self, n_drafted: int, expected: Sequence[float], ratios: Sequence[float]) -> int:
+        # 1, 3, 7: nobody knows what a long batch takes before a shorter one was tried.
+        n_drafted = min(n_drafted, 2 * self._longest + 1)
+        # What is lost if half as many tokens are right as expected; shorter drafts lose less.
+        while n_drafted > 0 and ratios[n_drafted] - 1 - (expected[n_drafted] - 1) / 2 > self._credit:
+            n_drafted -= 1
+        return n_drafted
+
+    def acceptance(self, kind: int, position: int) -> float:
+        """The chance that the token at `position` (from 1) of a draft is right if those before it are.
+
+        What is not known of a position is taken from the one before.
+        """
+        a = self._INITIAL_MODEL_ACCEPTANCE if kind >= _FIRST_MODEL_KIND else self._INITIAL_ACCEPTANCE
+        for average in self._accepted[kind][:position]:
+            n = min(average.n, self._ACCEPTANCE_MEMORY)
+            a = (n * average.value + self._INITIAL_WEIGHT * a) / (n + self._INITIAL_WEIGHT)
+        return a
+
+    def time_ratio(self, n_drafted: int) -> float:
+        """The time of a step with that many drafted tokens, in steps without; making the draft is not in it."""
+        if n_drafted == 0:
+            return 1.0
+        modelled = self._modelled_ratio(n_drafted)
+        measured = self._ratios[n_drafted]
+        n = min(measured.n, self._RATIO_MEMORY)
+        return (n * measured.value + self._MODEL_WEIGHT * modelled) / (n + self._MODEL_WEIGHT)
+
+    def observe_acceptance(self, kind: int, position: int, is_right: bool) -> None:
+        """Whether the token at `position` (from 1) of a proposal was right, those before it having been."""
+        self._accepted[kind][position - 1].add(float(is_right))
+        if kind >= _FIRST_MODEL_KIND:
+            self._accepted[_ANY_MODEL_KIND][position - 1].add(float(is_right))
+
+    def observe_step(self, step: Step, n_tokens: int) -> None:
+        """A step that gave `n_tokens` tokens: 1, and the drafted ones that were right."""
+        self._n_since_retry += 1
+        if step.n_drafted == 0:
+            self._n_since_draft += 1
+            self._n_base_due -= 1
+        else:
+            self._n_since_draft = 0
+        is_base = self._n_since_draft > self._N_AFFECTED or self._base_s.n < self._N_BASE
+        self._n_since_base = 0 if is_base else self._n_since_base + 1
+        base_s = self._base_s.value
+        if is_base:
+            self._base_s.add(step.seconds if self._base_s.n < 2 else min(step.seconds, 4 * base_s))
+            self._base_wait.add(min(step.stall_s / step.seconds, 1.0) if step.seconds > 0 else 0.0)
+            self._base_experts.add(step.n_experts)
+            # A draft may have been made and not evaluated.
+            self._earn(self._EARNED_SHARE - (step.draft_s / base_s if base_s > 0 else 0.0))
+            return
+        if step.n_drafted:
+            self._observe_draft(step)
+        taken = (step.seconds + step.draft_s) / base_s
+        self._earn(self._EARNED_SHARE * taken + n_tokens - taken)
+
+    def _earn(self, steps: float) -> None:
+        self._credit += steps
+        if self._credit > self._MAX_CREDIT:
+            self._savings += self._credit - self._MAX_CREDIT
+            self._credit = self._MAX_CREDIT
+
+    def _observe_draft(self, step: Step) -> None:
+        k = step.n_drafted
+        self._longest = max(self._longest, k)
+        if self._base_experts.value > 0 and self._unions[k] > 1:
+            growth = step.n_experts / self._base_experts.value
+            self._union_scale.add(min(max((growth - 1) / (self._unions[k] - 1), 0.0), 2.0))
+        self._ratios[k].add(min(step.seconds / self._base_s.value, 3 * self.time_ratio(k)))
+
+    def _modelled_ratio(self, k: int) -> float:
+        """From what other lengths took: on a line between the next shorter and longer ones, else as bytes grow."""
+        shorter = max(i for i in range(k) if i == 0 or self._ratios[i].n)
+        value = self._ratios[shorter].value if shorter else 1.0
+        longer = next((i for i in range(k + 1, self._max_tokens + 1) if self._ratios[i].n), None)
+        if longer is not None:
+            return value + (self._ratios[longer].value - value) * (k - shorter) / (longer - shorter)
+        scale = (value - 1) / (self._bytes_ratio(shorter) - 1) if shorter else 1.0
+        return value + max(scale, 0.0) * (self._bytes_ratio(k) - self._bytes_ratio(shorter))
+
+    def _bytes_ratio(self, k: int) -> float:
+        scale = self._union_scale.value if self._union_scale.n else 1.0
+        union = 1 + scale * (self._unions[k] - 1)
+        wait = self._base_wait.value
+        # At least something: a step that only waits for experts that all tokens share.
+        return max(wait * union + (1 - wait) * (1 + self._COMPUTE_GROWTH * k), 1 + 0.01 * k)
