@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as llama
 
@@ -22,6 +21,7 @@ from edgemoe.demo import demo_model
 from edgemoe.draft import MAX_DRAFT_TOKENS, Drafter, DraftLengthChooser, NgramProposer, Step
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
+from edgemoe.profile import ProfiledLlama
 from edgemoe.routers import Embedding, check_prefetch, find_embedding
 from edgemoe.sizes import parse_size
 from edgemoe.types import Plan, Stats
@@ -49,7 +49,7 @@ class _Counters:
     accepted_tokens: int = 0
 
 
-class Llama(llama_cpp.Llama):  # type: ignore[misc]
+class Llama(ProfiledLlama):
     """A `llama_cpp.Llama` whose experts stay on storage, within `memory`.
 
     Everything that `llama_cpp.Llama` offers works as it does there. Its bits do not depend on the budget, and with
@@ -103,8 +103,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
-        if eviction not in _native.EVICTION_RULES:
-            raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.EVICTION_RULES)}")
+        _native.check_eviction(eviction)
         _native.check_kernels(kernels)
         check_prefetch(prefetch)
         planner.check_draft(draft)

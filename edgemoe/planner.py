@@ -105,6 +105,8 @@ class Footprint:
     kv_bytes: int
     buffers_bytes: int
     batch_bytes: int
+    prefetch_bytes: int = 0  # this and the next are parts of buffers_bytes
+    draft_bytes: int = 0
 
     def slack_bytes(self, budget_bytes: int) -> int:
         """Set aside for what cannot be counted."""
@@ -142,6 +144,8 @@ class Footprint:
             n_experts=model.n_experts if model.expert_tensors else 0,
             n_experts_used=model.n_experts_used if model.expert_tensors else 0,
             n_moe_layers=model.n_moe_layers,
+            prefetch_bytes=self.prefetch_bytes,
+            draft_bytes=self.draft_bytes,
         )
 
 
@@ -173,12 +177,14 @@ def measure(
         if expert_runtime is not None:
             expert_runtime.close()
     batch_bytes = _batch_bytes(model, llama_kwargs)
+    draft_bytes = 0
     if draft != "off":
         n_vocab = len(model.metadata.get("tokenizer.ggml.tokens", []))
-        batch_bytes += reserved_bytes(n_vocab, int(llama_kwargs["n_ctx"]))
-    buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes
-    buffers += runtime.prefetch_bytes(model, prefetch)
-    return Footprint(model, sizes.kv_bytes, buffers, batch_bytes)
+        draft_bytes = reserved_bytes(n_vocab, int(llama_kwargs["n_ctx"]))
+    batch_bytes += draft_bytes
+    prefetch_bytes = runtime.prefetch_bytes(model, prefetch)
+    buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes + prefetch_bytes
+    return Footprint(model, sizes.kv_bytes, buffers, batch_bytes, prefetch_bytes, draft_bytes)
 
 
 def refusal(plan: Plan, model: GgufModel, n_ctx: int) -> BudgetError:
@@ -205,6 +211,8 @@ def plan(
     kernels: str = "auto",
     prefetch: str = DEFAULT_PREFETCH,
     draft: str = "off",
+    eviction: str = "auto",
+    warm_start: bool = True,
     **llama_kwargs: Any,
 ) -> Plan:
     """Plan a memory budget for a model without loading it.
@@ -216,14 +224,16 @@ def plan(
         kernels: who will multiply by experts, as for `Llama`.
         prefetch: how far ahead experts will be predicted, as for `Llama`.
         draft: how tokens will be drafted, as for `Llama`.
+        eviction, warm_start: as for `Llama`; neither takes memory that counts.
         llama_kwargs: what `Llama` will be given; those that change its memory count.
 
     Raises:
         ModelFormatError, BudgetError, BackendError: the file, the size or the model cannot be used. A budget that
         is too small is not an error: `Plan.fits` says so.
-        ValueError: `kernels`, `prefetch` or `draft` is unknown.
+        ValueError: `kernels`, `prefetch`, `draft` or `eviction` is unknown.
     """
     _native.check_kernels(kernels)
+    _native.check_eviction(eviction)
     check_prefetch(prefetch)
     check_draft(draft)
     model = read_model(model_path if model_path is not None else demo_model())

@@ -79,6 +79,7 @@ class Plan:
     """Where the bytes of a memory budget go; made before anything is loaded.
 
     `floor_bytes` is the smallest budget that runs: everything but the slots, plus the experts of one token.
+    `prefetch_bytes` and `draft_bytes` are parts of `buffers_bytes`: what predictions and drafts take.
     All sizes are bytes. For a model without routed experts the expert fields are 0.
     """
 
@@ -95,6 +96,8 @@ class Plan:
     n_experts: int
     n_experts_used: int
     n_moe_layers: int
+    prefetch_bytes: int = 0
+    draft_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dictionary, ready for JSON."""
