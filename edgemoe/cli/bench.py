@@ -29,7 +29,8 @@ ROWS = (
 )
 
 
-@click.command()
+# What an earlier run has left would help edgemoe with the very text that it read then.
+@click.command(context_settings={"default_map": {"warm_start": False}})
 @model_argument
 @click.option(
     "--against",
