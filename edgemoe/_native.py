@@ -31,6 +31,9 @@ REPLAY_POLICIES = {**EVICTION_RULES, "belady": 100}
 KERNELS = {"auto": 0, "ggml": 1}
 """Who multiplies by experts: our kernels where a format has them, or ggml alone, whose bits are llama.cpp's."""
 
+PHASES = ("overhead", "router", "select", "wait", "experts", "dense", "sampling")
+"""What the time of an evaluation goes to, in the order of `edgemoe_phase` in scheduler.h."""
+
 ReplayOptions = _core.ReplayOptions
 ReplayPhase = _core.ReplayPhase
 ReplayResult = _core.ReplayResult
@@ -99,6 +102,16 @@ def check_kernels(kernels: str) -> None:
     """
     if kernels not in KERNELS:
         raise ValueError(f"unknown kernels {kernels!r}: expected one of {', '.join(KERNELS)}")
+
+
+def check_eviction(eviction: str) -> None:
+    """Refuse what is none of `EVICTION_RULES`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if eviction not in EVICTION_RULES:
+        raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(EVICTION_RULES)}")
 
 
 def open_runtime(

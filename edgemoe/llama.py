@@ -21,6 +21,7 @@ from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
+from edgemoe.profile import ProfiledLlama
 from edgemoe.routers import Embedding, check_prefetch, find_embedding
 from edgemoe.sizes import parse_size
 from edgemoe.speculate import SpeculativeLlama
@@ -47,7 +48,7 @@ class _Counters:
     accepted_tokens: int = 0
 
 
-class Llama(SpeculativeLlama):
+class Llama(ProfiledLlama, SpeculativeLlama):
     """A `llama_cpp.Llama` whose experts stay on storage, within `memory`.
 
     Everything that `llama_cpp.Llama` offers works as it does there. Its bits do not depend on the budget, and with
@@ -103,8 +104,7 @@ class Llama(SpeculativeLlama):
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
-        if eviction not in _native.EVICTION_RULES:
-            raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.EVICTION_RULES)}")
+        _native.check_eviction(eviction)
         _native.check_kernels(kernels)
         check_prefetch(prefetch)
         planner.draft_path(draft)

@@ -109,6 +109,8 @@ class Footprint:
     buffers_bytes: int
     batch_bytes: int
     draft: DraftFootprint | None = None
+    prefetch_bytes: int = 0  # this and the next are parts of buffers_bytes
+    draft_buffers_bytes: int = 0
 
     @property
     def draft_bytes(self) -> int:
@@ -151,6 +153,8 @@ class Footprint:
             n_experts=model.n_experts if model.expert_tensors else 0,
             n_experts_used=model.n_experts_used if model.expert_tensors else 0,
             n_moe_layers=model.n_moe_layers,
+            prefetch_bytes=self.prefetch_bytes,
+            draft_buffers_bytes=self.draft_buffers_bytes,
             draft_bytes=self.draft_bytes,
         )
 
@@ -189,12 +193,14 @@ def measure(
         drafts = None if path is None else stack.enter_context(rehearsed(read_model(path), model, llama_kwargs))
         sizes = stack.enter_context(engine.rehearsal(model, expert_runtime, llama_kwargs))
     batch_bytes = _batch_bytes(model, llama_kwargs)
+    draft_buffers_bytes = 0
     if draft != "off":
         n_vocab = len(model.metadata.get("tokenizer.ggml.tokens", []))
-        batch_bytes += reserved_bytes(n_vocab, int(llama_kwargs["n_ctx"]))
-    buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes
-    buffers += runtime.prefetch_bytes(model, prefetch)
-    return Footprint(model, sizes.kv_bytes, buffers, batch_bytes, drafts)
+        draft_buffers_bytes = reserved_bytes(n_vocab, int(llama_kwargs["n_ctx"]))
+    batch_bytes += draft_buffers_bytes
+    prefetch_bytes = runtime.prefetch_bytes(model, prefetch)
+    buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes + prefetch_bytes
+    return Footprint(model, sizes.kv_bytes, buffers, batch_bytes, drafts, prefetch_bytes, draft_buffers_bytes)
 
 
 def refusal(plan: Plan, model: GgufModel, n_ctx: int) -> BudgetError:
@@ -223,6 +229,8 @@ def plan(
     kernels: str = "auto",
     prefetch: str = DEFAULT_PREFETCH,
     draft: str | Path = "off",
+    eviction: str = "auto",
+    warm_start: bool = True,
     **llama_kwargs: Any,
 ) -> Plan:
     """Plan a memory budget for a model without loading it.
@@ -234,14 +242,16 @@ def plan(
         kernels: who will multiply by experts, as for `Llama`.
         prefetch: how far ahead experts will be predicted, as for `Llama`.
         draft: how tokens will be drafted, as for `Llama`.
+        eviction, warm_start: as for `Llama`; neither takes memory that counts.
         llama_kwargs: what `Llama` will be given; those that change its memory count.
 
     Raises:
         ModelFormatError, BudgetError, BackendError: the file, the size or the model cannot be used. A budget that
         is too small is not an error: `Plan.fits` says so.
-        ValueError: `kernels`, `prefetch` or `draft` is unknown.
+        ValueError: `kernels`, `prefetch`, `draft` or `eviction` is unknown.
     """
     _native.check_kernels(kernels)
+    _native.check_eviction(eviction)
     check_prefetch(prefetch)
     draft_path(draft)
     model = read_model(model_path if model_path is not None else demo_model())

@@ -79,7 +79,8 @@ class Plan:
     """Where the bytes of a memory budget go; made before anything is loaded.
 
     `floor_bytes` is the smallest budget that runs: everything but the slots, plus the experts of one token.
-    `draft_bytes` is what a draft model takes: weights, cache, compute buffers.
+    `draft_bytes` is what a draft model takes: weights, cache, compute buffers. `prefetch_bytes` and
+    `draft_buffers_bytes` are parts of `buffers_bytes`: what predictions take, and the logits of drafted tokens.
     All sizes are bytes. For a model without routed experts the expert fields are 0.
     """
 
@@ -96,6 +97,8 @@ class Plan:
     n_experts: int
     n_experts_used: int
     n_moe_layers: int
+    prefetch_bytes: int = 0
+    draft_buffers_bytes: int = 0
     draft_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:

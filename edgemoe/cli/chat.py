@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from edgemoe.cli.options import (
     temperature_option,
 )
 from edgemoe.cli.plan import plan_table
+from edgemoe.cli.profile import profile_option, profile_table
 from edgemoe.errors import EdgeMoeError
 from edgemoe.sizes import format_size, parse_size
 
@@ -58,6 +60,7 @@ _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 @temperature_option
 @seed_option
 @load_options
+@profile_option
 @click.pass_obj
 def chat(
     settings: Settings,
@@ -66,6 +69,7 @@ def chat(
     n_tokens_max: int,
     temperature: float,
     seed: int | None,
+    with_profile: bool,
     load: dict[str, Any],
 ) -> None:
     """Talk with a model.
@@ -77,14 +81,28 @@ def chat(
             say("edgemoe: the model has no chat template, using ChatML; a base model may not answer sensibly")
         if sys.stdin.isatty():
             say("/help lists the commands, /exit leaves")
-        Chat(llm, system=system, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed).run()
+        Chat(
+            llm,
+            system=system,
+            n_tokens_max=n_tokens_max,
+            temperature=temperature,
+            seed=seed,
+            with_profile=with_profile,
+        ).run()
 
 
 class Chat:
     """A conversation with one model, and the loop that reads turns and streams answers."""
 
     def __init__(
-        self, llm: Llama, *, system: str | None, n_tokens_max: int, temperature: float, seed: int | None
+        self,
+        llm: Llama,
+        *,
+        system: str | None,
+        n_tokens_max: int,
+        temperature: float,
+        seed: int | None,
+        with_profile: bool = False,
     ) -> None:
         self._llm = llm
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -92,6 +110,7 @@ class Chat:
         self._n_tokens_max = n_tokens_max
         self._temperature = temperature
         self._seed = seed
+        self._with_profile = with_profile
 
     def run(self) -> None:
         """Read and answer turns until the end of input, /exit, or Ctrl-C twice in a row."""
@@ -142,7 +161,7 @@ class Chat:
     def answer(self, text: str) -> None:
         """Answer one turn of the user on stdout. What an interrupt cuts short stays in the conversation."""
         self._turns.append({"role": "user", "content": text})
-        completion = None
+        completion = profiler = None
         try:
             prompt_tokens = self._fit_into_context()
             completion = Completion(
@@ -152,9 +171,10 @@ class Chat:
                 temperature=self._temperature,
                 seed=self._seed,
             )
-            for piece in completion:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            with self._llm.profile() if self._with_profile else contextlib.nullcontext() as profiler:
+                for piece in completion:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
         except EdgeMoeError as error:
             if completion is not None:
                 raise  # the engine failed, not this turn
@@ -167,6 +187,8 @@ class Chat:
                 self._turns.pop()
         click.echo()
         say(completion.footer())
+        if profiler is not None:
+            say(profile_table(profiler.result()))
 
     def _fit_into_context(self) -> list[int]:
         """The tokens of the conversation; drops its oldest turns if an answer would find no room.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ from edgemoe.cli.options import (
     seed_option,
     temperature_option,
 )
+from edgemoe.cli.profile import profile_option, profile_table
 
 
 @click.command()
@@ -31,6 +33,7 @@ from edgemoe.cli.options import (
 @temperature_option
 @seed_option
 @load_options
+@profile_option
 @json_option
 @click.pass_obj
 def generate(
@@ -42,13 +45,14 @@ def generate(
     n_tokens_max: int,
     temperature: float,
     seed: int | None,
+    with_profile: bool,
     as_json: bool,
     load: dict[str, Any],
 ) -> None:
     """Complete one prompt.
 
-    The answer goes to stdout as it comes, without the prompt. With --json the statistics, the `text` and the ids of
-    its `tokens` are printed as one object instead.
+    The answer goes to stdout as it comes, without the prompt. With --json the statistics, the `text`, the ids of its
+    `tokens` and with --profile the `profile` are printed as one object instead.
     """
     if (prompt is None) == (file is None):
         raise click.UsageError("Give the prompt with exactly one of -p TEXT and -f FILE.")
@@ -56,15 +60,20 @@ def generate(
     with open_llama(settings, model, load) as llm:
         tokens = chat_prompt(llm, [{"role": "user", "content": text}]) if as_chat else text_prompt(llm, text)
         completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
-        for piece in completion:
-            if not as_json:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+        with llm.profile() if with_profile else contextlib.nullcontext() as profiler:
+            for piece in completion:
+                if not as_json:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        profile = None if profiler is None else profiler.result()
         if as_json:
-            print_json({**llm.stats().to_dict(), "text": completion.text, "tokens": completion.tokens})
+            fields = {**llm.stats().to_dict(), "text": completion.text, "tokens": completion.tokens}
+            print_json(fields if profile is None else {**fields, "profile": profile.to_dict()})
         else:
             click.echo()
             say(completion.footer())
+            if profile is not None:
+                say(profile_table(profile))
 
 
 def read_prompt(file: BinaryIO | None) -> str:

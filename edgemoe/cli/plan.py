@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgemoe.cli.console import find_model, print_json
-from edgemoe.cli.options import ctx_option, json_option, memory_option, model_argument
+from edgemoe.cli.options import json_option, load_options, model_argument
 from edgemoe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -20,19 +20,22 @@ SMALLEST_ADVISED_CTX = 512
 
 @click.command()
 @model_argument
-@memory_option
-@ctx_option
+@load_options
 @json_option
 @click.pass_context
-def plan(click_ctx: click.Context, model: Path | None, memory: int | None, n_ctx: int, as_json: bool) -> None:
+def plan(click_ctx: click.Context, model: Path | None, as_json: bool, load: dict[str, Any]) -> None:
     """Show where the memory would go.
+
+    The options are those with which the model will be loaded; --eviction and --warm-start take no memory that counts.
 
     Exits with 1 if the model does not fit into the budget, and says what would make it fit.
     """
     path = find_model(model)
     from edgemoe import plan as make_plan
 
-    made = make_plan(path, memory=memory, n_ctx=n_ctx)
+    options = {**load, "n_threads_batch": load["n_threads"]}
+    n_ctx = options.pop("n_ctx")
+    made = make_plan(path, n_ctx=n_ctx, **options)
     if as_json:
         print_json(made.to_dict())
     else:
@@ -41,7 +44,7 @@ def plan(click_ctx: click.Context, model: Path | None, memory: int | None, n_ctx
         if made.fits:
             click.echo(f"fits: {format_size(made.budget_bytes)} is at or above the floor")
         else:
-            n_ctx_fitting = _fitting_ctx(path, made.budget_bytes, n_ctx)
+            n_ctx_fitting = _fitting_ctx(path, n_ctx, {**options, "memory": made.budget_bytes})
             click.echo(does_not_fit(made, n_ctx_fitting))
     if not made.fits:
         click_ctx.exit(1)
@@ -63,6 +66,9 @@ def plan_table(plan: Plan) -> str:
     lines.insert(len(parts), "  " + "-" * 26)
     if plan.n_experts == 0:
         return "\n".join([*lines, "  no routed experts: everything is resident"])
+    lines.append(
+        f"  of the buffers: prefetch {format_size(plan.prefetch_bytes)}, drafts {format_size(plan.draft_buffers_bytes)}"
+    )
     share = min(plan.slots_bytes / plan.expert_bank_bytes, 1.0) if plan.expert_bank_bytes else 1.0
     lines.append(
         f"  experts: {plan.n_experts_used} of {plan.n_experts} in each of {plan.n_moe_layers} layers; "
@@ -82,13 +88,13 @@ def does_not_fit(plan: Plan, n_ctx_fitting: int | None) -> str:
     )
 
 
-def _fitting_ctx(path: Path, budget_bytes: int, n_ctx: int) -> int | None:
-    """The largest context, among halvings of `n_ctx`, that fits into a budget; None if none does."""
+def _fitting_ctx(path: Path, n_ctx: int, options: dict[str, Any]) -> int | None:
+    """The largest context, among halvings of `n_ctx`, that fits with these options; None if none does."""
     from edgemoe import plan as make_plan
 
     n_ctx //= 2
     while n_ctx >= SMALLEST_ADVISED_CTX:
-        if make_plan(path, memory=budget_bytes, n_ctx=n_ctx).fits:
+        if make_plan(path, n_ctx=n_ctx, **options).fits:
             return n_ctx
         n_ctx //= 2
     return None

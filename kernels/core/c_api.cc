@@ -152,6 +152,7 @@ void edgemoe_runtime_foresee_tokens(edgemoe_runtime* runtime, const float* embed
                                     int64_t n_cols) {
   if (n_cols != runtime->prefetch.predictor.n_cols()) return;
   if (n_tokens < 1 || n_tokens > edgemoe::kMostDecodeTokens) return;
+  const edgemoe::PhaseScope phase(&runtime->clock, EDGEMOE_PHASE_SELECT);
   (void)Guard(nullptr, [&] {
     runtime->prefetch.ForeseeTokens(&runtime->cache, embeddings, n_tokens);
     return Status();
@@ -282,3 +283,20 @@ int32_t edgemoe_runtime_check_trace(edgemoe_runtime* runtime, edgemoe_error* err
 int32_t edgemoe_runtime_stop_trace(edgemoe_runtime* runtime, edgemoe_error* error) {
   return Guard(error, [&] { return runtime->trace.Stop(); });
 }
+
+int32_t edgemoe_runtime_start_clock(edgemoe_runtime* runtime, int32_t phase, edgemoe_error* error) {
+  return Guard(error, [&] {
+    if (phase < 0 || phase >= EDGEMOE_N_PHASES) {
+      return Status(EDGEMOE_INVALID_ARGUMENT, edgemoe::Format("phase %d, expected 0..%d", phase, EDGEMOE_N_PHASES - 1));
+    }
+    const bool started = runtime->clock.Start(static_cast<edgemoe_phase>(phase));
+    return started ? Status() : Status(EDGEMOE_INVALID_ARGUMENT, "the clock of this model runs already");
+  });
+}
+
+int32_t edgemoe_runtime_enter_phase(edgemoe_runtime* runtime, int32_t phase) {
+  if (phase < 0 || phase >= EDGEMOE_N_PHASES || !runtime->clock.IsMine()) return -1;
+  return runtime->clock.Enter(static_cast<edgemoe_phase>(phase));
+}
+
+void edgemoe_runtime_stop_clock(edgemoe_runtime* runtime, uint64_t* ns) { runtime->clock.Stop(ns); }

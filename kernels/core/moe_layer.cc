@@ -7,6 +7,7 @@ namespace edgemoe {
 
 Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes,
                        const int32_t* tensor_idxs, int n_tensors) {
+  const PhaseScope phase(clock_, EDGEMOE_PHASE_SELECT);
   End();
   const auto& tensors = cache_->file().tensors();
   tensor_idxs_.assign(tensor_idxs, tensor_idxs + n_tensors);
@@ -164,6 +165,7 @@ void MoeLayer::Promise() {
 
 void MoeLayer::End() {
   if (!active_) return;
+  const PhaseScope phase(clock_, EDGEMOE_PHASE_SELECT);
   trace_.End(cache_->counters());
   std::lock_guard<std::mutex> lock(cache_->mutex());
   for (int64_t slice : pinned_) cache_->Release(slice);

@@ -16,6 +16,7 @@
 
 #include "core/arithmetic.h"
 #include "core/expert_cache.h"
+#include "core/phase_clock.h"
 #include "core/prefetch.h"
 #include "core/status.h"
 #include "core/trace.h"
@@ -25,8 +26,9 @@ namespace edgemoe {
 
 class MoeLayer {
  public:
-  MoeLayer(ExpertCache* cache, const edgemoe_kernels& engine, Prefetch* prefetch, TraceRecorder* recorder)
-      : cache_(cache), prefetch_(prefetch), arithmetic_(cache->kernels(), engine), trace_(recorder) {}
+  MoeLayer(ExpertCache* cache, const edgemoe_kernels& engine, Prefetch* prefetch, TraceRecorder* recorder,
+           PhaseClock* clock)
+      : cache_(cache), prefetch_(prefetch), clock_(clock), arithmetic_(cache->kernels(), engine), trace_(recorder) {}
   ~MoeLayer() { End(); }
   MoeLayer(const MoeLayer&) = delete;
   MoeLayer& operator=(const MoeLayer&) = delete;
@@ -98,6 +100,7 @@ class MoeLayer {
 
   ExpertCache* const cache_;
   Prefetch* const prefetch_;
+  PhaseClock* const clock_;
   Arithmetic arithmetic_;
   LayerTrace trace_;
   int n_threads_ = 1;

@@ -62,9 +62,12 @@ Status MoeLayer::SetProducts(const edgemoe_matmul* matmuls, int n_matmuls) {
 }
 
 Status MoeLayer::RunTasks() {
-  PrepareTasks();
-  // After the reads have been asked for, so that none waits for what is foreseen.
-  Foresee();
+  {
+    const PhaseScope phase(clock_, EDGEMOE_PHASE_SELECT);
+    PrepareTasks();
+    // After the reads have been asked for, so that none waits for what is foreseen.
+    Foresee();
+  }
   arithmetic_.Parallel(
       n_threads_, [](void* self, int32_t thread_idx, int32_t) { static_cast<MoeLayer*>(self)->Work(thread_idx); },
       this);
@@ -305,6 +308,7 @@ void MoeLayer::Work(int thread_idx) {
 
 // None but the first n_ready_seen tasks were ready: watch for a read to end, first awake and then asleep.
 void MoeLayer::WaitForReady(int thread_idx, int n_ready_seen) {
+  const PhaseScope phase(clock_, EDGEMOE_PHASE_WAIT);
   const auto begin = std::chrono::steady_clock::now();
   const uint64_t event = cache_->events().load(std::memory_order_acquire);
   for (int spin = 0; spin < kSpins; ++spin) {

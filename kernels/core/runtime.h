@@ -8,6 +8,7 @@
 
 #include "core/expert_cache.h"
 #include "core/moe_layer.h"
+#include "core/phase_clock.h"
 #include "core/prefetch.h"
 #include "core/trace.h"
 
@@ -17,13 +18,15 @@ struct edgemoe_runtime {
       : cache(std::move(file), rule, kernels) {}
   edgemoe::Prefetch prefetch;
   edgemoe::TraceRecorder trace;
+  edgemoe::PhaseClock clock;
   edgemoe::ExpertCache cache;
   std::atomic<int> n_references{1};
 };
 
 struct edgemoe_session {
   edgemoe_session(edgemoe_runtime* runtime_in, const edgemoe_kernels& kernels)
-      : runtime(runtime_in), layer(&runtime_in->cache, kernels, &runtime_in->prefetch, &runtime_in->trace) {}
+      : runtime(runtime_in),
+        layer(&runtime_in->cache, kernels, &runtime_in->prefetch, &runtime_in->trace, &runtime_in->clock) {}
   edgemoe_runtime* const runtime;
   edgemoe::MoeLayer layer;
 };

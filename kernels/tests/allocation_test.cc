@@ -39,7 +39,7 @@ struct Step {
   float x[32];
 };
 
-// Slots, eviction rule, whether a trace is recorded.
+// Slots, eviction rule, whether a trace is recorded and a profile taken.
 class AllocationTest : public testing::TestWithParam<std::tuple<int, edgemoe_eviction, bool>> {};
 
 // Guards against: growth of a vector, a message or a map node in each token.
@@ -97,6 +97,7 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
   }
   if (is_recorded) {
     ASSERT_EQ(edgemoe_runtime_start_trace(runtime.get(), dir.Path("trace").c_str(), "{}", nullptr), EDGEMOE_OK);
+    ASSERT_EQ(edgemoe_runtime_start_clock(runtime.get(), EDGEMOE_PHASE_EXPERTS, nullptr), EDGEMOE_OK);
   }
   // Warm-up: one token, nothing of which is resident.
   edgemoe_runtime_foresee_tokens(runtime.get(), steps[0].x, 1, 32);

@@ -41,7 +41,8 @@ STATS_FIELDS = """prompt_tokens, completion_tokens, prefill_tokens_per_s, decode
     prefetch_used_bytes, prefetch_late_bytes, prefetch_wasted_bytes, stall_s, n_slots, slots_bytes,
     peak_rss_bytes, budget_bytes, kernels, drafted_tokens, accepted_tokens"""
 PLAN_FIELDS = """fits, budget_bytes, floor_bytes, dense_bytes, kv_bytes, buffers_bytes, slots_bytes, slack_bytes,
-    token_cycle_bytes, expert_bank_bytes, n_experts, n_experts_used, n_moe_layers"""
+    token_cycle_bytes, expert_bank_bytes, n_experts, n_experts_used, n_moe_layers, prefetch_bytes,
+    draft_buffers_bytes, draft_bytes"""
 
 
 def _names(fields: str) -> list[str]:

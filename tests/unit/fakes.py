@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from edgemoe.cli.main import cli
 from edgemoe.errors import BudgetError, TraceError
+from edgemoe.profile import Profile, Split
 from edgemoe.types import Plan, Stats
 
 END = 256
@@ -61,6 +62,26 @@ PLAN = Plan(
     n_experts_used=2,
     n_moe_layers=30,
 )
+
+
+PROFILE = Profile(
+    prefill=Split(7, 0.7, *(0.1,) * 7),
+    decode=Split(5, 0.05, 0.001, 0.002, 0.02, 0.015, 0.01, 0.0015, 0.0005),
+    hit_rate=0.75,
+    bytes_per_token=float(3 << 20),
+    expert_overlap=0.4,
+    router_entropy_bits=1.5,
+    load_imbalance=2.25,
+    load_imbalance_max=3.5,
+    n_traced_tokens=5,
+)
+
+
+class FakeProfiler:
+    """What a profile's context gives."""
+
+    def result(self) -> Profile:
+        return PROFILE
 
 
 class FakeLlama:
@@ -131,6 +152,12 @@ class FakeLlama:
 
         yield check
         path.write_text(f"{n_checks} checks")
+
+    @contextlib.contextmanager
+    def profile(self) -> Iterator[FakeProfiler]:
+        self.prompts.append("profile begins")
+        yield FakeProfiler()
+        self.prompts.append("profile ends")
 
     def reset(self) -> None:
         self.prompts.append("reset")

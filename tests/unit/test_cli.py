@@ -14,7 +14,7 @@ import pytest
 import edgemoe
 from edgemoe.errors import BackendError
 from edgemoe.llama import Llama
-from tests.unit.fakes import END, STATS, FakeLlama, error_lines, run
+from tests.unit.fakes import END, PROFILE, STATS, FakeLlama, error_lines, run
 
 # ---------------------------------------------------------------- errors and usage
 
@@ -171,6 +171,22 @@ def test_generate_json_is_the_last_line(llama: type[FakeLlama], model: str) -> N
     result = run("generate", model, "-p", "a", "--json")
     assert json.loads(result.stdout) == {**STATS.to_dict(), "text": "né", "tokens": list("né".encode())}
     assert result.stdout.count("\n") == 1
+
+
+def test_generate_shows_a_profile_of_the_answer(llama: type[FakeLlama], model: str) -> None:
+    """Guards against a profile on stdout, of more than the answer, or in the way of a script that reads JSON."""
+    llama.answers = [[*b"ab", END]] * 3
+    result = run("generate", model, "-p", "a", "--profile")
+    assert result.stdout == "ab\n"
+    assert llama.prompts == ["profile begins", "a", "profile ends"]
+    rows = {line.split("  ")[1]: line.split() for line in result.stderr.splitlines() if line.startswith("  ")}
+    assert rows["wait for storage"][-3:] == ["4.00", "ms", "40.0%"]
+    assert rows["sum"][-2:] == rows["by the wall clock"][-2:] == ["10.00", "ms"]
+    assert "3.00 MiB read per token, 300 MiB/s" in result.stderr
+    assert "1.50 bits" in result.stderr and "2.2 x the mean load (at most 3.5 x)" in result.stderr
+    with_profile = json.loads(run("generate", model, "-p", "a", "--profile", "--json").stdout)
+    assert with_profile["profile"] == PROFILE.to_dict()
+    assert "profile" not in json.loads(run("generate", model, "-p", "a", "--json").stdout)
 
 
 def test_generate_never_prints_half_a_character(llama: type[FakeLlama], model: str) -> None:

@@ -39,6 +39,15 @@ def test_chat_commands_talk_on_stderr(llama: type[FakeLlama], model: str) -> Non
     assert len(error_lines(result)) == 2  # a budget below the floor, and what is not a size
 
 
+def test_chat_shows_a_profile_of_each_answer(llama: type[FakeLlama], model: str) -> None:
+    """Guards against a profile that is missing, on stdout, or taken while the user types."""
+    llama.answers = [b"one", b"two"]
+    result = run("chat", model, "--profile", stdin="a\nb\n")
+    assert result.stdout == "one\ntwo\n"
+    assert result.stderr.count("wait for storage") == 2
+    assert [p.startswith("profile") for p in llama.prompts] == [True, False, True] * 2
+
+
 def test_chat_sends_paths_to_the_model(llama: type[FakeLlama], model: str) -> None:
     """Guards against a turn that begins with a path being taken for a command."""
     run("chat", model, stdin="/etc/fstab is what?\n")

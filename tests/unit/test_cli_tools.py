@@ -21,10 +21,12 @@ from tests.unit.fakes import PLAN, error_lines, run
 # ---------------------------------------------------------------- plan and inspect
 
 
-def planner(floor_bytes_of_ctx: Callable[[int], int]) -> Callable[..., Plan]:
-    """A planner whose floor depends on the context."""
+def planner(floor_bytes_of_ctx: Callable[[int], int], asked: list[dict[str, Any]] | None = None) -> Callable[..., Plan]:
+    """A planner whose floor depends on the context; it appends the other options that it is given to `asked`."""
+    asked = [] if asked is None else asked
 
-    def plan(path: Path, *, memory: int | None = None, n_ctx: int = 4096) -> Plan:
+    def plan(path: Path, *, memory: int | None = None, n_ctx: int = 4096, **options: Any) -> Plan:
+        asked.append(options)
         budget_bytes, floor_bytes = memory or PLAN.budget_bytes, floor_bytes_of_ctx(n_ctx)
         return dataclasses.replace(
             PLAN, fits=budget_bytes >= floor_bytes, budget_bytes=budget_bytes, floor_bytes=floor_bytes
@@ -48,6 +50,25 @@ def test_plan_that_does_not_fit_says_what_would(model: str, monkeypatch: pytest.
     result = run("plan", model, "--memory", "300MiB")
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1].endswith("use --memory 457MiB or --ctx 1024")
+
+
+def test_plan_has_the_options_of_loading(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a plan of other options than the model will be loaded with, also where a context is advised."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setitem(vars(edgemoe), "plan", planner(lambda n_ctx: (200 << 20) + n_ctx * 65536 + 1, asked))
+    chosen = ["--prefetch", "2", "--draft", "ngram", "--eviction", "lfu", "--no-warm-start", "--threads", "3"]
+    assert run("plan", model, "--memory", "300MiB", "--kernels", "ggml", *chosen).exit_code == 1
+    expected = {"prefetch": "2", "draft": "ngram", "eviction": "lfu", "warm_start": False, "kernels": "ggml"}
+    assert len(asked) == 3
+    assert all(options == {**expected, "n_threads": 3, "n_threads_batch": 3} for options in asked)
+
+
+def test_plan_says_what_predictions_and_drafts_take(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against options whose memory nobody can see."""
+    made = dataclasses.replace(PLAN, prefetch_bytes=3 << 20, draft_buffers_bytes=5 << 20)
+    monkeypatch.setitem(vars(edgemoe), "plan", lambda path, **options: made)
+    assert "of the buffers: prefetch 3 MiB, drafts 5 MiB" in run("plan", model).stdout
+    assert json.loads(run("plan", model, "--json").stdout)["draft_buffers_bytes"] == 5 << 20
 
 
 def test_plan_json_tells_fitting_by_the_exit_code_too(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,29 @@ EDGEMOE_API int32_t edgemoe_runtime_start_trace(edgemoe_runtime* runtime, const 
 EDGEMOE_API int32_t edgemoe_runtime_check_trace(edgemoe_runtime* runtime, edgemoe_error* error);
 /* Write the rest, and give the file its name. A failure leaves no file. */
 EDGEMOE_API int32_t edgemoe_runtime_stop_trace(edgemoe_runtime* runtime, edgemoe_error* error);
+
+/* --- profile: where the time of an evaluation goes --- */
+
+typedef enum edgemoe_phase {
+  EDGEMOE_PHASE_OVERHEAD = 0, /* all that is nothing else */
+  EDGEMOE_PHASE_ROUTER = 1,   /* scores of the experts */
+  EDGEMOE_PHASE_SELECT = 2,   /* the choice, mixing weights; which slices that needs, reads asked for, predictions */
+  EDGEMOE_PHASE_WAIT = 3,     /* for storage, with nothing else to do */
+  EDGEMOE_PHASE_EXPERTS = 4,  /* products with experts and the nodes that follow from them */
+  EDGEMOE_PHASE_DENSE = 5,    /* all other nodes */
+  EDGEMOE_PHASE_SAMPLING = 6
+} edgemoe_phase;
+#define EDGEMOE_N_PHASES 7
+
+/* From now on until it stops the clock, each moment of the calling thread belongs to exactly one phase: to that entered
+ * last. Layers enter their phases by themselves; dense and router nodes are an engine's. Nothing is computed
+ * differently. Fails when a clock of this runtime runs already. */
+EDGEMOE_API int32_t edgemoe_runtime_start_clock(edgemoe_runtime* runtime, int32_t phase, edgemoe_error* error);
+/* Returns the phase before, to go back to; -1: the clock does not run, or is another thread's. */
+EDGEMOE_API int32_t edgemoe_runtime_enter_phase(edgemoe_runtime* runtime, int32_t phase);
+/* Write the nanoseconds of each phase, ns[EDGEMOE_N_PHASES]; zeros when the clock is not this thread's. */
+EDGEMOE_API void edgemoe_runtime_stop_clock(edgemoe_runtime* runtime, uint64_t* ns);
+
 /* --- replay: the real cache over a simulated disk, by the selections of a trace --- */
 
 typedef struct edgemoe_replay_layer {

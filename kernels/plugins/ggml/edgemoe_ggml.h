@@ -37,6 +37,9 @@ EDGEMOE_API int32_t edgemoe_ggml_populate(const char* path, const edgemoe_range*
 /* From now on, batches of n_tokens that this thread evaluates get the bits that their tokens would have one by one,
  * in contexts made between begin_load (which returned 1) and end_load. Below 2: no more. */
 EDGEMOE_API void edgemoe_ggml_set_lone_rows(int64_t n_tokens);
+/* From now on, graphs that this thread evaluates in such contexts enter the phases of the runtime's clock, if it runs;
+ * NULL: no more. n_experts: the most in a layer, by which routers are told from other products. */
+EDGEMOE_API void edgemoe_ggml_set_profiled(edgemoe_runtime* runtime, int32_t n_experts);
 
 #ifdef __cplusplus
 }

@@ -5,12 +5,11 @@
 #include <vector>
 
 #include "ggml-cpu.h"
+#include "plugins/ggml/cpu_phases.h"
 #include "plugins/ggml/edgemoe_ggml.h"
 
 namespace edgemoe_ggml {
 namespace {
-
-using GraphCompute = ggml_status (*)(ggml_backend_t, ggml_cgraph*);
 
 struct LoneRows {
   int64_t n_tokens = 0;  // of the batch; below 2 there is nothing to do
@@ -112,13 +111,13 @@ class Rewriter {
 ggml_status ComputeLoneRows(ggml_backend_t cpu, ggml_cgraph* graph) {
   const GraphCompute compute = Original().load();
   LoneRows& rows = t_rows;
-  if (rows.n_tokens < 2) return compute(cpu, graph);
+  if (rows.n_tokens < 2) return ComputeInPhases(compute, cpu, graph);
   size_t n_shadows = 0;
   for (int i = 0; i < graph->n_nodes; ++i) {
     if (IsFlashAttention(graph->nodes[i], rows.n_tokens) || IsProduct(graph->nodes[i], rows.n_tokens))
       n_shadows += kShadowsPerNode * static_cast<size_t>(rows.n_tokens);
   }
-  if (n_shadows == 0) return compute(cpu, graph);
+  if (n_shadows == 0) return ComputeInPhases(compute, cpu, graph);
   rows.shadows.clear();
   rows.shadows.reserve(n_shadows);  // nodes point to shadows: they must not move
   rows.nodes.clear();
@@ -127,14 +126,14 @@ ggml_status ComputeLoneRows(ggml_backend_t cpu, ggml_cgraph* graph) {
   ggml_cgraph lone = ggml_graph_view(graph, 0, graph->n_nodes);
   lone.nodes = rows.nodes.data();
   lone.n_nodes = static_cast<int>(rows.nodes.size());
-  return compute(cpu, &lone);
+  return ComputeInPhases(compute, cpu, &lone);
 }
 
 }  // namespace
 
 void SetCpuThreads(ggml_backend_t cpu, int n_threads) {
   ggml_backend_cpu_set_n_threads(cpu, n_threads);
-  if (t_rows.n_tokens < 2 || cpu->iface.graph_compute == ComputeLoneRows) return;
+  if ((t_rows.n_tokens < 2 && !IsProfiled()) || cpu->iface.graph_compute == ComputeLoneRows) return;
   Original().store(cpu->iface.graph_compute);
   cpu->iface.graph_compute = ComputeLoneRows;
 }

@@ -12,7 +12,8 @@
 namespace edgemoe_ggml {
 
 // To be called as the CPU backend's ggml_backend_set_n_threads, which llama.cpp calls with its own CPU backend before
-// every graph: the one place where that backend can be met. Touches it only while this thread has lone rows.
+// every graph: the one place where that backend can be met. Touches it only while this thread has lone rows or is
+// profiled (cpu_phases.h).
 void SetCpuThreads(ggml_backend_t cpu, int n_threads);
 
 }  // namespace edgemoe_ggml

@@ -3,6 +3,7 @@
 
 #include "ggml-cpu.h"
 #include "plugins/ggml/buffers.h"
+#include "plugins/ggml/cpu_phases.h"
 #include "plugins/ggml/nodes.h"
 
 namespace edgemoe_ggml {
@@ -40,6 +41,7 @@ edgemoe_session* MoeRegion::SessionOf(edgemoe_runtime* runtime) {
 }
 
 ggml_status MoeRegion::Compute(ggml_cgraph* graph) {
+  const ProfiledPhase phase(EDGEMOE_PHASE_EXPERTS);
   const int n = ggml_graph_n_nodes(graph);
   done_.assign(static_cast<size_t>(n), 0);
   ggml_status status = GGML_STATUS_SUCCESS;

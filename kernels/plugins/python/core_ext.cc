@@ -238,6 +238,16 @@ class Runtime {
     }
     Check(code, error);
   }
+  void StartClock(int phase) {
+    edgemoe_error error = {};
+    Check(edgemoe_runtime_start_clock(get(), phase, &error), error);
+  }
+  int EnterPhase(int phase) { return edgemoe_runtime_enter_phase(get(), phase); }
+  std::vector<uint64_t> StopClock() {
+    std::vector<uint64_t> ns(EDGEMOE_N_PHASES);
+    edgemoe_runtime_stop_clock(get(), ns.data());
+    return ns;
+  }
   // Whether libedgemoe's kernels multiply by the tensor of that name.
   bool IsOwn(const std::string& name) {
     const int32_t tensor_idx = edgemoe_runtime_find_tensor(get(), name.c_str());
@@ -298,6 +308,7 @@ class GgmlPlugin {
     Find("edgemoe_ggml_end_load", &end_load_);
     Find("edgemoe_ggml_populate", &populate_);
     Find("edgemoe_ggml_set_lone_rows", &set_lone_rows_);
+    Find("edgemoe_ggml_set_profiled", &set_profiled_);
     Find("edgemoe_ggml_built_against", &built_against_);
     Find("edgemoe_ggml_llama_cpp_python", &llama_cpp_python_);
     Find("edgemoe_ggml_loaded", &loaded_);
@@ -307,6 +318,9 @@ class GgmlPlugin {
   bool BeginLoad(Runtime& runtime) { return begin_load_(runtime.get()) != 0; }
   int EndLoad() { return end_load_(); }
   void SetLoneRows(int64_t n_tokens) { set_lone_rows_(n_tokens); }
+  void SetProfiled(Runtime* runtime, int n_experts) {
+    set_profiled_(runtime == nullptr ? nullptr : runtime->get(), n_experts);
+  }
   // ranges: (file offset, length, address)
   void Populate(const std::string& path, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& ranges,
                 int n_threads) {
@@ -339,6 +353,7 @@ class GgmlPlugin {
   decltype(&edgemoe_ggml_end_load) end_load_ = nullptr;
   decltype(&edgemoe_ggml_populate) populate_ = nullptr;
   decltype(&edgemoe_ggml_set_lone_rows) set_lone_rows_ = nullptr;
+  decltype(&edgemoe_ggml_set_profiled) set_profiled_ = nullptr;
   decltype(&edgemoe_ggml_built_against) built_against_ = nullptr;
   decltype(&edgemoe_ggml_llama_cpp_python) llama_cpp_python_ = nullptr;
   decltype(&edgemoe_ggml_loaded) loaded_ = nullptr;
@@ -464,6 +479,9 @@ NB_MODULE(_core, m) {
       .def("start_trace", &Runtime::StartTrace, nb::arg("path"), nb::arg("header"))
       .def("check_trace", &Runtime::CheckTrace)
       .def("stop_trace", &Runtime::StopTrace)
+      .def("start_clock", &Runtime::StartClock, nb::arg("phase"))
+      .def("enter_phase", &Runtime::EnterPhase, nb::arg("phase"))
+      .def("stop_clock", &Runtime::StopClock)
       .def("hot_slices", &Runtime::HotSlices)
       .def("slice_uses", &Runtime::SliceUses)
       .def("preload", &Runtime::Preload, nb::arg("slices"))
@@ -476,6 +494,7 @@ NB_MODULE(_core, m) {
       .def("begin_load", &GgmlPlugin::BeginLoad, nb::arg("runtime"))
       .def("end_load", &GgmlPlugin::EndLoad)
       .def("set_lone_rows", &GgmlPlugin::SetLoneRows, nb::arg("n_tokens"))
+      .def("set_profiled", &GgmlPlugin::SetProfiled, nb::arg("runtime").none(), nb::arg("n_experts"))
       .def("populate", &GgmlPlugin::Populate, nb::arg("path"), nb::arg("ranges"), nb::arg("n_threads"))
       .def("built_against", &GgmlPlugin::BuiltAgainst)
       .def("llama_cpp_python", &GgmlPlugin::LlamaCppPython)
