@@ -303,7 +303,9 @@ def _encode(plan: Plan, piece: Piece, tensor: TensorInfo, block_elements: int) -
                 continue
             values = source.read(plan.checkpoint, start, stop)
             if values.shape[1] != tensor.shape[-1]:
-                raise ConversionError(f"cannot convert {tensor.name}: rows of {values.shape[1]}, expected {tensor.shape[-1]}")
+                raise ConversionError(
+                    f"cannot convert {tensor.name}: rows of {values.shape[1]}, expected {tensor.shape[-1]}"
+                )
             try:
                 yield quantize(values, tensor.ggml_type, weights)
             except ConversionError as error:

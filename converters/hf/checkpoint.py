@@ -168,7 +168,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if index_path.is_file():
         shards = _indexed_shards(index_path)
     else:
-        shards = {path: None for path in sorted(folder.glob("*.safetensors"))}
+        shards = dict.fromkeys(sorted(folder.glob("*.safetensors")))
         if not shards:
             raise ConversionError(_no_weights(folder))
         if len(shards) > 1 and (folder / "model.safetensors").is_file():
@@ -203,7 +203,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConversionError(f"cannot read {path}: it is not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise ConversionError(f"cannot read {path}: found a {type(value).__name__}, expected an object; download it again")
+        raise ConversionError(
+            f"cannot read {path}: found a {type(value).__name__}, expected an object; download it again"
+        )
     return value
 
 

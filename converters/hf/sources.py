@@ -27,7 +27,7 @@ class Rows:
     Attributes:
         tensor: what is read.
         rows: the stored rows, evenly spaced; all of them if None.
-        columns: the stored columns; all of them by default.
+        columns: the stored columns, evenly spaced; all of them if None.
         n_heads: if not 0, the rows are so many heads, and within each the second half of its rows alternates with the
             first: Hugging Face keeps the two halves of rotary pairs apart, ggml's `llama` kind of RoPE has them
             side by side.
@@ -36,7 +36,7 @@ class Rows:
 
     tensor: StoredTensor
     rows: range | None = None
-    columns: slice = slice(None)
+    columns: range | None = None
     n_heads: int = 0
     transpose: bool = False
 
@@ -46,7 +46,7 @@ class Rows:
 
     @property
     def _n_selected_columns(self) -> int:
-        return len(range(self.tensor.n_columns)[self.columns])
+        return self.tensor.n_columns if self.columns is None else len(self.columns)
 
     @property
     def n_rows(self) -> int:
@@ -78,7 +78,9 @@ class Rows:
 
     def _read_selected(self, checkpoint: Checkpoint, rows: range) -> Floats:
         values = checkpoint.read_rows(self.tensor, rows[0], rows[-1] + 1)[:: rows.step]
-        return values[:, self.columns]
+        if self.columns is not None:
+            values = values[:, self.columns.start : self.columns.stop : self.columns.step]
+        return values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _from_floats(tensor: StoredTensor, match: re.Match[str], _hparams: Hparams) 
     pieces = []
     for first, name in enumerate(names):
         sources = tuple(
-            Rows(tensor, range(e * n_inputs, (e + 1) * n_inputs), slice(first, None, step), transpose=True)
+            Rows(tensor, range(e * n_inputs, (e + 1) * n_inputs), range(first, n_outputs, step), transpose=True)
             for e in range(n_experts)
         )
         pieces.append(Piece(name, (n_experts, n_outputs // step, n_inputs), sources))
@@ -66,7 +66,7 @@ def _biases(tensor: StoredTensor, match: re.Match[str], _hparams: Hparams) -> li
     names = _names(match, "bias")
     step = len(names)
     return [
-        Piece(name, (n_experts, n_outputs // step), (Rows(tensor, columns=slice(first, None, step)),))
+        Piece(name, (n_experts, n_outputs // step), (Rows(tensor, columns=range(first, n_outputs, step)),))
         for first, name in enumerate(names)
     ]
 
@@ -80,9 +80,7 @@ GPT_OSS = Family(
         _Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: ("intermediate_size",),
     },
     computed=lambda hparams: {
-        _Keys.Attention.SLIDING_WINDOW_PATTERN: [
-            kind == "sliding_attention" for kind in hparams.need("layer_types")
-        ],
+        _Keys.Attention.SLIDING_WINDOW_PATTERN: [kind == "sliding_attention" for kind in hparams.need("layer_types")],
     },
     requires={"swiglu_limit": (7.0, None), "hidden_act": ("silu", None)},
     rename=((r"(.*\.sinks)", r"\1.weight"),),

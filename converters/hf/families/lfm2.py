@@ -22,7 +22,9 @@ def _convolution(tensor: StoredTensor, match: re.Match[str], _hparams: Hparams) 
 def _layers(hparams: Hparams) -> Metadata:
     n_heads = hparams.count("num_key_value_heads", "num_attention_heads")
     return {
-        _Keys.Attention.HEAD_COUNT_KV: [n_heads if kind == "full_attention" else 0 for kind in hparams.need("layer_types")]
+        _Keys.Attention.HEAD_COUNT_KV: [
+            n_heads if kind == "full_attention" else 0 for kind in hparams.need("layer_types")
+        ]
     }
 
 
