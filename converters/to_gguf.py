@@ -157,7 +157,7 @@ def plan_conversion(folder: Path, recipe: Recipe) -> Plan:
         tensors,
         metadata,
         (*checkpoint.inputs, *tokenizer.inputs),
-        tuple([*family.caveats(hparams), *notes]),
+        (*family.caveats(hparams), *notes),
     )
 
 
@@ -258,10 +258,10 @@ def _block_elements(plan: Plan, memory_bytes: int | None) -> int:
     available = buffers // BYTES_PER_ELEMENT
     needed = max(source.block_rows * source.n_columns for piece in plan.pieces for source in piece.sources)
     if memory_bytes is not None and available < needed:
-        floor = used + needed * BYTES_PER_ELEMENT
+        floor_mib = ((used + needed * BYTES_PER_ELEMENT) >> 20) + 1
         raise ConversionError(
             f"cannot convert within {format_size(memory_bytes)}: this process has {format_size(used)} already and the "
-            f"largest block takes {format_size(needed * BYTES_PER_ELEMENT)}; use --memory {-(-floor >> 20) + 1}MiB or more"
+            f"largest block takes {format_size(needed * BYTES_PER_ELEMENT)}; use --memory {floor_mib}MiB or more"
         )
     return max(min(available, _MAX_BLOCK_ELEMENTS), needed)
 

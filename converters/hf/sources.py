@@ -66,7 +66,7 @@ class Rows:
         return self.n_rows // self.n_heads if self.n_heads else 1
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Floats:
-        """Rows `start` to `stop`, which are multiples of `block_rows`: float32 (stop - start, n_columns), contiguous."""
+        """Rows `start` to `stop`, multiples of `block_rows`: float32 (stop - start, n_columns), contiguous."""
         if self.transpose:
             values = self._read_selected(checkpoint, self._selected).T[start:stop]
         else:

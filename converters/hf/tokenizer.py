@@ -58,8 +58,8 @@ class _Vocabulary:
     def set(self, token_id: int, token: str, kind: int, score: float) -> None:
         if not 0 <= token_id < len(self.tokens):
             raise ConversionError(
-                f"cannot convert the tokenizer: token {token!r} has the id {token_id}, the model has {len(self.tokens)} "
-                "(vocab_size in config.json); config.json and tokenizer are of different models"
+                f"cannot convert the tokenizer: token {token!r} has the id {token_id}, the model has "
+                f"{len(self.tokens)} (vocab_size in config.json); config.json and tokenizer are of different models"
             )
         self.tokens[token_id], self.types[token_id], self.scores[token_id] = token, int(kind), score
 

@@ -31,8 +31,8 @@ def _from_blocks(tensor: StoredTensor, match: re.Match[str], hparams: Hparams) -
     if not is_mxfp4 or scales is None or scales.dtype != "U8" or scales.shape != tensor.shape[:3]:
         found = "no scales" if scales is None else f"scales {scales.dtype} {list(scales.shape)}"
         raise ConversionError(
-            f"cannot convert {tensor.name}: found {tensor.dtype} {list(tensor.shape)} with {found}, expected U8 (experts, "
-            f"rows, blocks, 16) with U8 scales for each block, as MXFP4 has ({tensor.path}); download it again"
+            f"cannot convert {tensor.name}: found {tensor.dtype} {list(tensor.shape)} with {found}, expected U8 "
+            f"(experts, rows, blocks, 16) with U8 scales for each block, as MXFP4 has ({tensor.path}); download it again"
         )
     n_experts, n_rows, n_blocks, _ = tensor.shape
     names = _names(match, "weight")

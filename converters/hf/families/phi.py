@@ -41,8 +41,8 @@ def _rope_factors(hparams: Hparams) -> list[Piece]:
 
 def _caveats(hparams: Hparams) -> list[str]:
     caveats = [
-        "llama.cpp weights the two experts by a softmax that sums to 1, Phi-3.5-MoE each by its own sparse mixer; and it "
-        "has RMS norms where the model has layer norms: its answers differ from transformers'"
+        "llama.cpp weights the two experts by a softmax that sums to 1, Phi-3.5-MoE each by its own sparse mixer; and "
+        "it has RMS norms where the model has layer norms: its answers differ from transformers'"
     ]
     rope = hparams.rope
     if rope.get("long_mscale") != rope.get("short_mscale"):
