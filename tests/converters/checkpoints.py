@@ -42,6 +42,7 @@ class Checkpoint:
     family: Family
     path: Path
     reference: Path
+    is_mxfp4: bool = False
 
 
 def write_checkpoint(folder: Path, name: str, **changes: Any) -> Checkpoint:
@@ -65,14 +66,14 @@ def write_checkpoint(folder: Path, name: str, **changes: Any) -> Checkpoint:
         state = {
             _deepseek_moe_name(k): v / 2 if _is_ungated(k) else v for k, v in state.items() if "expert_gate" not in k
         }
-    if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
+    if config.get("quantization_config"):
         state = _mxfp4(state, config)
     state |= _extra_layers(state, config)
     _write_json(folder / "config.json", config)
     eos = {"eos_token_id": config["eos_token_id"]} if "eos_token_id" in config else {}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **eos})
     _save(folder, state, N_SHARDS)
-    return Checkpoint(family, folder, path)
+    return Checkpoint(family, folder, path, is_mxfp4=bool(config.get("quantization_config")))
 
 
 def reference_logits(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> Logits:
@@ -91,7 +92,7 @@ def loaded(checkpoint: Checkpoint) -> Iterator[Any]:
     import transformers
 
     options: dict[str, Any] = {}
-    if "quantization_config" in checkpoint.family.config:
+    if checkpoint.is_mxfp4:
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     with _quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -141,13 +142,13 @@ def _moments(name: str, shape: Sequence[int], config: dict[str, Any]) -> tuple[f
         if "embedding_multiplier" in config:
             return 0.0, 9.0 / config["embedding_multiplier"]
         tied = config.get("tie_word_embeddings") or config.get("tie_embedding")
-        return 0.0, 2.0 * hidden**-0.5 if tied or config.get("mup_enabled") else 1.0
-    if name == "lm_head.weight":
-        return 0.0, 2.0 * hidden**-0.5
+        return 0.0, hidden**-0.5 if tied or config.get("mup_enabled") else 1.0
     if name.endswith(("expert_bias", "correction_bias")):
         return 0.0, 0.05
     if "sinks" in name:
         return 0.0, 1.0
+    if config.get("mup_enabled") and re.search(r"layers.*(post_attention|post_mlp)_layernorm", name):
+        return _residual_gain(config), 0.2 * _residual_gain(config)
     if len(shape) == 1 and "norm" in name and name.endswith("weight"):
         return 1.0, 0.2
     if len(shape) == 1 or name.endswith("_bias"):
@@ -155,8 +156,21 @@ def _moments(name: str, shape: Sequence[int], config: dict[str, Any]) -> tuple[f
     if re.search(r"(router|mlp\.gate|feed_forward\.gate|router\.gate)\.weight$", name):
         return 0.0, 2.0 * hidden**-0.5
     fan_in = shape[-2] if config["model_type"] == "gpt_oss" and len(shape) == 3 else shape[-1]
-    gain = 9.0 if "residual_multiplier" in config and re.search(r"o_proj|down_proj|output_linear", name) else 1.0
-    return 0.0, gain * fan_in**-0.5
+    if re.search(r"o_proj|out_proj|down_proj|\.w2\.|output_linear", name):
+        return 0.0, fan_in**-0.5 * _residual_gain(config)
+    return 0.0, fan_in**-0.5
+
+
+def _residual_gain(config: dict[str, Any]) -> float:
+    """Scale of what a layer adds to the residual stream: GPT-2's, so that many layers do not drown the first, of the
+    size of the embeddings. A router that decides otherwise after a rounding then changes little."""
+    if "residual_multiplier" in config:
+        return 9.0
+    gain = (2 * config["num_hidden_layers"]) ** -0.5 / config.get(
+        "routed_scaling_factor", config.get("route_scale", 1.0)
+    )
+    tied = config.get("tie_word_embeddings") or config.get("tie_embedding")
+    return float(gain * (config["hidden_size"] ** -0.5 if tied else 1.0))
 
 
 def _is_ungated(name: str) -> bool:
@@ -183,8 +197,9 @@ def _mxfp4(state: State, config: dict[str, Any]) -> State:
             continue
         n_experts, n_in, n_out = tensor.shape
         blocks = torch.randint(0, 256, (n_experts, n_out, n_in // 32, 16), generator=generator, dtype=torch.uint8)
-        # 4-bit floats have a root mean square of 2.7, so 2^-4 to 2^-5 makes weights of about 1/sqrt(64).
-        scales = torch.randint(122, 125, (n_experts, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
+        # 4-bit floats have a root mean square of 2.7: with 2^-4 to 2^-6 that is near 1/sqrt(64), a quarter for `down`.
+        low = 119 if "down_proj" in name else 121
+        scales = torch.randint(low, low + 3, (n_experts, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
         result[f"{name}_blocks"] = blocks
         result[f"{name}_scales"] = scales
     return result
