@@ -42,7 +42,6 @@ class Checkpoint:
     family: Family
     path: Path
     reference: Path
-    is_mxfp4: bool = False
 
 
 def write_checkpoint(folder: Path, name: str, **changes: Any) -> Checkpoint:
@@ -66,42 +65,74 @@ def write_checkpoint(folder: Path, name: str, **changes: Any) -> Checkpoint:
         state = {
             _deepseek_moe_name(k): v / 2 if _is_ungated(k) else v for k, v in state.items() if "expert_gate" not in k
         }
-    if config.get("quantization_config"):
+    if "quantization_config" in config:
         state = _mxfp4(state, config)
     state |= _extra_layers(state, config)
     _write_json(folder / "config.json", config)
     eos = {"eos_token_id": config["eos_token_id"]} if "eos_token_id" in config else {}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **eos})
     _save(folder, state, N_SHARDS)
-    return Checkpoint(family, folder, path, is_mxfp4=bool(config.get("quantization_config")))
+    return Checkpoint(family, folder, path)
 
 
 def reference_logits(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> Logits:
     """Logits [sequence, position, vocabulary] by transformers on the CPU, in float32; sequences of one length."""
     import torch
 
-    with loaded(checkpoint) as model, torch.no_grad():
-        result: Logits = model(torch.tensor([list(s) for s in sequences])).logits.float().numpy()
+    with torch.no_grad():
+        result: Logits = load(checkpoint)(torch.tensor([list(s) for s in sequences])).logits.float().numpy()
     return result
 
 
-@contextlib.contextmanager
-def loaded(checkpoint: Checkpoint) -> Iterator[Any]:
-    """The checkpoint as a float32 model of transformers, with attention written out in torch."""
+def load(checkpoint: Checkpoint) -> Any:
+    """The checkpoint as a float32 model of transformers, with attention written out in torch.
+
+    Phi-3.5-MoE as llama.cpp computes it, see `_make_llama_cpps`.
+    """
     import torch
     import transformers
 
     options: dict[str, Any] = {}
-    if checkpoint.is_mxfp4:
+    if "quantization_config" in checkpoint.family.config:
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     with _quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.reference, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **options
         )
-    yield model.float().eval()
+    _make_llama_cpps(model)
+    return model.float().eval()
 
 
-def random_tokens(checkpoint: Checkpoint, n_sequences: int, n_tokens: int, seed: int = 0) -> list[list[int]]:
+def _make_llama_cpps(model: Any) -> None:
+    """Phi-3.5-MoE with llama.cpp's graph, which is not its own; other models as they are.
+
+    llama.cpp's `phimoe` takes RMS norms where the model has layer norms, and weights that are a softmax of the two
+    chosen experts where the model has SparseMixer's (phi3.cpp). No conversion can be as close to the model as the
+    graph is far from it, so what a conversion can be held to is that graph, computed by transformers' own parts.
+    """
+    import torch
+
+    if model.config.model_type != "phimoe":
+        return
+
+    def forward_router(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(hidden, router.weight)
+        weights, experts = torch.topk(torch.softmax(logits, -1), router.top_k, -1)
+        return logits, weights / weights.sum(-1, keepdim=True), experts
+
+    def forward_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+        scaled = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.eps)
+        result: torch.Tensor = scaled * norm.weight + norm.bias
+        return result
+
+    for module in model.modules():
+        if type(module).__name__ == "PhimoeTopKRouter":
+            module.forward = forward_router.__get__(module)
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.forward = forward_norm.__get__(module)
+
+
+def random_tokens(n_sequences: int, n_tokens: int, seed: int = 0) -> list[list[int]]:
     """Token ids below those that only pad the vocabulary."""
     rng = np.random.default_rng(seed)
     sequences: list[list[int]] = rng.integers(3, 500, (n_sequences, n_tokens)).tolist()
