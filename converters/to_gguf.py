@@ -18,6 +18,7 @@ from pathlib import Path
 
 import gguf
 import psutil
+from gguf import GGMLQuantizationType as GgmlType
 
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
@@ -32,8 +33,8 @@ from .hf.sources import Mxfp4Rows, Piece, Source
 from .hf.tokenizer import convert_tokenizer
 from .quantize.blocks import quantize
 from .quantize.presets import Model, Override, Tensor, choose_types, file_type
+from .rehearsal import rehearse
 
-GgmlType = gguf.GGMLQuantizationType
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`: `hash`, `check` (after an interruption) and `convert`, all in bytes."""
 
@@ -173,13 +174,14 @@ def convert(plan: Plan, out: Path, *, memory_bytes: int | None = None, progress:
 
     Raises:
         ConversionError: a weight is not finite or cannot be encoded, a file cannot be read or written, there is no
-            room, or the limit of memory is too low.
+            room, the limit of memory is too low, or llama.cpp refuses the header.
     """
     report = progress or _no_progress
     block_elements = _block_elements(plan, memory_bytes)
     with PartialFile(out, plan.n_bytes) as file:
         layout = plan.layout(_hash_inputs(plan.inputs, file, report))
         file.begin(layout)
+        rehearse(file.path, plan.family.name)
         sizes = [tensor.n_bytes for tensor in plan.tensors]
         done: set[int] = set()
         n_done, n_total = 0, sum(sizes)
@@ -193,7 +195,7 @@ def convert(plan: Plan, out: Path, *, memory_bytes: int | None = None, progress:
                 continue
             offset = layout.offsets[index]
             for data in _encode(plan, piece, tensor, block_elements):
-                file.write(memoryview(data).cast("B"), offset)
+                file.write(data.reshape(-1).data, offset)
                 offset += data.nbytes
                 n_done += data.nbytes
                 report("convert", n_done, n_total)

@@ -82,7 +82,7 @@ class Checkpoint:
         """
         row_bytes = tensor.n_columns * _ITEM_BYTES[tensor.dtype]
         data = np.empty((stop - start, row_bytes), np.uint8)
-        view = memoryview(data).cast("B")
+        view = data.reshape(-1).data
         offset = tensor.offset + start * row_bytes
         try:
             file = os.open(tensor.path, os.O_RDONLY)

@@ -2,8 +2,8 @@
 """What a tensor of the result is made of: ranges of rows of stored tensors, selected, reordered, transposed.
 
 Every source is a matrix that is computed a block of rows at a time, so stacking experts, splitting a merged
-projection or permuting heads needs no more memory than the block. A transposed source is read whole, so only single
-experts and single heads are transposed.
+projection or permuting heads needs no more memory than the block. What is transposed or centred as a matrix is read
+whole; that is done to single experts and single heads only.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Rows:
             first: Hugging Face keeps the two halves of rotary pairs apart, ggml's `llama` kind of RoPE has them
             side by side.
         transpose: the result is the transposed matrix of the selected rows and columns.
+        centre: subtract, from each row its mean ("row"), or from all rows the mean row ("matrix"); see `phi.py`.
     """
 
     tensor: StoredTensor
@@ -39,6 +40,7 @@ class Rows:
     columns: range | None = None
     n_heads: int = 0
     transpose: bool = False
+    centre: str = ""
 
     @property
     def _selected(self) -> range:
@@ -60,8 +62,8 @@ class Rows:
 
     @property
     def block_rows(self) -> int:
-        """The least number of rows that can be read at a time: all of them if transposed, one head if permuted."""
-        if self.transpose:
+        """The least number of rows that can be read at a time: one head if permuted, all if each depends on all."""
+        if self.transpose or self.centre == "matrix":
             return self.n_rows
         return self.n_rows // self.n_heads if self.n_heads else 1
 
@@ -74,6 +76,9 @@ class Rows:
         if self.n_heads:
             half = self.block_rows // 2
             values = values.reshape(-1, 2, half, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        if self.centre:
+            mean = values.mean(axis=1 if self.centre == "row" else 0, dtype=np.float64, keepdims=True)
+            values = (values - mean).astype(np.float32)
         return np.ascontiguousarray(values)
 
     def _read_selected(self, checkpoint: Checkpoint, rows: range) -> Floats:

@@ -251,7 +251,7 @@ def _adds_space_prefix(fast: dict[str, Any], settings: dict[str, Any]) -> bool |
     """Whether a text gets a space before it; None where nothing says so (llama.cpp then adds one)."""
     for part in _components(fast.get("pre_tokenizer")):
         if part.get("type") == "Metaspace":
-            return part.get("prepend_scheme", "always") != "never" and part.get("add_prefix_space", True)
+            return part.get("prepend_scheme", "always") != "never" and bool(part.get("add_prefix_space", True))
     if fast.get("normalizer"):
         return any(part.get("type") == "Prepend" for part in _components(fast["normalizer"]))
     add_prefix_space = settings.get("add_prefix_space")
@@ -272,13 +272,13 @@ def _special_ids(
         if token in ids:
             found[kind] = ids[token]
     for kind in _SPECIAL:
-        token = settings.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
+        entry = settings.get(f"{kind}_token")
+        text = entry.get("content") if isinstance(entry, dict) else entry
         token_id = config.get(f"{kind}_token_id")
         if isinstance(token_id, list) and token_id:  # the first of several ends of a text
             token_id = token_id[0]
-        if isinstance(token, str) and token in ids:
-            found.setdefault(kind, ids[token])
+        if isinstance(text, str) and text in ids:
+            found.setdefault(kind, ids[text])
         elif isinstance(token_id, int) and 0 <= token_id < len(vocabulary.tokens):
             found.setdefault(kind, token_id)
     metadata: dict[str, MetadataValue] = {_ID_KEYS[kind]: token_id for kind, token_id in found.items()}

@@ -31,8 +31,8 @@ def _from_blocks(tensor: StoredTensor, match: re.Match[str], hparams: Hparams) -
     if not is_mxfp4 or scales is None or scales.dtype != "U8" or scales.shape != tensor.shape[:3]:
         found = "no scales" if scales is None else f"scales {scales.dtype} {list(scales.shape)}"
         raise ConversionError(
-            f"cannot convert {tensor.name}: found {tensor.dtype} {list(tensor.shape)} with {found}, expected U8 "
-            f"(experts, rows, blocks, 16) with U8 scales for each block, as MXFP4 has ({tensor.path}); download it again"
+            f"cannot convert {tensor.name}: found {tensor.dtype} {list(tensor.shape)} with {found}, expected "
+            f"U8 (experts, rows, blocks, 16), U8 scales of each block, as MXFP4 has ({tensor.path}); download it again"
         )
     n_experts, n_rows, n_blocks, _ = tensor.shape
     names = _names(match, "weight")
@@ -71,6 +71,15 @@ def _biases(tensor: StoredTensor, match: re.Match[str], _hparams: Hparams) -> li
     ]
 
 
+def _caveats(hparams: Hparams) -> list[str]:
+    if hparams.rope.get("truncate") is False:
+        return [
+            "llama.cpp rounds the dimensions between which YaRN mixes frequencies, gpt-oss does not (truncate: false): "
+            "logits differ in the third digit"
+        ]
+    return []
+
+
 GPT_OSS = Family(
     name="gpt-oss",
     architectures=("GptOssForCausalLM",),
@@ -83,6 +92,7 @@ GPT_OSS = Family(
         _Keys.Attention.SLIDING_WINDOW_PATTERN: [kind == "sliding_attention" for kind in hparams.need("layer_types")],
     },
     requires={"swiglu_limit": (7.0, None), "hidden_act": ("silu", None)},
+    caveats=_caveats,
     rename=((r"(.*\.sinks)", r"\1.weight"),),
     skip=(r".*\.(gate_up|down)_proj_scales",),
     rules=(

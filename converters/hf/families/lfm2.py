@@ -45,7 +45,10 @@ LFM2_MOE = Family(
         "routed_scaling_factor": (1.0, None),
         "conv_bias": (False, None),
     },
-    rename=((r"(.*)\.expert_bias", r"\1.expert_bias.bias"),),
+    rename=(
+        (r"(.*)\.expert_bias", r"\1.expert_bias.bias"),
+        (r"model\.(layers\.\d+\.feed_forward\.experts\..*)", r"\1"),
+    ),
     rules=(
         Rule(r".*\.conv\.conv\.weight", _convolution),
         *FUSED_EXPERT_RULES,
