@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, name: str, **changes: Any) -> Checkpoint:
         state = {
             _deepseek_moe_name(k): v / 2 if _is_ungated(k) else v for k, v in state.items() if "expert_gate" not in k
         }
-    if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
+    if "quantization_config" in config:
         state = _mxfp4(state, config)
     state |= _extra_layers(state, config)
     _write_json(folder / "config.json", config)
@@ -79,14 +79,16 @@ def reference_logits(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]])
     """Logits [sequence, position, vocabulary] by transformers on the CPU, in float32; sequences of one length."""
     import torch
 
-    with loaded(checkpoint) as model, torch.no_grad():
-        result: Logits = model(torch.tensor([list(s) for s in sequences])).logits.float().numpy()
+    with torch.no_grad():
+        result: Logits = load(checkpoint)(torch.tensor([list(s) for s in sequences])).logits.float().numpy()
     return result
 
 
-@contextlib.contextmanager
-def loaded(checkpoint: Checkpoint) -> Iterator[Any]:
-    """The checkpoint as a float32 model of transformers, with attention written out in torch."""
+def load(checkpoint: Checkpoint) -> Any:
+    """The checkpoint as a float32 model of transformers, with attention written out in torch.
+
+    Phi-3.5-MoE as llama.cpp computes it, see `_make_llama_cpps`.
+    """
     import torch
     import transformers
 
@@ -97,10 +99,40 @@ def loaded(checkpoint: Checkpoint) -> Iterator[Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.reference, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **options
         )
-    yield model.float().eval()
+    _make_llama_cpps(model)
+    return model.float().eval()
 
 
-def random_tokens(checkpoint: Checkpoint, n_sequences: int, n_tokens: int, seed: int = 0) -> list[list[int]]:
+def _make_llama_cpps(model: Any) -> None:
+    """Phi-3.5-MoE with llama.cpp's graph, which is not its own; other models as they are.
+
+    llama.cpp's `phimoe` takes RMS norms where the model has layer norms, and weights that are a softmax of the two
+    chosen experts where the model has SparseMixer's (phi3.cpp). No conversion can be as close to the model as the
+    graph is far from it, so what a conversion can be held to is that graph, computed by transformers' own parts.
+    """
+    import torch
+
+    if model.config.model_type != "phimoe":
+        return
+
+    def forward_router(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(hidden, router.weight)
+        weights, experts = torch.topk(torch.softmax(logits, -1), router.top_k, -1)
+        return logits, weights / weights.sum(-1, keepdim=True), experts
+
+    def forward_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+        scaled = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.eps)
+        result: torch.Tensor = scaled * norm.weight + norm.bias
+        return result
+
+    for module in model.modules():
+        if type(module).__name__ == "PhimoeTopKRouter":
+            module.forward = forward_router.__get__(module)
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.forward = forward_norm.__get__(module)
+
+
+def random_tokens(n_sequences: int, n_tokens: int, seed: int = 0) -> list[list[int]]:
     """Token ids below those that only pad the vocabulary."""
     rng = np.random.default_rng(seed)
     sequences: list[list[int]] = rng.integers(3, 500, (n_sequences, n_tokens)).tolist()
@@ -141,13 +173,13 @@ def _moments(name: str, shape: Sequence[int], config: dict[str, Any]) -> tuple[f
         if "embedding_multiplier" in config:
             return 0.0, 9.0 / config["embedding_multiplier"]
         tied = config.get("tie_word_embeddings") or config.get("tie_embedding")
-        return 0.0, 2.0 * hidden**-0.5 if tied or config.get("mup_enabled") else 1.0
-    if name == "lm_head.weight":
-        return 0.0, 2.0 * hidden**-0.5
+        return 0.0, hidden**-0.5 if tied or config.get("mup_enabled") else 1.0
     if name.endswith(("expert_bias", "correction_bias")):
         return 0.0, 0.05
     if "sinks" in name:
         return 0.0, 1.0
+    if config.get("mup_enabled") and re.search(r"layers.*(post_attention|post_mlp)_layernorm", name):
+        return _residual_gain(config), 0.2 * _residual_gain(config)
     if len(shape) == 1 and "norm" in name and name.endswith("weight"):
         return 1.0, 0.2
     if len(shape) == 1 or name.endswith("_bias"):
@@ -155,8 +187,21 @@ def _moments(name: str, shape: Sequence[int], config: dict[str, Any]) -> tuple[f
     if re.search(r"(router|mlp\.gate|feed_forward\.gate|router\.gate)\.weight$", name):
         return 0.0, 2.0 * hidden**-0.5
     fan_in = shape[-2] if config["model_type"] == "gpt_oss" and len(shape) == 3 else shape[-1]
-    gain = 9.0 if "residual_multiplier" in config and re.search(r"o_proj|down_proj|output_linear", name) else 1.0
-    return 0.0, gain * fan_in**-0.5
+    if re.search(r"o_proj|out_proj|down_proj|\.w2\.|output_linear", name):
+        return 0.0, fan_in**-0.5 * _residual_gain(config)
+    return 0.0, fan_in**-0.5
+
+
+def _residual_gain(config: dict[str, Any]) -> float:
+    """Scale of what a layer adds to the residual stream: GPT-2's, so that many layers do not drown the first, of the
+    size of the embeddings. A router that decides otherwise after a rounding then changes little."""
+    if "residual_multiplier" in config:
+        return 9.0
+    gain = (2 * config["num_hidden_layers"]) ** -0.5 / config.get(
+        "routed_scaling_factor", config.get("route_scale", 1.0)
+    )
+    tied = config.get("tie_word_embeddings") or config.get("tie_embedding")
+    return float(gain * (config["hidden_size"] ** -0.5 if tied else 1.0))
 
 
 def _is_ungated(name: str) -> bool:
@@ -183,8 +228,9 @@ def _mxfp4(state: State, config: dict[str, Any]) -> State:
             continue
         n_experts, n_in, n_out = tensor.shape
         blocks = torch.randint(0, 256, (n_experts, n_out, n_in // 32, 16), generator=generator, dtype=torch.uint8)
-        # 4-bit floats have a root mean square of 2.7, so 2^-4 to 2^-5 makes weights of about 1/sqrt(64).
-        scales = torch.randint(122, 125, (n_experts, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
+        # 4-bit floats have a root mean square of 2.7: with 2^-4 to 2^-6 that is near 1/sqrt(64), a quarter for `down`.
+        low = 119 if "down_proj" in name else 121
+        scales = torch.randint(low, low + 3, (n_experts, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
         result[f"{name}_blocks"] = blocks
         result[f"{name}_scales"] = scales
     return result
