@@ -70,7 +70,7 @@ class OutTensor:
     def n_bytes(self) -> int:
         """Bytes of the data, without padding."""
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.type_name]]
-        return math.prod(self.shape) // block * block_bytes
+        return math.prod(self.shape) // int(block) * int(block_bytes)
 
 
 def write_gguf(
@@ -79,6 +79,7 @@ def write_gguf(
     tensors: Sequence[OutTensor],
     *,
     alignment_bytes: int = DEFAULT_ALIGNMENT_BYTES,
+    check: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write a GGUF file of version 3, little-endian; `out` is replaced if it exists.
@@ -89,6 +90,7 @@ def write_gguf(
             `general.alignment` is put in or left out as `alignment_bytes` asks.
         tensors: in the order of the file.
         alignment_bytes: where tensors begin; a power of two.
+        check: called with the complete file under its temporary name; if it raises, there is no `out`.
         progress: called with the stage `write`.
 
     Raises:
@@ -113,6 +115,8 @@ def write_gguf(
             if n_written != tensor.n_bytes:
                 raise ValueError(f"tensor {tensor.name}: {n_written} bytes of data, expected {tensor.n_bytes}")
             n_done += n_written + write_all(file, bytes(padded(n_written, alignment_bytes) - n_written))
+        if check is not None:
+            check(Path(os.fsdecode(file.name)))
 
 
 @contextlib.contextmanager
@@ -149,8 +153,9 @@ def atomic_file(out: Path, n_bytes: int) -> Iterator[io.FileIO]:
 
 def write_all(file: io.FileIO, piece: Piece) -> int:
     """Write all of a piece to the file of `atomic_file`; returns its bytes. An OSError is for `atomic_file` to tell."""
-    is_array = isinstance(piece, np.ndarray)
-    data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data if is_array else memoryview(piece).cast("B")
+    if isinstance(piece, np.ndarray):
+        piece = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+    data = memoryview(piece).cast("B")
     n_done = 0
     while n_done < len(data):
         n_done += file.write(data[n_done:])
