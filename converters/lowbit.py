@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""Makes the low-bit companion of a model: its experts, quantized to fewer bits, and nothing else.
+
+What a companion is and how it is tied to its source says `edgemoe.formats.companion`. Experts are taken one at a time,
+so the largest thing in memory is one projection of one expert in F32, with its blocks before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from edgemoe.errors import ConversionError
+from edgemoe.formats.companion import COMPANION_TYPE, SOURCE_KEY, SOURCE_NAME, expert_bank_key
+from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_metadata
+
+from .gguf_writer import PAGE_BYTES, OutTensor, Progress, read_range, sha256_of, value, write_gguf
+from .pack import in_streaming_order
+from .quantize.blocks import QUANTIZABLE, dequantize, quantize
+from .quantize.presets import fitting_type
+
+LOWBIT_VERSION = 1
+"""Raised whenever the same inputs give another file."""
+
+DEFAULT_QUANT = "Q2_K"
+
+Importances = Mapping[str, npt.NDArray[np.float32]]
+"""By tensor: F32 [experts, columns], the weights of the columns' squared errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LowbitReport:
+    """What the companion costs.
+
+    Attributes:
+        source_bytes, out_bytes: of all experts, before and after.
+        types: how many expert tensors have each type; more than one where rows do not suit the type asked for.
+        rms_error: root of the squared differences to the source's weights, over that of the weights.
+    """
+
+    source_bytes: int
+    out_bytes: int
+    types: dict[str, int]
+    rms_error: float
+
+
+class _Error:
+    """Sums of squares of weights and of what quantization changed."""
+
+    def __init__(self) -> None:
+        self.weights = 0.0
+        self.differences = 0.0
+
+
+def make_companion(
+    source: Path,
+    out: Path,
+    *,
+    quant: str = DEFAULT_QUANT,
+    importances: Importances | None = None,
+    progress: Progress | None = None,
+) -> LowbitReport:
+    """Write `out`, the low-bit companion of the model `source` (one file, or the first of a split one).
+
+    Args:
+        quant: a type of ggml, such as `Q2_K`; where rows do not suit its blocks, llama.cpp's stand-in for it.
+        importances: of the expert tensors, as `edgemoe calibrate` collects them; tensors that are not in it are
+            quantized without.
+        progress: called with stage (`hash`, `write`), bytes done and in total.
+
+    Raises:
+        ModelFormatError: the source is not a complete GGUF.
+        ConversionError: it has no routed experts, the type is unknown or needs an importance that is missing, or the
+            result cannot be written.
+    """
+    names = {kind.name: kind for kind in QUANTIZABLE}
+    if quant.upper() not in names:
+        raise ConversionError(f"cannot quantize to {quant!r}: no such type; use one of {', '.join(sorted(names))}")
+    model = read_model(source)
+    if not model.expert_tensors:
+        raise ConversionError(
+            f"cannot make a companion of {source}: it has no routed experts (architecture {model.architecture})"
+        )
+    for t in model.expert_tensors:
+        if GGMLQuantizationType[t.type_name] not in QUANTIZABLE:
+            raise ConversionError(f"cannot make a companion of {source}: {t.name} has type {t.type_name}")
+    error = _Error()
+    tensors = [
+        _low_bit(model, t, fitting_type(names[quant.upper()], t.shape[0]), (importances or {}).get(t.name), error)
+        for t in in_streaming_order(model)
+    ]
+    prefixes = ("general.", f"{model.architecture}.")
+    metadata = {key: data for key, data in read_raw_metadata(source).items() if key.startswith(prefixes)}
+    metadata |= {
+        "general.type": value(COMPANION_TYPE),
+        "edgemoe.companion.version": value(LOWBIT_VERSION),
+        "edgemoe.companion.quant": value(quant.upper()),
+        SOURCE_KEY: value(expert_bank_key(model)),
+        SOURCE_NAME: value(str(model.metadata.get("general.name", source.stem))),
+        "edgemoe.companion.source_sha256": value(sha256_of(model.files, progress)),
+    }
+    write_gguf(out, metadata, tensors, alignment_bytes=PAGE_BYTES, progress=progress)
+    types = [t.type_name for t in tensors]
+    return LowbitReport(
+        source_bytes=model.expert_bank_bytes,
+        out_bytes=sum(t.n_bytes for t in tensors),
+        types={name: types.count(name) for name in sorted(set(types))},
+        rms_error=math.sqrt(error.differences / error.weights) if error.weights > 0.0 else 0.0,
+    )
+
+
+def _low_bit(
+    model: GgufModel,
+    tensor: GgufTensor,
+    kind: GGMLQuantizationType,
+    importance: npt.NDArray[np.float32] | None,
+    error: _Error,
+) -> OutTensor:
+    """An expert tensor of the companion; what its quantization changed is added to `error` when it is written."""
+    columns, rows, n_experts = tensor.shape
+    if importance is not None and importance.shape != (n_experts, columns):
+        raise ConversionError(
+            f"cannot quantize {tensor.name}: its importance has the shape {list(importance.shape)}, expected "
+            f"{[n_experts, columns]}; use the importance matrix of this model"
+        )
+    source_kind = GGMLQuantizationType[tensor.type_name]
+    slice_bytes = tensor.n_bytes // n_experts
+
+    def pieces() -> Iterator[npt.NDArray[np.uint8]]:
+        for expert in range(n_experts):
+            begin = tensor.offset + expert * slice_bytes
+            data = b"".join(read_range(model.files[tensor.file_idx], begin, slice_bytes))
+            weights = dequantize(np.frombuffer(data, np.uint8).reshape(rows, -1), source_kind, n_columns=columns)
+            blocks = quantize(weights, kind, None if importance is None else importance[expert])
+            error.weights += float(np.vdot(weights, weights))
+            np.subtract(weights, dequantize(blocks, kind), out=weights)
+            error.differences += float(np.vdot(weights, weights))
+            yield blocks
+
+    return OutTensor(tensor.name, tensor.shape, kind.name, pieces)
