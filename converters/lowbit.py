@@ -8,6 +8,7 @@ so the largest thing in memory is one projection of one expert in F32, with its 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ from edgemoe.errors import ConversionError
 from edgemoe.formats.companion import COMPANION_TYPE, SOURCE_KEY, SOURCE_NAME, expert_bank_key
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_metadata
 
-from .gguf_writer import PAGE_BYTES, OutTensor, Progress, read_range, sha256_of, value, write_gguf
+from .gguf_copy import PAGE_BYTES, OutTensor, Progress, read_range, sha256_of, write_gguf
+from .gguf_file import MetadataValue
 from .pack import in_streaming_order
 from .quantize.blocks import QUANTIZABLE, dequantize, quantize
 from .quantize.presets import fitting_type
@@ -41,21 +43,14 @@ class LowbitReport:
     Attributes:
         source_bytes, out_bytes: of all experts, before and after.
         types: how many expert tensors have each type; more than one where rows do not suit the type asked for.
-        rms_error: root of the squared differences to the source's weights, over that of the weights.
+        rms_error: root of the squared differences to the source's weights, over that of the weights; of one expert of
+            each tensor.
     """
 
     source_bytes: int
     out_bytes: int
     types: dict[str, int]
     rms_error: float
-
-
-class _Error:
-    """Sums of squares of weights and of what quantization changed."""
-
-    def __init__(self) -> None:
-        self.weights = 0.0
-        self.differences = 0.0
 
 
 def make_companion(
@@ -90,57 +85,77 @@ def make_companion(
     for t in model.expert_tensors:
         if GGMLQuantizationType[t.type_name] not in QUANTIZABLE:
             raise ConversionError(f"cannot make a companion of {source}: {t.name} has type {t.type_name}")
-    error = _Error()
     tensors = [
-        _low_bit(model, t, fitting_type(names[quant.upper()], t.shape[0]), (importances or {}).get(t.name), error)
+        _low_bit(model, t, fitting_type(names[quant.upper()], t.shape[0]), (importances or {}).get(t.name))
         for t in in_streaming_order(model)
     ]
     prefixes = ("general.", f"{model.architecture}.")
-    metadata = {key: data for key, data in read_raw_metadata(source).items() if key.startswith(prefixes)}
-    metadata |= {
-        "general.type": value(COMPANION_TYPE),
-        "edgemoe.companion.version": value(LOWBIT_VERSION),
-        "edgemoe.companion.quant": value(quant.upper()),
-        SOURCE_KEY: value(expert_bank_key(model)),
-        SOURCE_NAME: value(str(model.metadata.get("general.name", source.stem))),
-        "edgemoe.companion.source_sha256": value(sha256_of(model.files, progress)),
+    metadata: dict[str, MetadataValue | bytes] = {
+        key: data for key, data in read_raw_metadata(source).items() if key.startswith(prefixes)
     }
+    metadata |= {
+        "general.type": COMPANION_TYPE,
+        "edgemoe.companion.version": LOWBIT_VERSION,
+        "edgemoe.companion.quant": quant.upper(),
+        SOURCE_KEY: expert_bank_key(model),
+        SOURCE_NAME: str(model.metadata.get("general.name", source.stem)),
+        "edgemoe.companion.source_sha256": sha256_of(model.files, progress),
+    }
+    if importances:
+        metadata["edgemoe.companion.importance_sha256"] = _digest(importances)
     write_gguf(out, metadata, tensors, alignment_bytes=PAGE_BYTES, progress=progress)
     types = [t.type_name for t in tensors]
     return LowbitReport(
         source_bytes=model.expert_bank_bytes,
         out_bytes=sum(t.n_bytes for t in tensors),
         types={name: types.count(name) for name in sorted(set(types))},
-        rms_error=math.sqrt(error.differences / error.weights) if error.weights > 0.0 else 0.0,
+        rms_error=_sampled_error(model, read_model(out)),
     )
 
 
 def _low_bit(
-    model: GgufModel,
-    tensor: GgufTensor,
-    kind: GGMLQuantizationType,
-    importance: npt.NDArray[np.float32] | None,
-    error: _Error,
+    model: GgufModel, tensor: GgufTensor, kind: GGMLQuantizationType, importance: npt.NDArray[np.float32] | None
 ) -> OutTensor:
-    """An expert tensor of the companion; what its quantization changed is added to `error` when it is written."""
-    columns, rows, n_experts = tensor.shape
+    """An expert tensor of the companion."""
+    columns, _, n_experts = tensor.shape
     if importance is not None and importance.shape != (n_experts, columns):
         raise ConversionError(
             f"cannot quantize {tensor.name}: its importance has the shape {list(importance.shape)}, expected "
             f"{[n_experts, columns]}; use the importance matrix of this model"
         )
-    source_kind = GGMLQuantizationType[tensor.type_name]
-    slice_bytes = tensor.n_bytes // n_experts
 
     def pieces() -> Iterator[npt.NDArray[np.uint8]]:
         for expert in range(n_experts):
-            begin = tensor.offset + expert * slice_bytes
-            data = b"".join(read_range(model.files[tensor.file_idx], begin, slice_bytes))
-            weights = dequantize(np.frombuffer(data, np.uint8).reshape(rows, -1), source_kind, n_columns=columns)
-            blocks = quantize(weights, kind, None if importance is None else importance[expert])
-            error.weights += float(np.vdot(weights, weights))
-            np.subtract(weights, dequantize(blocks, kind), out=weights)
-            error.differences += float(np.vdot(weights, weights))
-            yield blocks
+            weights = _weights(model, tensor, expert)
+            yield quantize(weights, kind, None if importance is None else importance[expert])
 
     return OutTensor(tensor.name, tensor.shape, kind.name, pieces)
+
+
+def _weights(model: GgufModel, tensor: GgufTensor, expert: int) -> npt.NDArray[np.float32]:
+    """The weights [rows, columns] of one expert."""
+    columns, rows, n_experts = tensor.shape
+    slice_bytes = tensor.n_bytes // n_experts
+    data = b"".join(read_range(model.files[tensor.file_idx], tensor.offset + expert * slice_bytes, slice_bytes))
+    blocks = np.frombuffer(data, np.uint8).reshape(rows, -1)
+    return dequantize(blocks, GGMLQuantizationType[tensor.type_name], n_columns=columns)
+
+
+def _sampled_error(model: GgufModel, companion: GgufModel) -> float:
+    """Relative error of the companion's weights, over one expert of each tensor."""
+    originals = {t.name: t for t in model.expert_tensors}
+    squares = differences = 0.0
+    for tensor in companion.expert_tensors:
+        expert = tensor.shape[2] // 2
+        weights = _weights(model, originals[tensor.name], expert).astype(np.float64)
+        squares += float(np.square(weights).sum())
+        differences += float(np.square(weights - _weights(companion, tensor, expert)).sum())
+    return math.sqrt(differences / squares) if squares > 0.0 else 0.0
+
+
+def _digest(importances: Importances) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(importances.items()):
+        digest.update(f"{name} {values.shape}\n".encode())
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()

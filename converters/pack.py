@@ -23,7 +23,8 @@ from edgemoe.errors import ConversionError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_metadata
 
 from .evaluate import check_loads
-from .gguf_writer import PAGE_BYTES, OutTensor, Progress, copy_of, padded, read_range, sha256_of, value, write_gguf
+from .gguf_copy import PAGE_BYTES, OutTensor, Progress, copy_of, padded, read_range, sha256_of, write_gguf
+from .gguf_file import MetadataValue
 
 PACK_VERSION = 1
 """Raised whenever the same inputs give another file."""
@@ -101,10 +102,12 @@ def pack(source: Path, out: Path, *, merge: bool = True, progress: Progress | No
         reason = f"llama.cpp has no merged tensor for {model.architecture}"
     tensors, n_merged, skipped = _arrange(model, is_merging=not reason)
 
-    metadata = {key: data for key, data in read_raw_metadata(source).items() if key not in _SPLIT_KEYS}
-    metadata["edgemoe.pack.version"] = value(PACK_VERSION)
-    metadata["edgemoe.pack.merged_layers"] = value(n_merged)
-    metadata["edgemoe.pack.source_sha256"] = value(sha256_of(model.files, progress))
+    metadata: dict[str, MetadataValue | bytes] = {
+        key: data for key, data in read_raw_metadata(source).items() if key not in _SPLIT_KEYS
+    }
+    metadata["edgemoe.pack.version"] = PACK_VERSION
+    metadata["edgemoe.pack.merged_layers"] = n_merged
+    metadata["edgemoe.pack.source_sha256"] = sha256_of(model.files, progress)
     write_gguf(
         out,
         metadata,

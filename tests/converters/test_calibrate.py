@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from edgemoe.converters import calibrate as converter
-from edgemoe.errors import ConversionError
+from edgemoe.errors import ConversionError, ModelFormatError
 from tests.conftest import ModelWriter
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -223,7 +223,8 @@ def test_the_format_is_that_of_llama_cpp(collected: Collected) -> None:
     assert shapes["blk.0.ffn_down_exps.weight.in_sum2"] == [EXPERT_FF, N_EXPERTS]
     assert shapes["blk.0.ffn_down_exps.weight.counts"] == [1, N_EXPERTS]
     assert shapes["blk.0.attn_q.weight.in_sum2"] == [HIDDEN, 1]
-    assert [t.name for t in reader.tensors] == sorted(t.name for t in reader.tensors)
+    stems = [t.name.rpartition(".")[0] for t in reader.tensors]
+    assert stems == sorted(stems)
 
 
 def quantize_with_llama_cpp(model: Path, out: Path, importance: Arrays) -> Path:
@@ -296,7 +297,7 @@ def test_what_cannot_be_calibrated(write_model: ModelWriter, tmp_path: Path) -> 
         converter.calibrate(write_model("olmoe"), out, "")
     garbage = tmp_path / "garbage.gguf"
     garbage.write_bytes(b"no model")
-    with pytest.raises(ConversionError, match=r"llama\.cpp refuses it"):
+    with pytest.raises(ModelFormatError, match="is it a GGUF file"):
         converter.calibrate(garbage, out, TEXT)
     assert not out.exists()
 
