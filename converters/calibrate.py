@@ -38,6 +38,7 @@ from edgemoe.formats.gguf import read_model
 
 from . import evaluate
 from .gguf_copy import OutTensor, Piece, Progress, no_progress, sha256_of, write_gguf
+from .gguf_file import MetadataValue
 
 CALIBRATE_VERSION = 1
 """Raised whenever the same inputs give another file."""
@@ -171,7 +172,7 @@ def calibrate(
     result = _report(found, n_total, len(chunks))
     for importance in found.values():
         _fill_unreached(importance)
-    metadata = {
+    metadata: dict[str, MetadataValue | bytes] = {
         "general.type": "imatrix",
         "imatrix.datasets": [text_name],
         "imatrix.chunk_count": len(chunks),

@@ -35,7 +35,7 @@ def values(path: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def test_the_companion_has_the_experts_in_fewer_bits(write_model: ModelWriter, tmp_path: Path) -> None:
-    """Guards against: experts in another order, blocks laid out as others do not read them, other tensors in the file."""
+    """Guards against: experts in another order, blocks that others do not read, other tensors in the file."""
     source, out = write_model("olmoe", quant="Q8_0"), tmp_path / "low.gguf"
     report = make_companion(source, out)
     exact, low = values(source), values(out)
@@ -126,7 +126,7 @@ def test_other_models_companions_are_refused(write_model: ModelWriter, tmp_path:
 
 
 def test_a_change_of_one_expert_changes_the_key(write_model: ModelWriter, tmp_path: Path) -> None:
-    """Guards against: a fine-tune of the experts that passes for its base. A tuned router keeps them, and has to pass."""
+    """Guards against: a fine-tune of the experts that passes for its base; one of routers has to pass."""
     source, copy = write_model("olmoe"), tmp_path / "copy.gguf"
     copy.write_bytes(source.read_bytes())
     model = read_model(source)
