@@ -37,12 +37,14 @@ class ImportanceMatrix:
     Attributes:
         path: the file.
         means: by tensor, all its matrices' columns one after the other; ones where no token came.
+        counts: by tensor, how many activations each of its matrices saw; one number if all saw the same.
         unreached: by tensor, how many matrices no token reached; only tensors that have such.
         sha256: of the file, as hexadecimal digits.
     """
 
     path: Path
     means: Mapping[str, Floats]
+    counts: Mapping[str, Floats]
     unreached: Mapping[str, int]
     sha256: str
 
@@ -114,7 +116,9 @@ def read_importance(path: Path) -> ImportanceMatrix:
         means[name] = mean.reshape(-1)
         if not is_reached.all():
             unreached[name] = int(np.count_nonzero(~is_reached))
-    return ImportanceMatrix(path, means, unreached, digest.hexdigest())
+    return ImportanceMatrix(
+        path, means, {name: counts for name, (_, counts) in read.items()}, unreached, digest.hexdigest()
+    )
 
 
 def _read_gguf(path: Path) -> dict[str, tuple[Floats, Floats]]:
