@@ -37,8 +37,8 @@ from edgemoe.errors import ConversionError
 from edgemoe.formats.gguf import read_model
 
 from . import evaluate
-from .gguf_copy import OutTensor, Piece, Progress, no_progress, sha256_of, write_gguf
 from .gguf_file import MetadataValue
+from .gguf_writer import OutTensor, Piece, Progress, no_progress, sha256_of, write_gguf
 
 CALIBRATE_VERSION = 1
 """Raised whenever the same inputs give another file."""

@@ -8,9 +8,8 @@ so the largest thing in memory is one projection of one expert in F32, with its 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +20,17 @@ from edgemoe.errors import ConversionError
 from edgemoe.formats.companion import COMPANION_TYPE, SOURCE_KEY, SOURCE_NAME, expert_bank_key
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_metadata
 
-from .gguf_copy import PAGE_BYTES, OutTensor, Progress, read_range, sha256_of, write_gguf
 from .gguf_file import MetadataValue
+from .gguf_writer import PAGE_BYTES, OutTensor, Progress, read_range, sha256_of, write_gguf
 from .pack import in_streaming_order
 from .quantize.blocks import QUANTIZABLE, dequantize, quantize
-from .quantize.presets import fitting_type
+from .quantize.importance import read_importance
+from .quantize.presets import Tensor, fitting_type
 
 LOWBIT_VERSION = 1
 """Raised whenever the same inputs give another file."""
 
 DEFAULT_QUANT = "Q2_K"
-
-Importances = Mapping[str, npt.NDArray[np.float32]]
-"""By tensor: F32 [experts, columns], the weights of the columns' squared errors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +55,21 @@ def make_companion(
     out: Path,
     *,
     quant: str = DEFAULT_QUANT,
-    importances: Importances | None = None,
+    imatrix: Path | None = None,
     progress: Progress | None = None,
 ) -> LowbitReport:
     """Write `out`, the low-bit companion of the model `source` (one file, or the first of a split one).
 
     Args:
         quant: a type of ggml, such as `Q2_K`; where rows do not suit its blocks, llama.cpp's stand-in for it.
-        importances: of the expert tensors, as `edgemoe calibrate` collects them; tensors that are not in it are
-            quantized without.
+        imatrix: an importance matrix of the source, as `edgemoe calibrate` or llama.cpp writes it; expert tensors that
+            are not in it are quantized without.
         progress: called with stage (`hash`, `write`), bytes done and in total.
 
     Raises:
         ModelFormatError: the source is not a complete GGUF.
-        ConversionError: it has no routed experts, the type is unknown or needs an importance that is missing, or the
-            result cannot be written.
+        ConversionError: it has no routed experts, the type is unknown or needs an importance that is missing, the
+            importance matrix is of another model, or the result cannot be written.
     """
     names = {kind.name: kind for kind in QUANTIZABLE}
     if quant.upper() not in names:
@@ -85,8 +82,14 @@ def make_companion(
     for t in model.expert_tensors:
         if GGMLQuantizationType[t.type_name] not in QUANTIZABLE:
             raise ConversionError(f"cannot make a companion of {source}: {t.name} has type {t.type_name}")
+    importance = None if imatrix is None else read_importance(imatrix)
+    weights = (
+        {}
+        if importance is None
+        else importance.for_tensors(Tensor(t.name, t.shape[::-1]) for t in model.expert_tensors)
+    )
     tensors = [
-        _low_bit(model, t, fitting_type(names[quant.upper()], t.shape[0]), (importances or {}).get(t.name))
+        _low_bit(model, t, fitting_type(names[quant.upper()], t.shape[0]), weights.get(t.name))
         for t in in_streaming_order(model)
     ]
     prefixes = ("general.", f"{model.architecture}.")
@@ -101,8 +104,8 @@ def make_companion(
         SOURCE_NAME: str(model.metadata.get("general.name", source.stem)),
         "edgemoe.companion.source_sha256": sha256_of(model.files, progress),
     }
-    if importances:
-        metadata["edgemoe.companion.importance_sha256"] = _digest(importances)
+    if importance is not None:
+        metadata["edgemoe.companion.imatrix_sha256"] = importance.sha256
     write_gguf(out, metadata, tensors, alignment_bytes=PAGE_BYTES, progress=progress)
     types = [t.type_name for t in tensors]
     return LowbitReport(
@@ -117,15 +120,9 @@ def _low_bit(
     model: GgufModel, tensor: GgufTensor, kind: GGMLQuantizationType, importance: npt.NDArray[np.float32] | None
 ) -> OutTensor:
     """An expert tensor of the companion."""
-    columns, _, n_experts = tensor.shape
-    if importance is not None and importance.shape != (n_experts, columns):
-        raise ConversionError(
-            f"cannot quantize {tensor.name}: its importance has the shape {list(importance.shape)}, expected "
-            f"{[n_experts, columns]}; use the importance matrix of this model"
-        )
 
     def pieces() -> Iterator[npt.NDArray[np.uint8]]:
-        for expert in range(n_experts):
+        for expert in range(tensor.shape[2]):
             weights = _weights(model, tensor, expert)
             yield quantize(weights, kind, None if importance is None else importance[expert])
 
@@ -151,11 +148,3 @@ def _sampled_error(model: GgufModel, companion: GgufModel) -> float:
         squares += float(np.square(weights).sum())
         differences += float(np.square(weights - _weights(companion, tensor, expert)).sum())
     return math.sqrt(differences / squares) if squares > 0.0 else 0.0
-
-
-def _digest(importances: Importances) -> str:
-    digest = hashlib.sha256()
-    for name, values in sorted(importances.items()):
-        digest.update(f"{name} {values.shape}\n".encode())
-        digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()

@@ -22,7 +22,8 @@ from gguf import GGMLQuantizationType as GgmlType
 from edgemoe.errors import ConversionError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_metadata
 
-from .gguf_writer import DEFAULT_ALIGNMENT_BYTES, OutTensor, copy_of, read_range, sha256_of, value, write_gguf
+from .gguf_file import DEFAULT_ALIGNMENT_BYTES, MetadataValue
+from .gguf_writer import OutTensor, copy_of, read_range, sha256_of, write_gguf
 from .quantize.blocks import PLAIN, QUANTIZABLE, Floats, RowBytes, dequantize, quantize, row_bytes
 from .quantize.presets import Choice, Model, Override, Tensor, choose_types, file_type
 
@@ -121,19 +122,21 @@ def requantize(
         raise ConversionError(f"cannot quantize {source} onto itself; write to another file")
     plan = plan_requantization(source, recipe)
     model = plan.source
-    metadata = {key: data for key, data in read_raw_metadata(source).items() if key not in _DROPPED}
+    metadata: dict[str, MetadataValue | bytes] = {
+        key: data for key, data in read_raw_metadata(source).items() if key not in _DROPPED
+    }
     described: dict[str, object] = {"quant": recipe.preset}
     if recipe.overrides:
         described["overrides"] = [[override.pattern, override.ggml_type.name] for override in recipe.overrides]
     if recipe.importance_sha256:
         described["importance_sha256"] = recipe.importance_sha256
     metadata |= {
-        "general.file_type": value(file_type(recipe.preset)),
-        "general.quantization_version": value(int(gguf.GGML_QUANT_VERSION)),
-        "edgemoe.quantize.version": value(QUANTIZE_VERSION),
-        "edgemoe.quantize.recipe": value(json.dumps(described, sort_keys=True)),
-        "edgemoe.quantize.source_sha256": value(source_sha256 or sha256_of(model.files, progress)),
-        **{key: value(content) for key, content in recipe.notes.items()},
+        "general.file_type": file_type(recipe.preset),
+        "general.quantization_version": int(gguf.GGML_QUANT_VERSION),
+        "edgemoe.quantize.version": QUANTIZE_VERSION,
+        "edgemoe.quantize.recipe": json.dumps(described, sort_keys=True),
+        "edgemoe.quantize.source_sha256": source_sha256 or sha256_of(model.files, progress),
+        **recipe.notes,
     }
     out_tensors = [
         copy_of(model, tensor)

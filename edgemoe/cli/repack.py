@@ -16,6 +16,7 @@ from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
 
 FILE = click.Path(path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def check_out(source: Path, out: Path, *, force: bool) -> None:
@@ -84,9 +85,10 @@ def pack(source: Path, out: Path, no_merge: bool, force: bool, as_json: bool) ->
 @click.option(
     "--quant", default="Q2_K", show_default=True, metavar="TYPE", help="A type of ggml, such as Q3_K or Q4_0."
 )
+@click.option("--imatrix", type=EXISTING_FILE, metavar="FILE", help="Importance matrix from `edgemoe calibrate`.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON line.")
-def lowbit(source: Path, out: Path, quant: str, force: bool, as_json: bool) -> None:
+def lowbit(source: Path, out: Path, quant: str, imatrix: Path | None, force: bool, as_json: bool) -> None:
     """Make the low-bit companion of a model: its experts in fewer bits, and nothing else.
 
     The companion is no model by itself, and belongs to SRC only.
@@ -96,7 +98,7 @@ def lowbit(source: Path, out: Path, quant: str, force: bool, as_json: bool) -> N
     from edgemoe.converters.lowbit import make_companion
 
     with Progress() as progress:
-        report = make_companion(source, out, quant=quant, progress=progress)
+        report = make_companion(source, out, quant=quant, imatrix=imatrix, progress=progress)
     if as_json:
         print_json({"out": str(out), **dataclasses.asdict(report)})
         return

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from benchmarks import synthetic
 from edgemoe.cli.main import cli
+from edgemoe.converters.calibrate import calibrate
 from edgemoe.converters.lowbit import make_companion
 from edgemoe.converters.pack import pack
 from edgemoe.errors import ConversionError, ModelFormatError
@@ -66,22 +67,19 @@ def test_the_bytes_are_those_of_llama_cpp(tmp_path: Path) -> None:
 
 
 def test_an_importance_lowers_the_weighted_error(write_model: ModelWriter, tmp_path: Path) -> None:
-    """Guards against: an importance that is not used, or of another expert."""
-    source = write_model("olmoe", quant="Q8_0")
-    exact = values(source)
-    rng = np.random.default_rng(5)
-    importances = {
-        name: np.float32(rng.exponential(size=(w.shape[0], w.shape[2])) ** 3 + 1e-3) for name, w in exact.items()
-    }
+    """Guards against: an importance that is not used, or of another expert or column."""
+    source, imatrix = write_model("olmoe", quant="Q8_0"), tmp_path / "imatrix.gguf"
+    calibrate(source, imatrix, "Pack my box with five dozen liquor jugs. " * 20)
     make_companion(source, tmp_path / "plain.gguf")
-    make_companion(source, tmp_path / "weighted.gguf", importances=importances)
-    plain, weighted = values(tmp_path / "plain.gguf"), values(tmp_path / "weighted.gguf")
+    make_companion(source, tmp_path / "weighted.gguf", imatrix=imatrix)
+    exact, plain, weighted = (values(path) for path in (source, tmp_path / "plain.gguf", tmp_path / "weighted.gguf"))
+    sums = {t.name: t.data for t in gguf.GGUFReader(imatrix).tensors}
     for name, w in exact.items():
-        errors = [(np.square(v[name] - w) * importances[name][:, None, :]).sum(axis=(1, 2)) for v in (plain, weighted)]
+        importance = sums[f"{name}.in_sum2"] / sums[f"{name}.counts"]
+        errors = [(np.square(v[name] - w) * importance[:, None, :]).sum(axis=(1, 2)) for v in (plain, weighted)]
         assert (errors[1] < errors[0]).all(), name
-    with pytest.raises(ConversionError, match=r"its importance has the shape \[1, 2\], expected \[8, 256\]"):
-        wrong = {"blk.0.ffn_up_exps.weight": np.ones((1, 2), np.float32)}
-        make_companion(source, tmp_path / "wrong.gguf", importances=wrong)
+    with pytest.raises(ConversionError, match="it was collected on another model"):
+        make_companion(write_model("olmoe", expert_ff=512), tmp_path / "wrong.gguf", imatrix=imatrix)
 
 
 def test_a_companion_opens_with_its_source(write_model: ModelWriter, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_gate_and_up_of_two_types_stay_apart(tmp_path: Path) -> None:
 
 def _replace_tensor(path: Path, other: Path, name: str, out: Path) -> None:
     """`path` with one tensor of `other`."""
-    from edgemoe.converters.gguf_copy import copy_of, write_gguf
+    from edgemoe.converters.gguf_writer import copy_of, write_gguf
 
     models = [read_model(path), read_model(other)]
     replaced = {t.name: t for t in models[1].tensors}[name]

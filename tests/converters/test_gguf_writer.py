@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgemoe.converters.gguf_copy import OutTensor, write_gguf
+from edgemoe.converters.gguf_writer import OutTensor, write_gguf
 from edgemoe.errors import ConversionError
 from edgemoe.formats.gguf import read_model, read_raw_metadata
 
@@ -102,7 +102,7 @@ def test_a_killed_run_leaves_nothing_behind_the_next(tmp_path: Path) -> None:
     script = """
         import os, signal, sys
         from pathlib import Path
-        from edgemoe.converters.gguf_copy import OutTensor, write_gguf
+        from edgemoe.converters.gguf_writer import OutTensor, write_gguf
 
         def pieces():
             yield bytes(range(200)) * 5000
@@ -125,7 +125,7 @@ def test_a_killed_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None:
     script = """
         import os, signal, sys
         from pathlib import Path
-        from edgemoe.converters.gguf_copy import OutTensor, write_gguf
+        from edgemoe.converters.gguf_writer import OutTensor, write_gguf
 
         def killed():
             yield bytes(8)
@@ -165,7 +165,7 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     script = """
         import resource, signal, sys
         from pathlib import Path
-        from edgemoe.converters.gguf_copy import OutTensor, write_gguf
+        from edgemoe.converters.gguf_writer import OutTensor, write_gguf
         from edgemoe.errors import ConversionError
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
