@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 
 from benchmarks import synthetic
 from edgemoe.cli.main import cli
+from edgemoe.converters.gguf_writer import OutTensor, copy_of, write_gguf
 from edgemoe.converters.pack import MERGED_GATE_UP, pack, reads_of
 from edgemoe.errors import ConversionError, ModelFormatError
 from edgemoe.formats.gguf import read_model, read_raw_metadata
@@ -33,6 +35,44 @@ def test_logits_of_llama_cpp_stay_bit_for_bit(write_model: ModelWriter, tmp_path
     pack(source, out)
     expected = logits(stock(source), PROMPT, STEPS)
     np.testing.assert_array_equal(logits(stock(out), PROMPT, STEPS), expected)
+
+
+SLIDING = {"attention.sliding_window": 128, "attention.sliding_window_pattern": [True, False]}
+NO_DENSE = {"leading_dense_block_count": 0, "expert_gating_func": 1}
+
+
+@pytest.mark.parametrize(
+    ("source_arch", "arch", "keys", "dropped", "has_sinks"),
+    [
+        ("deepseek2", "mistral4", {}, (), False),
+        ("qwen3moe", "hy_v3", NO_DENSE, (), False),
+        ("qwen3moe", "cohere2moe", NO_DENSE | SLIDING | {"logit_scale": 1.0}, ("q_norm", "k_norm", "ffn_norm"), False),
+        ("granitemoe", "granite_swa", SLIDING, (), True),
+    ],
+)
+def test_other_architectures_take_merged_tensors(
+    write_model: ModelWriter,
+    tmp_path: Path,
+    source_arch: str,
+    arch: str,
+    keys: dict[str, Any],
+    dropped: tuple[str, ...],
+    has_sinks: bool,
+) -> None:
+    """Guards against: an architecture in the table whose loader takes what its graph does not use, or the reverse."""
+    model, named, out = read_model(write_model(source_arch)), tmp_path / "named.gguf", tmp_path / "packed.gguf"
+    metadata: dict[str, Any] = {
+        arch + key.removeprefix(source_arch) if key.startswith(source_arch) else key: data
+        for key, data in read_raw_metadata(model.path).items()
+    }
+    metadata |= {"general.architecture": arch, **{f"{arch}.{key}": data for key, data in keys.items()}}
+    tensors = [copy_of(model, t) for t in model.tensors if not t.name.endswith(tuple(f"{d}.weight" for d in dropped))]
+    sinks = np.linspace(-1, 1, 4, dtype=np.float32)
+    for layer in range(2 if has_sinks else 0):
+        tensors.append(OutTensor(f"blk.{layer}.attn_sinks.weight", (4,), "F32", lambda: [sinks]))
+    write_gguf(named, metadata, tensors)
+    assert pack(named, out).n_merged_layers == 2
+    np.testing.assert_array_equal(*(logits(stock(path), PROMPT, STEPS) for path in (named, out)))
 
 
 @pytest.mark.parametrize("arch", ["olmoe", "deepseek2"])
@@ -127,8 +167,6 @@ def test_gate_and_up_of_two_types_stay_apart(tmp_path: Path) -> None:
 
 def _replace_tensor(path: Path, other: Path, name: str, out: Path) -> None:
     """`path` with one tensor of `other`."""
-    from edgemoe.converters.gguf_writer import copy_of, write_gguf
-
     models = [read_model(path), read_model(other)]
     replaced = {t.name: t for t in models[1].tensors}[name]
     tensors = [copy_of(models[1], replaced) if t.name == name else copy_of(models[0], t) for t in models[0].tensors]
