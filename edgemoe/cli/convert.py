@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from edgemoe.cli.console import Progress, find_model
+from edgemoe.cli.convert_quantize import quantize
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
 
@@ -17,6 +18,9 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.group()
 def convert() -> None:
     """Make one model out of another."""
+
+
+convert.add_command(quantize)
 
 
 @convert.command()
