@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Converted tokenizers against transformers', in llama.cpp, on several scripts, code and odd whitespace."""
+"""The files of tokenizers: SentencePiece models, what stands in for them, and the hash of a published vocabulary."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import shutil
-import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import gguf
 import llama_cpp
@@ -21,11 +17,7 @@ from edgemoe.converters.hf.sentencepiece import read_pieces
 from edgemoe.converters.to_gguf import Recipe, convert, plan_conversion
 from edgemoe.errors import ConversionError
 from tests.converters.conftest import Workshop
-from tests.converters.families import FAMILIES
-from tests.converters.vocabularies import RECIPES, SAMPLE, write_tokenizer
-
-ONE_OF_EACH = {family.tokenizer: name for name, family in sorted(FAMILIES.items())}
-"""A family for each kind of tokenizer."""
+from tests.converters.vocabularies import SAMPLE, write_tokenizer
 
 TEXTS = [SAMPLE, *SAMPLE.splitlines(), "", " ", "a", " a", "a ", "\n\n a", "it's 3.14\t\t=x"]
 
@@ -49,67 +41,6 @@ class Vocabulary:
         n_tokens = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), True, special)
         assert n_tokens >= 0
         return list(tokens[:n_tokens])
-
-    def decode(self, tokens: list[int]) -> str:
-        """As llama_cpp and servers do it, token by token; `llama_detokenize` tidies up spaces as well."""
-        buffer = ctypes.create_string_buffer(256)
-        text = b""
-        for token in tokens:
-            n_bytes = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-            assert n_bytes >= 0
-            text += buffer.raw[:n_bytes]
-        return text.decode()
-
-
-@pytest.fixture(params=sorted(ONE_OF_EACH))
-def pair(request: pytest.FixtureRequest, workshop: Workshop) -> Iterator[tuple[Any, Vocabulary]]:
-    """transformers' tokenizer of a checkpoint, and llama.cpp's of its conversion."""
-    import transformers
-
-    family = ONE_OF_EACH[request.param]
-    vocabulary = Vocabulary(workshop.gguf(family, "F32"))
-    yield transformers.PreTrainedTokenizerFast.from_pretrained(workshop.checkpoint(family).path), vocabulary
-    vocabulary.close()
-
-
-def as_transformers_reads(theirs: Any, text: str) -> str:
-    """The text in the form that a tokenizer brings it into before anything else; llama.cpp leaves it as it is."""
-    normalizer = theirs.backend_tokenizer.normalizer
-    return unicodedata.normalize("NFC", text) if "NFC" in repr(normalizer) else text
-
-
-def test_texts_get_the_same_tokens(pair: tuple[Any, Vocabulary]) -> None:
-    """Guards against another pre-tokenizer, lost merges or scores, a BOS too many or too few, and a space in front."""
-    theirs, ours = pair
-    for text in TEXTS:
-        assert ours.encode(as_transformers_reads(theirs, text)) == theirs.encode(text), repr(text)
-
-
-def test_texts_come_back(pair: tuple[Any, Vocabulary]) -> None:
-    """Guards against tokens whose text is another one in GGUF."""
-    _, ours = pair
-    for text in TEXTS:
-        tokens = ours.encode(text)
-        assert ours.decode(tokens) in (text, f" {text}")  # SentencePiece puts a space in front
-
-
-def test_special_tokens_are_found_in_prompts(pair: tuple[Any, Vocabulary]) -> None:
-    """Guards against control tokens that are cut into letters when a chat template writes them."""
-    theirs, ours = pair
-    special = [token.content for token in theirs.added_tokens_decoder.values() if token.special]
-    text = "".join(f"{token}word" for token in special)
-    assert ours.encode(text, special=True) == theirs.encode(text)
-
-
-def test_the_chat_template_is_copied(workshop: Workshop) -> None:
-    """Guards against templates from one of the two places where checkpoints have them getting lost."""
-    for name in ("qwen3moe", "gpt-oss"):  # in tokenizer_config.json, in a file of its own
-        field = gguf.GGUFReader(workshop.gguf(name, "F32")).get_field("tokenizer.chat_template")
-        folder = workshop.checkpoint(name).path
-        template = folder / "chat_template.jinja"
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
-        assert field is not None
-        assert field.contents() == (template.read_text() if template.is_file() else settings["chat_template"])
 
 
 def test_pieces_are_those_that_sentencepiece_reads(tmp_path: Path) -> None:
@@ -179,8 +110,3 @@ def test_a_published_vocabulary_is_known_by_its_hash(tmp_path: Path) -> None:
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert identify(tmp_path, {}) == "smollm"
-
-
-def test_every_recipe_is_tried() -> None:
-    """Guards against a kind of tokenizer that no family has, and that is therefore not compared."""
-    assert set(ONE_OF_EACH) == set(RECIPES)
