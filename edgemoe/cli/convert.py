@@ -9,6 +9,7 @@ import click
 
 from edgemoe.cli.console import Progress, find_model
 from edgemoe.cli.convert_gguf import gguf
+from edgemoe.cli.convert_verify import verify
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
 
@@ -21,6 +22,7 @@ def convert() -> None:
 
 
 convert.add_command(gguf)
+convert.add_command(verify)
 
 
 @convert.command()
