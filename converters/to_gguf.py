@@ -44,8 +44,9 @@ CONVERTER_VERSION = 1
 BUFFER_BYTES = 256 << 20
 """What blocks may take if no limit is given. Blocks beyond some 16 MiB are not faster."""
 
-BYTES_PER_ELEMENT = 14
-"""Of a block in memory: as stored (4 at most), as float32 (4), a reordered copy (4) and encoded (about 2)."""
+BYTES_PER_ELEMENT = 24
+"""Of a block in memory: as stored (4 at most), as float32 (4), a reordered copy (4), and encoded (4 at most); twice the
+first two where every second row or column is taken."""
 
 _MAX_BLOCK_ELEMENTS = 16 << 20
 _HASH_BYTES = 16 << 20

@@ -114,7 +114,9 @@ class Checkpoint:
         elif tensor.dtype == "F16":
             values = raw.view(np.float16).astype(np.float32)
         elif tensor.dtype == "BF16":
-            values = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            bits = raw.view(np.uint16).astype(np.uint32)
+            bits <<= 16
+            values = bits.view(np.float32)
         elif tensor.dtype == "F8_E4M3":
             values = _E4M3[raw]
             self._scale_blocks(tensor, values, start)

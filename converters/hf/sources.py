@@ -78,7 +78,7 @@ class Rows:
             values = values.reshape(-1, 2, half, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         if self.centre:
             mean = values.mean(axis=1 if self.centre == "row" else 0, dtype=np.float64, keepdims=True)
-            values = (values - mean).astype(np.float32)
+            values = values - mean.astype(np.float32)
         return np.ascontiguousarray(values)
 
     def _read_selected(self, checkpoint: Checkpoint, rows: range) -> Floats:

@@ -75,7 +75,7 @@ def _caveats(hparams: Hparams) -> list[str]:
     if hparams.rope.get("truncate") is False:
         return [
             "llama.cpp rounds the dimensions between which YaRN mixes frequencies, gpt-oss does not (truncate: false): "
-            "logits differ in the third digit"
+            "logits differ in the third digit, and a token whose experts score nearly alike may go to others"
         ]
     return []
 
