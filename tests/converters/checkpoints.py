@@ -87,7 +87,9 @@ def reference_logits(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]])
 def load(checkpoint: Checkpoint) -> Any:
     """The checkpoint as a float32 model of transformers, with attention written out in torch.
 
-    Phi-3.5-MoE as llama.cpp computes it, see `_make_llama_cpps`.
+    Two families as llama.cpp computes them, since no conversion can be closer to the model than llama.cpp's graph is:
+    Phi-3.5-MoE, see `_compute_as_llama_cpp`; and gpt-oss, whose YaRN mixes frequencies between dimensions that
+    llama.cpp rounds to whole ones (`ggml_rope_yarn_corr_dims`) and the model does not (`truncate: false`).
     """
     import torch
     import transformers
@@ -96,40 +98,33 @@ def load(checkpoint: Checkpoint) -> Any:
     if "quantization_config" in checkpoint.family.config:
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     with _quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(checkpoint.reference, local_files_only=True)
+        if config.model_type == "gpt_oss":
+            config.rope_parameters["truncate"] = True
+        options["config"] = config
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.reference, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **options
         )
-    _make_llama_cpps(model)
+    _compute_as_llama_cpp(model)
     return model.float().eval()
 
 
-def _make_llama_cpps(model: Any) -> None:
-    """Phi-3.5-MoE with llama.cpp's graph, which is not its own; other models as they are.
+def _compute_as_llama_cpp(model: Any) -> None:
+    """Weight the experts of Phi-3.5-MoE as llama.cpp does; other models stay as they are.
 
-    llama.cpp's `phimoe` takes RMS norms where the model has layer norms, and weights that are a softmax of the two
-    chosen experts where the model has SparseMixer's (phi3.cpp). No conversion can be as close to the model as the
-    graph is far from it, so what a conversion can be held to is that graph, computed by transformers' own parts.
+    The model's SparseMixer gives both experts a weight near 1; llama.cpp's `phimoe` gives them a softmax of their two
+    logits (phi3.cpp). No conversion can be closer to the model than that graph is, so it is held to the graph.
     """
     import torch
 
-    if model.config.model_type != "phimoe":
-        return
-
-    def forward_router(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = torch.nn.functional.linear(hidden, router.weight)
         weights, experts = torch.topk(torch.softmax(logits, -1), router.top_k, -1)
         return logits, weights / weights.sum(-1, keepdim=True), experts
 
-    def forward_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-        scaled = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.eps)
-        result: torch.Tensor = scaled * norm.weight + norm.bias
-        return result
-
     for module in model.modules():
         if type(module).__name__ == "PhimoeTopKRouter":
-            module.forward = forward_router.__get__(module)
-        elif isinstance(module, torch.nn.LayerNorm):
-            module.forward = forward_norm.__get__(module)
+            module.forward = forward.__get__(module)
 
 
 def random_tokens(n_sequences: int, n_tokens: int, seed: int = 0) -> list[list[int]]:
@@ -200,6 +195,8 @@ def _residual_gain(config: dict[str, Any]) -> float:
     gain = (2 * config["num_hidden_layers"]) ** -0.5 / config.get(
         "routed_scaling_factor", config.get("route_scale", 1.0)
     )
+    if config["model_type"] == "gpt_oss":
+        gain /= 2  # its experts multiply by `up + 1`
     tied = config.get("tie_word_embeddings") or config.get("tie_embedding")
     return float(gain * (config["hidden_size"] ** -0.5 if tied else 1.0))
 
@@ -228,8 +225,8 @@ def _mxfp4(state: State, config: dict[str, Any]) -> State:
             continue
         n_experts, n_in, n_out = tensor.shape
         blocks = torch.randint(0, 256, (n_experts, n_out, n_in // 32, 16), generator=generator, dtype=torch.uint8)
-        # 4-bit floats have a root mean square of 2.7: with 2^-4 to 2^-6 that is near 1/sqrt(64), a quarter for `down`.
-        low = 119 if "down_proj" in name else 121
+        # 4-bit floats have a root mean square of 2.7: with 2^-4 to 2^-6 that is near 1/sqrt(64), an eighth for `down`.
+        low = 118 if "down_proj" in name else 121
         scales = torch.randint(low, low + 3, (n_experts, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
         result[f"{name}_blocks"] = blocks
         result[f"{name}_scales"] = scales
