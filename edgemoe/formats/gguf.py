@@ -180,6 +180,28 @@ def iter_strings(path: Path, key: str) -> Iterator[str]:
         raise ModelFormatError(f"cannot open {path}: {error.strerror or error}; check the path") from error
 
 
+def read_raw_metadata(path: str | Path) -> dict[str, bytes]:
+    """The metadata of one file, each value with its type as the bytes that stand in the file, in its order.
+
+    Raises:
+        ModelFormatError: the file cannot be read, is not GGUF, or is truncated.
+    """
+    file_path = Path(path)
+    extents: dict[str, tuple[int, int]] = {}
+    try:
+        with file_path.open("rb") as file:
+            reader = _Reader(file_path, file)
+            _, n_values = _begin(reader)
+            for _ in range(n_values):
+                key = reader.string()
+                begin = reader.offset
+                reader.value(reader.unpack("I"))
+                extents[key] = (begin, reader.offset)
+            return {key: os.pread(file.fileno(), end - begin, begin) for key, (begin, end) in extents.items()}
+    except OSError as error:
+        raise ModelFormatError(f"cannot open {file_path}: {error.strerror or error}; check the path") from error
+
+
 class _Reader:
     """Reads little-endian values from a file, with errors that say where."""
 
