@@ -69,12 +69,15 @@ class Layout:
 
 
 def lay_out(
-    metadata: Mapping[str, MetadataValue],
+    metadata: Mapping[str, MetadataValue | bytes],
     tensors: Sequence[TensorInfo],
     alignment_bytes: int = DEFAULT_ALIGNMENT_BYTES,
 ) -> Layout:
-    """Decide every byte of the file but the tensors' own. Integers become UINT32 (INT32 if negative, or in lists)."""
-    values: dict[str, MetadataValue] = dict(metadata)
+    """Decide every byte of the file but the tensors' own. Integers become UINT32 (INT32 if negative, or in lists).
+
+    Bytes are a value with its type as it stands in another file.
+    """
+    values: dict[str, MetadataValue | bytes] = dict(metadata)
     if alignment_bytes != DEFAULT_ALIGNMENT_BYTES:
         values[gguf.Keys.General.ALIGNMENT] = alignment_bytes
     parts = [struct.pack("<IIQQ", gguf.GGUF_MAGIC, 3, len(tensors), len(values))]
@@ -93,7 +96,9 @@ def lay_out(
     return Layout(header, tuple(data_offset + start for start in starts), data_offset + relative)
 
 
-def _pack_value(key: str, value: MetadataValue) -> bytes:
+def _pack_value(key: str, value: MetadataValue | bytes) -> bytes:
+    if isinstance(value, bytes):
+        return value
     if not isinstance(value, list):
         kind, data = _pack_scalar(key, value)
         return struct.pack("<I", kind) + data
@@ -158,14 +163,18 @@ class PartialFile:
             ) from error
         try:
             self._lock()
+        except BaseException:
+            os.close(self._file)
+            raise
+        try:
             self._entries = self._read_journal()
             if self.recall("journal") != [{"n_bytes": n_bytes}]:  # of another conversion, or none
                 self._clear()
                 self._check_free_space()
                 self.note("journal", {"n_bytes": n_bytes})
             self._check_free_space()
-        except BaseException:
-            os.close(self._file)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
 
     def __enter__(self) -> PartialFile:

@@ -159,7 +159,7 @@ def plan_conversion(folder: Path, recipe: Recipe) -> Plan:
         tensors,
         metadata,
         (*checkpoint.inputs, *tokenizer.inputs),
-        (*family.caveats(hparams), *notes),
+        (*family.caveats(hparams), *tokenizer.notes, *notes),
     )
 
 

@@ -17,28 +17,26 @@ Shapes: T calibration tokens, L layers, D hidden size, K experts. Expert e of a 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import importlib.resources
-import logging
 import os
 import re
 import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import gguf
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from llama_cpp._ggml import libggml
 
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
+
+from . import evaluate
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`: `hash` and `write` in bytes, `calibrate` in tokens, `route` in layers."""
@@ -60,12 +58,6 @@ _CHUNK_TOKENS = 256
 _MAX_ACTIVATION_BYTES = 256 << 20
 _COPY_BYTES = 16 << 20
 _MAX_KMEANS_ROUNDS = 50
-
-_ggml_get_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_get_name", libggml))
-_ggml_nbytes = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)(("ggml_nbytes", libggml))
-_ggml_backend_tensor_get = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)(
-    ("ggml_backend_tensor_get", libggml)
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,23 +261,23 @@ def capture_activations(
     seen: dict[int, int] = {}
 
     def on_tensor(tensor: int, ask: bool, _user_data: int | None) -> bool:
-        layer = layer_of.get(_ggml_get_name(tensor))
+        layer = layer_of.get(evaluate.tensor_name(tensor))
         if ask or layer is None:
             return layer is not None
-        n_bytes = int(_ggml_nbytes(tensor))
+        n_bytes = int(evaluate.tensor_n_bytes(tensor))
         seen[layer] = n_bytes
         if n_bytes <= chunk[layer].nbytes:
-            _ggml_backend_tensor_get(tensor, chunk[layer].ctypes.data, 0, n_bytes)
+            evaluate.tensor_get(tensor, chunk[layer].ctypes.data, 0, n_bytes)
         return layer != n_layers - 1
 
-    with _llama_context(model, on_tensor) as (llama, context):
-        pieces = _chunks_of_tokens(llama, text, max_tokens)
+    with evaluate.llama_context(model, on_tensor, _CHUNK_TOKENS) as (llama, context):
+        pieces = evaluate.chunks_of_tokens(llama, text, _CHUNK_TOKENS, max_tokens)
         n_total = sum(n_kept for _, n_kept in pieces)
         rows = np.empty((n_layers, n_total, width), np.float32)
         n_done = 0
         for tokens, n_kept in pieces:
             seen.clear()
-            _decode(model, context, tokens)
+            evaluate.decode(model, context, tokens)
             if seen != dict.fromkeys(range(n_layers), len(tokens) * width * 4):
                 raise ConversionError(
                     f"cannot observe {tensor_name} of {model}: found {len(seen)} tensors of "
@@ -296,94 +288,6 @@ def capture_activations(
             n_done += n_kept
             report("calibrate", n_done, n_total)
     return rows
-
-
-@contextlib.contextmanager
-def _llama_context(
-    model: Path, on_tensor: Callable[[int, bool, int | None], bool]
-) -> Iterator[tuple[llama_cpp.llama_model_p, llama_cpp.llama_context_p]]:
-    """A llama.cpp model and context on the CPU that show their tensors to `on_tensor`; freed at the end."""
-    with _quiet_llama_cpp():
-        llama_cpp.llama_backend_init()
-        model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        model_params.use_extra_bufts = False  # no repacked second copy of the weights
-        llama = llama_cpp.llama_model_load_from_file(os.fsencode(model), model_params)
-        if not llama:
-            raise ConversionError(f"cannot load {model}: llama.cpp refuses it; check that the file is complete")
-        try:
-            callback = llama_cpp.ggml_backend_sched_eval_callback(on_tensor)
-            params = llama_cpp.llama_context_default_params()
-            params.n_ctx = params.n_batch = params.n_ubatch = _CHUNK_TOKENS
-            params.n_threads = params.n_threads_batch = min(len(os.sched_getaffinity(0)), 8)
-            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            params.offload_kqv = params.op_offload = False
-            params.cb_eval = callback
-            context = llama_cpp.llama_init_from_model(llama, params)
-            if not context:
-                raise ConversionError(f"cannot run {model}: llama.cpp makes no context of {_CHUNK_TOKENS} tokens")
-            try:
-                yield llama, context
-            finally:
-                llama_cpp.llama_free(context)
-        finally:
-            llama_cpp.llama_model_free(llama)
-
-
-@contextlib.contextmanager
-def _quiet_llama_cpp() -> Iterator[None]:
-    """Keep llama.cpp's log to errors for a while."""
-    logger = logging.getLogger("llama-cpp-python")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _chunks_of_tokens(llama: llama_cpp.llama_model_p, text: str, max_tokens: int) -> list[tuple[list[int], int]]:
-    """The text's tokens in chunks that fit the context, each with the number of its last tokens to keep."""
-    vocab = llama_cpp.llama_model_get_vocab(llama)
-    assert vocab is not None  # a loaded model has one
-    data = text.encode()
-    capacity = len(data)
-    while True:  # a negative count asks for that much room: byte tokens can outnumber the bytes of the text
-        buffer = (llama_cpp.llama_token * capacity)()
-        n_tokens = llama_cpp.llama_tokenize(vocab, data, len(data), buffer, capacity, False, False)
-        if n_tokens >= 0:
-            break
-        capacity = -n_tokens
-    tokens = list(buffer[:n_tokens])
-    head = [llama_cpp.llama_vocab_bos(vocab)] if llama_cpp.llama_vocab_get_add_bos(vocab) else []
-    step = _CHUNK_TOKENS - len(head)
-    pieces: list[tuple[list[int], int]] = []
-    n_left = max_tokens
-    for start in range(0, len(tokens), step):
-        piece = (head + tokens[start : start + step])[: n_left + 1]
-        if len(piece) > 1:
-            pieces.append((piece, len(piece) - 1))
-            n_left -= len(piece) - 1
-    return pieces
-
-
-def _decode(model: Path, context: llama_cpp.llama_context_p, tokens: list[int]) -> None:
-    """Evaluate tokens from an empty context. All are marked as outputs: the last layer drops those that are not."""
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-    try:
-        batch.n_tokens = len(tokens)
-        for index, token in enumerate(tokens):
-            batch.token[index] = token
-            batch.pos[index] = index
-            batch.n_seq_id[index] = 1
-            batch.seq_id[index][0] = 0
-            batch.logits[index] = 1
-        status = llama_cpp.llama_decode(context, batch)
-    finally:
-        llama_cpp.llama_batch_free(batch)
-    if status != 0:
-        raise ConversionError(f"cannot run {model}: llama_decode returned {status}, expected 0")
 
 
 def _read_source(path: Path) -> _Source:

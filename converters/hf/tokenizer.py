@@ -71,10 +71,12 @@ class Tokenizer:
     Attributes:
         inputs: the files that its metadata depend on.
         metadata: keys and values of GGUF.
+        notes: where llama.cpp reads texts otherwise.
     """
 
     inputs: tuple[Path, ...]
     metadata: dict[str, MetadataValue]
+    notes: tuple[str, ...]
 
 
 def convert_tokenizer(
@@ -131,7 +133,13 @@ def convert_tokenizer(
         )
     metadata |= _special_ids(vocabulary, config, settings, fast, special_tokens)
     metadata |= _chat_template(folder, settings)
-    return Tokenizer(paths, metadata)
+    forms = {part.get("type") for part in _components(fast.get("normalizer"))} & {"NFC", "NFD", "NFKC", "NFKD"}
+    notes = [
+        f"transformers brings texts into the form {form} first, llama.cpp does not: texts that are in another form get "
+        "other tokens"
+        for form in sorted(forms)
+    ]
+    return Tokenizer(paths, metadata, tuple(notes))
 
 
 def _is_byte_level(fast: dict[str, Any]) -> bool:
@@ -306,16 +314,17 @@ def _added_around(
 ) -> dict[str, bool]:
     """Whether a text gets a BOS before and an EOS after it; without a word on it, llama.cpp's default holds.
 
-    The template in tokenizer.json is what transformers runs, so it wins over the settings.
+    transformers runs the template in tokenizer.json; but its Llama classes write one of their own from the settings.
     """
     is_added = {
         kind: settings[f"add_{kind}_token"] for kind in _ADD_KEYS if isinstance(settings.get(f"add_{kind}_token"), bool)
     }
+    is_llama = str(settings.get("tokenizer_class")).startswith("Llama")
     for part in _components(fast.get("post_processor")):
         if part.get("type") == "ByteLevel":
             is_added.setdefault("bos", False)
             is_added.setdefault("eos", False)
-        if part.get("type") == "TemplateProcessing":
+        if part.get("type") == "TemplateProcessing" and not (is_llama and is_added):
             single = part.get("single") or []
             ends = {"bos": single[0] if single else {}, "eos": single[-1] if single else {}}
             for kind, end in ends.items():

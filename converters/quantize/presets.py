@@ -152,6 +152,9 @@ _FALLBACK = {
 }
 """Types of 32 values a block that stand in for those of 256, where a row is no multiple of 256."""
 
+_SMALL_BLOCK = 32
+"""What the fallbacks have; a row that even this does not divide becomes F16."""
+
 _UNKNOWN_RULES = frozenset({"falcon", "glm5-next", "bailingmoe3"})
 """Architectures for which llama.cpp has rules of its own that are not here."""
 
@@ -207,8 +210,9 @@ def choose_types(
         overrides: types that come before the preset's; the first whose pattern the name has.
 
     Raises:
-        ConversionError: a type is too coarse for a tensor without an importance, an override finds no tensor, or
-            llama.cpp has rules for the architecture that are unknown here.
+        ConversionError: a type is too coarse for a tensor without an importance; or has blocks that a row is no
+            multiple of, and no stand-in; an override finds no tensor; or llama.cpp has rules for the architecture
+            that are unknown here.
     """
     base = _BASE[preset]
     if model.architecture in _UNKNOWN_RULES and base not in PLAIN:
@@ -249,9 +253,19 @@ def choose_types(
 
 
 def fitting_type(ggml_type: GgmlType, n_columns: int) -> GgmlType:
-    """The type, or the one that llama.cpp puts in its place where its blocks do not divide a row."""
-    if n_columns % block_values(ggml_type) == 0:
+    """The type, or the one that llama.cpp puts in its place where its blocks do not divide a row.
+
+    Raises:
+        ConversionError: there is none in its place.
+    """
+    n_values = block_values(ggml_type)
+    if n_columns % n_values == 0:
         return ggml_type
+    if n_values > _SMALL_BLOCK and ggml_type not in _FALLBACK:
+        raise ConversionError(
+            f"cannot use {ggml_type.name}: found rows of {n_columns} values, expected a multiple of {n_values}, and no "
+            "type stands in for it; use another preset"
+        )
     smaller = _FALLBACK.get(ggml_type, ggml_type)
     return smaller if n_columns % block_values(smaller) == 0 else GgmlType.F16
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from edgemoe.cli.console import Progress, say
+from edgemoe.cli.convert_quantize import EXISTING_FILE, read_types
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size, parse_size
 
@@ -20,8 +21,12 @@ from edgemoe.sizes import format_size, parse_size
     "--quant",
     default="F32",
     show_default=True,
-    metavar="NAME",
-    help="Types of the weights: F32, BF16, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS, MXFP4, Q3_K_M, Q2_K, …",
+    metavar="NAME|MIXED.toml",
+    help="Types of the weights: F32, BF16, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS, MXFP4, Q3_K_M, Q2_K and more, "
+    "as in llama.cpp; or a file of types by patterns of tensor names.",
+)
+@click.option(
+    "--imatrix", type=EXISTING_FILE, metavar="FILE", help="Importance matrix, of `edgemoe calibrate` or llama.cpp."
 )
 @click.option(
     "--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer of the vocabulary.  [default: found by its hash]"
@@ -38,10 +43,18 @@ def gguf(checkpoint: Path, out: Path, quant: str, pre_tokenizer: str | None, mem
     if out.exists() and not force:
         raise ConversionError(f"cannot write the model: the file exists ({out}); name another or use --force")
     memory_bytes = None if memory is None else parse_size(memory)
-    from edgemoe.converters.quantize.presets import find_preset
+    from edgemoe.converters.quantize.importance import read_importance
+    from edgemoe.converters.quantize.presets import Tensor
     from edgemoe.converters.to_gguf import Recipe, convert, plan_conversion
 
-    plan = plan_conversion(checkpoint, Recipe(preset=find_preset(quant), pre_tokenizer=pre_tokenizer))
+    base, overrides = read_types(quant)
+    recipe = Recipe(base, pre_tokenizer, overrides)
+    if imatrix is not None:
+        matrix = read_importance(imatrix)
+        names = plan_conversion(checkpoint, Recipe(pre_tokenizer=pre_tokenizer)).tensors
+        columns = matrix.for_tensors([Tensor(tensor.name, tensor.shape) for tensor in names])
+        recipe = Recipe(base, pre_tokenizer, overrides, columns, matrix.sha256)
+    plan = plan_conversion(checkpoint, recipe)
     for note in plan.notes:
         say(f"edgemoe: note: {note}")
     begin_s = time.monotonic()

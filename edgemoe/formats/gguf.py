@@ -156,6 +156,28 @@ def read_model(path: str | Path) -> GgufModel:
     return GgufModel(first, files, metadata, tensors)
 
 
+def read_raw_metadata(path: str | Path) -> dict[str, bytes]:
+    """The metadata of one file, each value with its type as the bytes that stand in the file, in its order.
+
+    Raises:
+        ModelFormatError: the file cannot be read, is not GGUF, or is truncated.
+    """
+    file_path = Path(path)
+    extents: dict[str, tuple[int, int]] = {}
+    try:
+        with file_path.open("rb") as file:
+            reader = _Reader(file_path, file)
+            _, n_values = _counts(reader)
+            for _ in range(n_values):
+                key = reader.string()
+                begin = reader.offset
+                reader.value(reader.unpack("I"))
+                extents[key] = (begin, reader.offset)
+            return {key: os.pread(file.fileno(), end - begin, begin) for key, (begin, end) in extents.items()}
+    except OSError as error:
+        raise ModelFormatError(f"cannot open {file_path}: {error.strerror or error}; check the path") from error
+
+
 class _Reader:
     """Reads little-endian values from a file, with errors that say where."""
 
@@ -232,7 +254,8 @@ def _read_header(path: Path, file_idx: int) -> tuple[dict[str, Any], list[GgufTe
         raise ModelFormatError(f"cannot open {path}: {error.strerror or error}; check the path") from error
 
 
-def _parse(reader: _Reader, file_idx: int, file_bytes: int) -> tuple[dict[str, Any], list[GgufTensor]]:
+def _counts(reader: _Reader) -> tuple[int, int]:
+    """How many tensors and metadata values the header says there are."""
     magic = reader.take(4)
     version = reader.unpack("I")
     if magic != _MAGIC or version not in (2, 3):
@@ -240,7 +263,11 @@ def _parse(reader: _Reader, file_idx: int, file_bytes: int) -> tuple[dict[str, A
             f"cannot read {reader.path}: it begins with {magic!r} version {version}, expected b'GGUF' version 2 or 3; "
             "is it a GGUF file?"
         )
-    n_tensors, n_values = reader.unpack("Q"), reader.unpack("Q")
+    return reader.unpack("Q"), reader.unpack("Q")
+
+
+def _parse(reader: _Reader, file_idx: int, file_bytes: int) -> tuple[dict[str, Any], list[GgufTensor]]:
+    n_tensors, n_values = _counts(reader)
     metadata = {}
     for _ in range(n_values):
         key = reader.string()
