@@ -22,8 +22,8 @@ from edgemoe.sizes import format_size, parse_size
     default="F32",
     show_default=True,
     metavar="NAME|MIXED.toml",
-    help="Types of the weights: F32, BF16, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS, MXFP4, Q3_K_M, Q2_K and more, "
-    "as in llama.cpp; or a file of types by patterns of tensor names.",
+    help="Types of the weights: F32, BF16, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS, MXFP4, Q3_K_M, Q2_K and "
+    "more, as in llama.cpp; or a file of types by patterns of tensor names.",
 )
 @click.option(
     "--imatrix", type=EXISTING_FILE, metavar="FILE", help="Importance matrix, of `edgemoe calibrate` or llama.cpp."
@@ -33,7 +33,15 @@ from edgemoe.sizes import format_size, parse_size
 )
 @click.option("--memory", metavar="SIZE", help="Limit of this process's memory, such as 1GiB.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
-def gguf(checkpoint: Path, out: Path, quant: str, pre_tokenizer: str | None, memory: str | None, force: bool) -> None:
+def gguf(
+    checkpoint: Path,
+    out: Path,
+    quant: str,
+    imatrix: Path | None,
+    pre_tokenizer: str | None,
+    memory: str | None,
+    force: bool,
+) -> None:
     """Convert the Mixture-of-Experts model in the folder CHECKPOINT: config.json, safetensors and tokenizer.
 
     It may be killed: the same command goes on where it was, and the file is the same.
