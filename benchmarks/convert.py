@@ -114,11 +114,12 @@ def write_checkpoint(folder: Path, n_layers: int) -> int:
     index = {"metadata": {"total_size": n_total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": n_layers}))
-    # A vocabulary of bytes; the other ids are unused, as the ones beyond every published vocabulary are.
+    # A vocabulary of bytes and one merge; the other ids are unused, as the ones beyond every published vocabulary are.
     letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters += [256 + i for i in range(256 - len(letters))]
+    vocabulary = {**{chr(letter): i for i, letter in enumerate(letters)}, "ab": 256}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": {chr(letter): i for i, letter in enumerate(letters)}, "merges": []}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"]]}
     parts = {"pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], **parts}))
     (folder / "tokenizer_config.json").write_text("{}")
