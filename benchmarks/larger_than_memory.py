@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cgroup, loopdev, session
+from edgemoe.bench_child import stock_without_repacking
 
 MIB = 1 << 20
 N_BATCH = 512
@@ -70,7 +71,7 @@ def run_child() -> None:
 
         make = functools.partial(edgemoe.Llama, memory=task["limit_bytes"], **engine_options(task["engine"]))
     else:
-        make = functools.partial(session.stock_without_repacking(), use_mmap=True)
+        make = functools.partial(stock_without_repacking(), use_mmap=True)
     import llama_cpp
     import numpy as np
 

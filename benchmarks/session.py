@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cgroup import DISTURBED_OTHER_CPU_SHARE, DISTURBED_STEAL_SHARE, CpuTicks
+from edgemoe.bench_child import stock_without_repacking
 
 MIB = 1 << 20
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -95,22 +95,6 @@ def load_engine(engine: str, model: Path | str, **options: Any) -> Any:
     import llama_cpp
 
     return llama_cpp.Llama(str(model), verbose=False, **options)
-
-
-def stock_without_repacking() -> Any:
-    """`llama_cpp.Llama`, from now on in this process without weight repacking: repacked experts are a second, anonymous
-    copy, and no mmap baseline would be left."""
-    import llama_cpp
-
-    low_level = llama_cpp.llama_cpp
-    low_level.llama_model_default_params = functools.partial(_without_repacking, low_level.llama_model_default_params)
-    return llama_cpp.Llama
-
-
-def _without_repacking(defaults: Any) -> Any:
-    params = defaults()
-    params.use_extra_bufts = False
-    return params
 
 
 def print_targets(targets: Iterable[Record]) -> None:

@@ -79,13 +79,20 @@ def _load(task: Task) -> Any:
         return edgemoe.Llama(task.model, verbose=False, **task.options)
     import llama_cpp
 
-    if not task.repack:
-        low_level = llama_cpp.llama_cpp
-        make = low_level.llama_model_default_params
-        low_level.llama_model_default_params = functools.partial(_without_repacking, make)
+    make = llama_cpp.Llama if task.repack else stock_without_repacking()
     kept = ("n_ctx", "n_threads", "n_threads_batch")
     options = {name: task.options[name] for name in kept if task.options.get(name) is not None}
-    return llama_cpp.Llama(task.model, verbose=False, **options)
+    return make(task.model, verbose=False, **options)
+
+
+def stock_without_repacking() -> Any:
+    """`llama_cpp.Llama`, from now on in this process without weight repacking: repacked experts are a second, anonymous
+    copy, and no mmap baseline would be left."""
+    import llama_cpp
+
+    low_level = llama_cpp.llama_cpp
+    low_level.llama_model_default_params = functools.partial(_without_repacking, low_level.llama_model_default_params)
+    return llama_cpp.Llama
 
 
 def _without_repacking(defaults: Any) -> Any:

@@ -208,6 +208,7 @@ def test_ratios_are_within_pairs(runs: dict[str, Any], path: Path) -> None:
     assert result.ratios["decode_tokens_per_s"] == bench.Spread(2.0, 1.0, 5.0)
     assert result.engines["edgemoe"]["decode_tokens_per_s"] == bench.Spread(20.0, 10.0, 30.0)
     assert result.same_next_token == 0.75
+    assert all(one.tokens_per_s == pytest.approx(20.0 * one.gain) for one in result.advice) and result.advice
     json.dumps(result.to_dict())
 
 
