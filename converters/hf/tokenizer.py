@@ -133,7 +133,7 @@ def convert_tokenizer(
         )
     metadata |= _special_ids(vocabulary, config, settings, fast, special_tokens)
     metadata |= _chat_template(folder, settings)
-    forms = {part.get("type") for part in _components(fast.get("normalizer"))} & {"NFC", "NFD", "NFKC", "NFKD"}
+    forms = {str(part.get("type")) for part in _components(fast.get("normalizer"))} & {"NFC", "NFD", "NFKC", "NFKD"}
     notes = [
         f"transformers brings texts into the form {form} first, llama.cpp does not: texts that are in another form get "
         "other tokens"
