@@ -70,8 +70,8 @@ def identify(folder: Path, settings: dict[str, Any]) -> str:
         import tokenizers
     except ImportError:
         raise ConversionError(
-            "cannot identify the pre-tokenizer: it needs the package tokenizers; pip install tokenizers, or name the "
-            "pre-tokenizer with --pre-tokenizer"
+            "cannot identify the pre-tokenizer: it needs tokenizers; pip install 'edgemoe[convert]', or name "
+            "the pre-tokenizer with --pre-tokenizer"
         ) from None
     path = folder / "tokenizer.json"
     try:

@@ -19,6 +19,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+from click.testing import CliRunner, Result
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
 
@@ -513,3 +514,29 @@ def test_the_file_says_what_it_was_made_of(source: Path, tmp_path: Path) -> None
     recipe = reader.get_field("edgemoe.convert.recipe")
     assert recipe is not None
     assert json.loads(recipe.contents()) == {"pre_tokenizer": "qwen2", "quant": "F32"}
+
+
+# ─── the command line ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_cli(*arguments: object) -> Result:
+    from edgemoe.cli.main import cli
+
+    return CliRunner().invoke(cli, ["convert", "gguf", *map(str, arguments)])
+
+
+def test_command_line_and_its_exit_codes(source: Path, tmp_path: Path) -> None:
+    """Guards against a result that is overwritten unasked, and failures that scripts cannot tell from success."""
+    out = tmp_path / "out.gguf"
+    done = run_cli(source, out, "--quant", "q8_0", "--pre-tokenizer", "qwen2", "--memory", "4GiB")
+    assert (done.exit_code, out.is_file()) == (0, True), done.output
+    again = run_cli(source, out, "--quant", "F16", "--pre-tokenizer", "qwen2")
+    assert again.exit_code == 1
+    assert "the file exists" in again.output
+    assert run_cli(source, out, "--quant", "F16", "--pre-tokenizer", "qwen2", "--force").exit_code == 0
+    assert gguf.GGUFReader(out).get_field("general.file_type").contents() == gguf.LlamaFileType.MOSTLY_F16
+    unknown = run_cli(source, tmp_path / "other.gguf", "--quant", "Q17", "--pre-tokenizer", "qwen2")
+    assert unknown.exit_code == 1
+    assert "no such preset" in unknown.output
+    assert run_cli(source).exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf"]
