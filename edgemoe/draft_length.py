@@ -104,7 +104,7 @@ class DraftLengthChooser:
     _N_BASE = 4  # steps without drafts before the first draft
     _MAX_STEPS_WITHOUT_BASE = 256
     _RETRY_STEPS = 64
-    _GIVE_UP_STEPS = 128
+    _GIVE_UP_STEPS = 96
     _NEIGHBOUR_STEPS = 16
     _EARNED_SHARE = 0.02
     _INITIAL_CREDIT, _MAX_CREDIT = 1.5, 4.0  # in steps of one token
@@ -122,6 +122,7 @@ class DraftLengthChooser:
         self._savings = 0.0  # gains of this text that the account had no room for
         self._is_retry = False  # the draft that is being made is one
         self._n_unwanted = 0  # steps since a model's draft seemed to pay
+        self._n_since_model_retry = 0
         self._n_since_draft = self._n_since_base = self._n_since_retry = self._n_choices = 0
         self._n_base_due = self._N_BASE
         self._longest = 0  # the most drafted tokens of any step so far
@@ -173,9 +174,9 @@ class DraftLengthChooser:
         self._n_unwanted = 0 if best else self._n_unwanted + 1
         if best == 0:
             best = self._most_hopeful(expected, ratios)
-            if best == 0 or self._n_since_retry <= self._RETRY_STEPS:
+            if best == 0 or self._n_since_model_retry <= self._RETRY_STEPS:
                 return 0
-            self._n_since_retry = 0
+            self._n_since_model_retry = 0
             self._is_retry = True
         return self._affordable(best, expected, ratios)
 
@@ -262,6 +263,7 @@ class DraftLengthChooser:
     def observe_step(self, step: Step, n_tokens: int) -> None:
         """A step that gave `n_tokens` tokens: 1, and the drafted ones that were right."""
         self._n_since_retry += 1
+        self._n_since_model_retry += 1
         if step.n_drafted == 0:
             self._n_since_draft += 1
             self._n_base_due -= 1

@@ -33,6 +33,8 @@ Progress = Callable[[str, int, int], None]
 _log = logging.getLogger("edgemoe")
 # Loads are told apart by thread, but memory is measured by process: one at a time.
 _load_lock = threading.Lock()
+# Of the memory for experts: from about here on a draft model costs more hits than drafts mostly gain.
+_LARGE_DRAFT_SHARE = 0.1
 
 
 @dataclasses.dataclass
@@ -144,6 +146,14 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
             report("loading", 0, model.dense_bytes)
+            slots_bytes = self.plan.slots_bytes
+            if self.plan.draft_bytes > _LARGE_DRAFT_SHARE * slots_bytes and slots_bytes < model.expert_bank_bytes:
+                _log.warning(
+                    "the draft model %s takes %d MiB, experts have %d: what it gains may be less than what they lose",
+                    draft,
+                    self.plan.draft_bytes >> 20,
+                    slots_bytes >> 20,
+                )
             try:
                 if self._footprint.draft is not None:
                     self._draft_model = DraftModel(self._footprint.draft)

@@ -243,7 +243,7 @@ def test_a_slow_model_is_not_asked() -> None:
 def test_a_useful_model_is_not_given_up() -> None:
     """Guards against freeing a draft model that pays, and against judging it before there was time to try."""
     assert not _speed(CHEAP, Costs(0.8, 0.03, 0.005), 600, 0.1, 0)[1]._chooser.has_given_up
-    assert not _speed(CHEAP, Costs(1.0, 1.1, 0.01), 100, 0.0, 0)[1]._chooser.has_given_up
+    assert not _speed(CHEAP, Costs(1.0, 1.1, 0.01), 90, 0.0, 0)[1]._chooser.has_given_up
 
 
 def test_the_text_is_asked_first() -> None:
