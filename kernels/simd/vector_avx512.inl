@@ -3,8 +3,8 @@
 //
 // Two groups times four tokens: eight chains of dot products, as many as a latency of four and two per cycle need, and
 // six loads for eight of them; one group times eight tokens would take nine, in the time of which there are eight.
-// Measured on Zen 5, all in cache, T = 8: Q4_0, Q8_0, MXFP4, Q4_K at 0.72 to 0.76 of VNNI's peak; the multiplications
-// they need besides, on the same two ports, allow 0.80 (MXFP4: 0.89). See docs/experiments.md, Prefill.
+// Measured on Zen 5, all in cache, T = 8: Q4_0, Q8_0, MXFP4, Q4_K at 0.74 to 0.80 of VNNI's peak; the multiplications
+// they need besides, on the same two ports, allow 0.80 (MXFP4: 0.89). See docs/experiments.md, the profile.
 
 struct Avx512Vnni {
   using I = __m512i;

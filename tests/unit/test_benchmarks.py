@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from benchmarks import kernels, quality, resident, session
+from benchmarks import instructions, kernels, quality, resident, session
 
 
 def test_kl_is_zero_for_equal_logits_and_positive_for_others() -> None:
@@ -70,6 +70,33 @@ def test_kernels_asks_less_of_one_thread() -> None:
 
 def _run(engine: str, pair: int, speed: float, disturbed: bool = False) -> dict[str, Any]:
     return {"engine": engine, "pair": pair, "decode_tok_per_s": speed, "disturbed": disturbed}
+
+
+@pytest.mark.parametrize(
+    ("instruction", "kinds"),
+    [
+        ("vpdpbusd zmm8,zmm1,zmm2", {"multiplications", "vector_operations"}),
+        ("{vex} vpdpbusd ymm8,ymm1,YMMWORD PTR [rax+0x10]", {"multiplications", "vector_operations", "vector_loads"}),
+        ("vpbroadcastd ymm1,DWORD PTR [rdx+0x4]", {"vector_loads"}),
+        ("vmovdqa ymm1,YMMWORD PTR [rsp+0x88]", {"vector_loads", "stack"}),
+        ("vmovaps YMMWORD PTR [rsp+0x328],ymm14", {"vector_stores", "stack"}),
+        ("vmovdqa ymm4,ymm0", set()),  # renamed, not executed
+        ("vpsignb ymm3,ymm3,ymm4", {"vector_operations"}),
+        ("prefetcht0 BYTE PTR [rax]", {"prefetches"}),
+        ("add    rdx,0x20", set()),
+    ],
+)
+def test_instructions_are_counted_as_what_they_cost(instruction: str, kinds: set[str]) -> None:
+    # Guards against: a bound computed from loads taken for operations, or from spills not seen.
+    assert instructions.classify(instruction) == kinds | {"instructions"}
+
+
+def test_bounds_follow_from_counts() -> None:
+    # 128 dot products of 64 products each, and 32 multiplications more on the same ports: 64 cycles of 80.
+    totals = {"instructions": 320, "multiplications": 160, "vector_operations": 192, "vector_loads": 100}
+    found = instructions.bounds(totals, 128 * 64, False, "avx512_vnni")
+    assert found["multiplications"] == pytest.approx(0.8)
+    assert min(found, key=lambda kind: found[kind]) == "multiplications"
 
 
 def test_resident_compares_within_pairs_and_with_the_better_stock() -> None:
