@@ -81,6 +81,7 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--decode-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write the JSON line to this file")
     options = parser.parse_args()
     sizes = larger_than_memory.measure_sizes(options.model)
     budget_bytes = int(options.fraction * sizes.expert_bank_bytes)

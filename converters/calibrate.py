@@ -34,9 +34,11 @@ import numpy.typing as npt
 from llama_cpp._ggml import libggml
 
 from edgemoe.errors import ConversionError
+from edgemoe.formats.gguf import read_model
 
 from . import evaluate
-from .gguf_writer import OutTensor, Piece, Progress, no_progress, sha256_of, value, write_gguf
+from .gguf_file import MetadataValue
+from .gguf_writer import OutTensor, Piece, Progress, no_progress, sha256_of, write_gguf
 
 CALIBRATE_VERSION = 1
 """Raised whenever the same inputs give another file."""
@@ -143,11 +145,13 @@ def calibrate(
         progress: called with stage (`hash` in bytes, `calibrate` in tokens), done and total.
 
     Raises:
-        ConversionError: llama.cpp cannot run the model, an activation is not finite, the text is shorter than 16
+        ModelFormatError: the model is not a complete GGUF.
+        ConversionError: llama.cpp cannot run it, an activation is not finite, the text is shorter than 16
             tokens, or the file cannot be written.
     """
     report = progress or no_progress
     check_layout()
+    files = read_model(model).files
     collector = _Collector(model)
     with evaluate.llama_context(model, collector.on_tensor, CHUNK_TOKENS) as (llama, context):
         chunks = [tokens for tokens, _ in evaluate.chunks_of_tokens(llama, text, CHUNK_TOKENS, max_tokens)]
@@ -168,16 +172,16 @@ def calibrate(
     result = _report(found, n_total, len(chunks))
     for importance in found.values():
         _fill_unreached(importance)
-    metadata = {
-        "general.type": value("imatrix"),
-        "imatrix.datasets": value([text_name]),
-        "imatrix.chunk_count": value(len(chunks)),
-        "imatrix.chunk_size": value(CHUNK_TOKENS),
-        "edgemoe.calibrate.version": value(CALIBRATE_VERSION),
-        "edgemoe.calibrate.model_sha256": value(sha256_of([model], progress)),
-        "edgemoe.calibrate.text_sha256": value(hashlib.sha256(text.encode()).hexdigest()),
-        "edgemoe.calibrate.n_tokens": value(n_total),
-        "edgemoe.calibrate.unreached": value([number for pair in result.unreached for number in pair]),
+    metadata: dict[str, MetadataValue | bytes] = {
+        "general.type": "imatrix",
+        "imatrix.datasets": [text_name],
+        "imatrix.chunk_count": len(chunks),
+        "imatrix.chunk_size": CHUNK_TOKENS,
+        "edgemoe.calibrate.version": CALIBRATE_VERSION,
+        "edgemoe.calibrate.model_sha256": sha256_of(files, progress),
+        "edgemoe.calibrate.text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "edgemoe.calibrate.n_tokens": n_total,
+        "edgemoe.calibrate.unreached": [number for pair in result.unreached for number in pair],
     }
     write_gguf(out, metadata, list(_out_tensors(found)))
     return result

@@ -28,7 +28,8 @@ from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_met
 
 from . import gemq
 from .cross_entropy import Difference, compare, negative_log_likelihoods
-from .gguf_writer import DEFAULT_ALIGNMENT_BYTES, copy_of, sha256_of, value, write_gguf
+from .gguf_file import DEFAULT_ALIGNMENT_BYTES, MetadataValue
+from .gguf_writer import copy_of, sha256_of, write_gguf
 from .quantize import alphaq
 from .quantize.allocation import Allocation, Group, Option, allocate
 from .quantize.blocks import block_values, row_bytes
@@ -250,7 +251,7 @@ def quantize_to_bits(
         for name, path in paths.items():
             if name != written.name:
                 path.unlink()
-        _copy_with(paths[written.name], out, {"edgemoe.quantize.comparison": value(json.dumps(comparison))}, progress)
+        _copy_with(paths[written.name], out, {"edgemoe.quantize.comparison": json.dumps(comparison)}, progress)
     finally:
         for path in paths.values():
             with contextlib.suppress(OSError):
@@ -341,9 +342,9 @@ def _shares(importance: ImportanceMatrix, tensor: GgufTensor) -> Floats | None:
     return shares
 
 
-def _copy_with(source: Path, out: Path, metadata: dict[str, bytes], progress: Progress) -> None:
+def _copy_with(source: Path, out: Path, metadata: dict[str, MetadataValue], progress: Progress) -> None:
     """Copy a GGUF file with more metadata."""
     model = read_model(source)
     alignment = int(model.metadata.get("general.alignment", DEFAULT_ALIGNMENT_BYTES))
     tensors = [copy_of(model, tensor) for tensor in model.tensors]
-    write_gguf(out, read_raw_metadata(source) | metadata, tensors, alignment_bytes=alignment, progress=progress)
+    write_gguf(out, {**read_raw_metadata(source), **metadata}, tensors, alignment_bytes=alignment, progress=progress)

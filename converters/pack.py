@@ -23,7 +23,8 @@ from edgemoe.errors import ConversionError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_metadata
 
 from .evaluate import check_loads
-from .gguf_writer import PAGE_BYTES, OutTensor, Progress, copy_of, padded, read_range, sha256_of, value, write_gguf
+from .gguf_file import MetadataValue
+from .gguf_writer import PAGE_BYTES, OutTensor, Progress, copy_of, padded, read_range, sha256_of, write_gguf
 
 PACK_VERSION = 1
 """Raised whenever the same inputs give another file."""
@@ -99,15 +100,14 @@ def pack(source: Path, out: Path, *, merge: bool = True, progress: Progress | No
     reason = "" if merge else "not asked for"
     if merge and model.architecture not in MERGED_GATE_UP:
         reason = f"llama.cpp has no merged tensor for {model.architecture}"
-    tensors, skipped = _arrange(model, is_merging=not reason)
-    n_merged = sum(1 for t in tensors if "ffn_gate_up_exps" in t.name) - sum(
-        1 for t in model.expert_tensors if "ffn_gate_up_exps" in t.name
-    )
+    tensors, n_merged, skipped = _arrange(model, is_merging=not reason)
 
-    metadata = {key: data for key, data in read_raw_metadata(source).items() if key not in _SPLIT_KEYS}
-    metadata["edgemoe.pack.version"] = value(PACK_VERSION)
-    metadata["edgemoe.pack.merged_layers"] = value(n_merged)
-    metadata["edgemoe.pack.source_sha256"] = value(sha256_of(model.files, progress))
+    metadata: dict[str, MetadataValue | bytes] = {
+        key: data for key, data in read_raw_metadata(source).items() if key not in _SPLIT_KEYS
+    }
+    metadata["edgemoe.pack.version"] = PACK_VERSION
+    metadata["edgemoe.pack.merged_layers"] = n_merged
+    metadata["edgemoe.pack.source_sha256"] = sha256_of(model.files, progress)
     write_gguf(
         out,
         metadata,
@@ -145,35 +145,34 @@ def _slice_bytes(tensor: GgufTensor) -> int:
     return tensor.n_bytes // tensor.shape[2]
 
 
-def _arrange(model: GgufModel, *, is_merging: bool) -> tuple[list[OutTensor], str]:
-    """The tensors of the result in file order, and why some gate and up stay apart although they should be merged."""
-    experts = {t.name for t in model.expert_tensors}
-    order = ["gate_up", "gate", "up", "down"]
-    by_layer: dict[int, list[GgufTensor]] = {}
-    for tensor in model.expert_tensors:
-        by_layer.setdefault(tensor.layer, []).append(tensor)
+def in_streaming_order(model: GgufModel) -> list[GgufTensor]:
+    """The expert tensors layer by layer, in the order in which they are needed: gate and up, then down."""
+    order = ("gate_up", "gate", "up", "down")
 
-    def place(tensor: GgufTensor) -> int:
+    def place(tensor: GgufTensor) -> tuple[int, int]:
         match = _PROJECTION.fullmatch(tensor.name)
-        return order.index(match.group(2)) if match else len(order)
+        return tensor.layer, order.index(match.group(2)) if match else len(order)
 
+    return sorted(model.expert_tensors, key=place)
+
+
+def _arrange(model: GgufModel, *, is_merging: bool) -> tuple[list[OutTensor], int, str]:
+    """The tensors of the result in file order, the layers that were merged, and why others were not."""
+    experts = {t.name: t for t in in_streaming_order(model)}
     out = [copy_of(model, t) for t in model.tensors if t.name not in experts]
-    skipped = ""
-    for layer in sorted(by_layer):
-        tensors = sorted(by_layer[layer], key=place)
-        gate, up = (_named(tensors, f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up"))
-        if is_merging and gate is not None and up is not None:
+    n_merged, skipped, done = 0, "", set[str]()
+    for tensor in experts.values():
+        gate, up = (experts.get(f"blk.{tensor.layer}.ffn_{part}_exps.weight") for part in ("gate", "up"))
+        if is_merging and tensor is gate and up is not None:
             if reason := _unmergeable(model, gate, up):
                 skipped = reason
             else:
                 out.append(_merged(model, gate, up))
-                tensors = [t for t in tensors if t not in (gate, up)]
-        out += [copy_of(model, t) for t in tensors]
-    return out, skipped
-
-
-def _named(tensors: list[GgufTensor], name: str) -> GgufTensor | None:
-    return next((t for t in tensors if t.name == name), None)
+                n_merged += 1
+                done |= {gate.name, up.name}
+        if tensor.name not in done:
+            out.append(copy_of(model, tensor))
+    return out, n_merged, skipped
 
 
 def _unmergeable(model: GgufModel, gate: GgufTensor, up: GgufTensor) -> str:

@@ -9,7 +9,7 @@ import click
 
 from edgemoe.cli.console import Progress, find_model
 from edgemoe.cli.convert_quantize import quantize
-from edgemoe.errors import ConversionError
+from edgemoe.cli.repack import check_out, lowbit, pack, read_text
 from edgemoe.sizes import format_size
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -18,9 +18,6 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.group()
 def convert() -> None:
     """Make one model out of another."""
-
-
-convert.add_command(quantize)
 
 
 @convert.command()
@@ -61,11 +58,8 @@ def upcycle(
     if n_experts_used > n_experts:
         raise click.UsageError(f"--top-k {n_experts_used} is more than --experts {n_experts}.")
     find_model(source)
-    if out.exists() and out.samefile(source):
-        raise ConversionError(f"cannot write the model: OUT is SRC itself ({out}); name another file")
-    if out.exists() and not force:
-        raise ConversionError(f"cannot write the model: the file exists ({out}); name another or use --force")
-    text = None if calibration is None else _read_text(calibration)
+    check_out(source, out, force=force)
+    text = None if calibration is None else read_text(calibration)
     from edgemoe.converters.upcycle import upcycle as make_experts
 
     with Progress() as progress:
@@ -81,11 +75,6 @@ def upcycle(
     click.echo(f"{out} ({format_size(out.stat().st_size)})")
 
 
-def _read_text(path: Path) -> str:
-    """The text of a calibration file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConversionError(
-            f"cannot read the calibration text: byte {error.start} is not UTF-8 ({path}); convert it to UTF-8"
-        ) from error
+convert.add_command(pack)
+convert.add_command(lowbit)
+convert.add_command(quantize)

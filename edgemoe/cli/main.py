@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from edgemoe import __version__
+from edgemoe.cli.calibrate import calibrate
 from edgemoe.cli.chat import chat
 from edgemoe.cli.console import Settings, say
 from edgemoe.cli.convert import convert
@@ -68,7 +69,7 @@ def cli(ctx: click.Context, debug: bool, verbose: bool) -> None:
     ctx.obj = Settings(debug=debug, verbose=verbose)
 
 
-for _command in (chat, generate, plan, inspect, doctor, convert, trace, replay):
+for _command in (chat, generate, plan, inspect, doctor, convert, calibrate, trace, replay):
     cli.add_command(_command)
 
 
