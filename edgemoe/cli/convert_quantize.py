@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     "--holdout",
     type=EXISTING_FILE,
     metavar="FILE",
-    help="For --bpw: a text that nothing was fitted to. The mixed file has to predict it better than the best single "
-    "type of as many bytes, or that one is written.",
+    help="For --bpw: a text that nothing was fitted to. The mixed file has to predict it better than the best one "
+    "with the same bits for all experts, or that one is written.",
 )
 @click.option("--types-out", type=FILE, metavar="MIXED.toml", help="Write the types of --bpw here.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
@@ -74,7 +74,7 @@ def quantize(
     Tensors that are quantized already are made smaller, with the errors of both, but never larger.
     """
     if bits_per_weight is not None and holdout is None:
-        raise click.UsageError("--bpw needs --holdout FILE: a text to compare the result with a single type on.")
+        raise click.UsageError("--bpw needs --holdout FILE: a text to compare the result on.")
     if bits_per_weight is None and (holdout or types_out or calibration):
         raise click.UsageError("--holdout, --calibration and --types-out are for --bpw.")
     find_model(source)
