@@ -250,7 +250,8 @@ class _Collector:
             self.found[name] = Importance(
                 np.zeros((n_matrices, inputs.ne[0]), np.float32),
                 np.zeros(n_matrices if is_experts else 1, np.int64),
-                is_shared_input=is_experts and inputs.ne[1] == 1,
+                # Not by its shape: with one expert for each token, down's input has the shape of gate's.
+                is_shared_input=is_experts and "_down_exps" not in name,
             )
         importance = self.found[name]
         if is_experts:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import gguf
 import psutil
+from gguf import GGMLQuantizationType as GgmlType
 
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
@@ -32,8 +33,8 @@ from .hf.sources import Mxfp4Rows, Piece, Source
 from .hf.tokenizer import convert_tokenizer
 from .quantize.blocks import quantize
 from .quantize.presets import Model, Override, Tensor, choose_types, file_type
+from .rehearsal import rehearse
 
-GgmlType = gguf.GGMLQuantizationType
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`: `hash`, `check` (after an interruption) and `convert`, all in bytes."""
 
@@ -43,8 +44,9 @@ CONVERTER_VERSION = 1
 BUFFER_BYTES = 256 << 20
 """What blocks may take if no limit is given. Blocks beyond some 16 MiB are not faster."""
 
-BYTES_PER_ELEMENT = 14
-"""Of a block in memory: as stored (4 at most), as float32 (4), a reordered copy (4) and encoded (about 2)."""
+BYTES_PER_ELEMENT = 24
+"""Of a block in memory: as stored (4 at most), as float32 (4), a reordered copy (4), and encoded (4 at most); twice the
+first two where every second row or column is taken."""
 
 _MAX_BLOCK_ELEMENTS = 16 << 20
 _HASH_BYTES = 16 << 20
@@ -157,7 +159,7 @@ def plan_conversion(folder: Path, recipe: Recipe) -> Plan:
         tensors,
         metadata,
         (*checkpoint.inputs, *tokenizer.inputs),
-        tuple([*family.caveats(hparams), *notes]),
+        (*family.caveats(hparams), *tokenizer.notes, *notes),
     )
 
 
@@ -173,13 +175,14 @@ def convert(plan: Plan, out: Path, *, memory_bytes: int | None = None, progress:
 
     Raises:
         ConversionError: a weight is not finite or cannot be encoded, a file cannot be read or written, there is no
-            room, or the limit of memory is too low.
+            room, the limit of memory is too low, or llama.cpp refuses the header.
     """
     report = progress or _no_progress
     block_elements = _block_elements(plan, memory_bytes)
     with PartialFile(out, plan.n_bytes) as file:
         layout = plan.layout(_hash_inputs(plan.inputs, file, report))
         file.begin(layout)
+        rehearse(file.path, plan.family.name)
         sizes = [tensor.n_bytes for tensor in plan.tensors]
         done: set[int] = set()
         n_done, n_total = 0, sum(sizes)
@@ -193,7 +196,7 @@ def convert(plan: Plan, out: Path, *, memory_bytes: int | None = None, progress:
                 continue
             offset = layout.offsets[index]
             for data in _encode(plan, piece, tensor, block_elements):
-                file.write(memoryview(data).cast("B"), offset)
+                file.write(data.reshape(-1).data, offset)
                 offset += data.nbytes
                 n_done += data.nbytes
                 report("convert", n_done, n_total)
@@ -258,10 +261,10 @@ def _block_elements(plan: Plan, memory_bytes: int | None) -> int:
     available = buffers // BYTES_PER_ELEMENT
     needed = max(source.block_rows * source.n_columns for piece in plan.pieces for source in piece.sources)
     if memory_bytes is not None and available < needed:
-        floor = used + needed * BYTES_PER_ELEMENT
+        floor_mib = ((used + needed * BYTES_PER_ELEMENT) >> 20) + 1
         raise ConversionError(
             f"cannot convert within {format_size(memory_bytes)}: this process has {format_size(used)} already and the "
-            f"largest block takes {format_size(needed * BYTES_PER_ELEMENT)}; use --memory {-(-floor >> 20) + 1}MiB or more"
+            f"largest block takes {format_size(needed * BYTES_PER_ELEMENT)}; use --memory {floor_mib}MiB or more"
         )
     return max(min(available, _MAX_BLOCK_ELEMENTS), needed)
 
@@ -303,7 +306,9 @@ def _encode(plan: Plan, piece: Piece, tensor: TensorInfo, block_elements: int) -
                 continue
             values = source.read(plan.checkpoint, start, stop)
             if values.shape[1] != tensor.shape[-1]:
-                raise ConversionError(f"cannot convert {tensor.name}: rows of {values.shape[1]}, expected {tensor.shape[-1]}")
+                raise ConversionError(
+                    f"cannot convert {tensor.name}: rows of {values.shape[1]}, expected {tensor.shape[-1]}"
+                )
             try:
                 yield quantize(values, tensor.ggml_type, weights)
             except ConversionError as error:

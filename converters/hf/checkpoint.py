@@ -82,7 +82,7 @@ class Checkpoint:
         """
         row_bytes = tensor.n_columns * _ITEM_BYTES[tensor.dtype]
         data = np.empty((stop - start, row_bytes), np.uint8)
-        view = memoryview(data).cast("B")
+        view = data.reshape(-1).data
         offset = tensor.offset + start * row_bytes
         try:
             file = os.open(tensor.path, os.O_RDONLY)
@@ -114,7 +114,9 @@ class Checkpoint:
         elif tensor.dtype == "F16":
             values = raw.view(np.float16).astype(np.float32)
         elif tensor.dtype == "BF16":
-            values = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            bits = raw.view(np.uint16).astype(np.uint32)
+            bits <<= 16
+            values = bits.view(np.float32)
         elif tensor.dtype == "F8_E4M3":
             values = _E4M3[raw]
             self._scale_blocks(tensor, values, start)
@@ -168,7 +170,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if index_path.is_file():
         shards = _indexed_shards(index_path)
     else:
-        shards = {path: None for path in sorted(folder.glob("*.safetensors"))}
+        shards = dict.fromkeys(sorted(folder.glob("*.safetensors")))
         if not shards:
             raise ConversionError(_no_weights(folder))
         if len(shards) > 1 and (folder / "model.safetensors").is_file():
@@ -203,7 +205,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConversionError(f"cannot read {path}: it is not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise ConversionError(f"cannot read {path}: found a {type(value).__name__}, expected an object; download it again")
+        raise ConversionError(
+            f"cannot read {path}: found a {type(value).__name__}, expected an object; download it again"
+        )
     return value
 
 

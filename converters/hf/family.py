@@ -48,7 +48,9 @@ class Hparams:
         """
         value = self.get(*names)
         if value is None:
-            raise ConversionError(f"cannot convert the checkpoint: {names[0]} is missing ({self.path}); download it again")
+            raise ConversionError(
+                f"cannot convert the checkpoint: {names[0]} is missing ({self.path}); download it again"
+            )
         return value
 
     def count(self, *names: str) -> int:

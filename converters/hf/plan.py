@@ -104,8 +104,8 @@ def _stack(name: str, parts: dict[int, Piece], checkpoint: Checkpoint, hparams: 
     shape = parts[0].shape
     if odd := next((expert for expert, piece in parts.items() if piece.shape != shape), None):
         raise ConversionError(
-            f"cannot convert {checkpoint.folder}: {name} of expert {odd} has the shape {list(parts[odd].shape)}, that of "
-            f"expert 0 is {list(shape)}; download the checkpoint again"
+            f"cannot convert {checkpoint.folder}: {name} of expert {odd} has the shape {list(parts[odd].shape)}, that "
+            f"of expert 0 is {list(shape)}; download the checkpoint again"
         )
     sources = tuple(source for expert in range(hparams.n_experts) for source in parts[expert].sources)
     return Piece(name, (hparams.n_experts, *shape), sources)

@@ -47,7 +47,8 @@ def check_name(name: str) -> str:
     """
     if name not in KNOWN_NAMES:
         raise ConversionError(
-            f"cannot use the pre-tokenizer {name!r}: llama.cpp knows {', '.join(sorted(KNOWN_NAMES))}; name one of these"
+            f"cannot use the pre-tokenizer {name!r}: llama.cpp knows {', '.join(sorted(KNOWN_NAMES))}; name "
+            "one of these"
         )
     return name
 
@@ -69,8 +70,8 @@ def identify(folder: Path, settings: dict[str, Any]) -> str:
         import tokenizers
     except ImportError:
         raise ConversionError(
-            "cannot identify the pre-tokenizer: it needs the package tokenizers; pip install tokenizers, or name the "
-            "pre-tokenizer with --pre-tokenizer"
+            "cannot identify the pre-tokenizer: it needs tokenizers; pip install 'edgemoe[convert]', or name "
+            "the pre-tokenizer with --pre-tokenizer"
         ) from None
     path = folder / "tokenizer.json"
     try:
@@ -102,5 +103,4 @@ def _hash(ids: list[int]) -> str:
 def _names_by_hash() -> dict[str, str]:
     assert __package__ is not None  # this module is always imported as part of one
     text = importlib.resources.files(__package__).joinpath("pre_tokenizers.txt").read_text(encoding="utf-8")
-    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
-    return {digest: name for digest, name in lines}
+    return dict(line.split() for line in text.splitlines() if not line.startswith("#"))

@@ -31,7 +31,9 @@ def read_pieces(path: Path) -> list[tuple[str, float, int]]:
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, IndexError, struct.error) as error:
-        raise ConversionError(f"cannot read {path}: it is no SentencePiece model ({error}); download it again") from error
+        raise ConversionError(
+            f"cannot read {path}: it is no SentencePiece model ({error}); download it again"
+        ) from error
     if not pieces:
         raise ConversionError(f"cannot read {path}: it has no pieces; download it again")
     return pieces

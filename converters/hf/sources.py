@@ -2,8 +2,8 @@
 """What a tensor of the result is made of: ranges of rows of stored tensors, selected, reordered, transposed.
 
 Every source is a matrix that is computed a block of rows at a time, so stacking experts, splitting a merged
-projection or permuting heads needs no more memory than the block. A transposed source is read whole, so only single
-experts and single heads are transposed.
+projection or permuting heads needs no more memory than the block. What is transposed or centred as a matrix is read
+whole; that is done to single experts and single heads only.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ class Rows:
     Attributes:
         tensor: what is read.
         rows: the stored rows, evenly spaced; all of them if None.
-        columns: the stored columns; all of them by default.
+        columns: the stored columns, evenly spaced; all of them if None.
         n_heads: if not 0, the rows are so many heads, and within each the second half of its rows alternates with the
             first: Hugging Face keeps the two halves of rotary pairs apart, ggml's `llama` kind of RoPE has them
             side by side.
         transpose: the result is the transposed matrix of the selected rows and columns.
+        centre: subtract, from each row its mean ("row"), or from all rows the mean row ("matrix"); see `phi.py`.
     """
 
     tensor: StoredTensor
     rows: range | None = None
-    columns: slice = slice(None)
+    columns: range | None = None
     n_heads: int = 0
     transpose: bool = False
+    centre: str = ""
 
     @property
     def _selected(self) -> range:
@@ -46,7 +48,7 @@ class Rows:
 
     @property
     def _n_selected_columns(self) -> int:
-        return len(range(self.tensor.n_columns)[self.columns])
+        return self.tensor.n_columns if self.columns is None else len(self.columns)
 
     @property
     def n_rows(self) -> int:
@@ -60,13 +62,13 @@ class Rows:
 
     @property
     def block_rows(self) -> int:
-        """The least number of rows that can be read at a time: all of them if transposed, one head if permuted."""
-        if self.transpose:
+        """The least number of rows that can be read at a time: one head if permuted, all if each depends on all."""
+        if self.transpose or self.centre == "matrix":
             return self.n_rows
         return self.n_rows // self.n_heads if self.n_heads else 1
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Floats:
-        """Rows `start` to `stop`, which are multiples of `block_rows`: float32 (stop - start, n_columns), contiguous."""
+        """Rows `start` to `stop`, multiples of `block_rows`: float32 (stop - start, n_columns), contiguous."""
         if self.transpose:
             values = self._read_selected(checkpoint, self._selected).T[start:stop]
         else:
@@ -74,11 +76,16 @@ class Rows:
         if self.n_heads:
             half = self.block_rows // 2
             values = values.reshape(-1, 2, half, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        if self.centre:
+            mean = values.mean(axis=1 if self.centre == "row" else 0, dtype=np.float64, keepdims=True)
+            values = values - mean.astype(np.float32)
         return np.ascontiguousarray(values)
 
     def _read_selected(self, checkpoint: Checkpoint, rows: range) -> Floats:
         values = checkpoint.read_rows(self.tensor, rows[0], rows[-1] + 1)[:: rows.step]
-        return values[:, self.columns]
+        if self.columns is not None:
+            values = values[:, self.columns.start : self.columns.stop : self.columns.step]
+        return values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,8 +58,8 @@ class _Vocabulary:
     def set(self, token_id: int, token: str, kind: int, score: float) -> None:
         if not 0 <= token_id < len(self.tokens):
             raise ConversionError(
-                f"cannot convert the tokenizer: token {token!r} has the id {token_id}, the model has {len(self.tokens)} "
-                "(vocab_size in config.json); config.json and tokenizer are of different models"
+                f"cannot convert the tokenizer: token {token!r} has the id {token_id}, the model has "
+                f"{len(self.tokens)} (vocab_size in config.json); config.json and tokenizer are of different models"
             )
         self.tokens[token_id], self.types[token_id], self.scores[token_id] = token, int(kind), score
 
@@ -71,10 +71,12 @@ class Tokenizer:
     Attributes:
         inputs: the files that its metadata depend on.
         metadata: keys and values of GGUF.
+        notes: where llama.cpp reads texts otherwise.
     """
 
     inputs: tuple[Path, ...]
     metadata: dict[str, MetadataValue]
+    notes: tuple[str, ...]
 
 
 def convert_tokenizer(
@@ -131,7 +133,13 @@ def convert_tokenizer(
         )
     metadata |= _special_ids(vocabulary, config, settings, fast, special_tokens)
     metadata |= _chat_template(folder, settings)
-    return Tokenizer(paths, metadata)
+    forms = {str(part.get("type")) for part in _components(fast.get("normalizer"))} & {"NFC", "NFD", "NFKC", "NFKD"}
+    notes = [
+        f"transformers brings texts into the form {form} first, llama.cpp does not: texts that are in another form get "
+        "other tokens"
+        for form in sorted(forms)
+    ]
+    return Tokenizer(paths, metadata, tuple(notes))
 
 
 def _is_byte_level(fast: dict[str, Any]) -> bool:
@@ -251,7 +259,7 @@ def _adds_space_prefix(fast: dict[str, Any], settings: dict[str, Any]) -> bool |
     """Whether a text gets a space before it; None where nothing says so (llama.cpp then adds one)."""
     for part in _components(fast.get("pre_tokenizer")):
         if part.get("type") == "Metaspace":
-            return part.get("prepend_scheme", "always") != "never" and part.get("add_prefix_space", True)
+            return part.get("prepend_scheme", "always") != "never" and bool(part.get("add_prefix_space", True))
     if fast.get("normalizer"):
         return any(part.get("type") == "Prepend" for part in _components(fast["normalizer"]))
     add_prefix_space = settings.get("add_prefix_space")
@@ -272,13 +280,13 @@ def _special_ids(
         if token in ids:
             found[kind] = ids[token]
     for kind in _SPECIAL:
-        token = settings.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
+        entry = settings.get(f"{kind}_token")
+        text = entry.get("content") if isinstance(entry, dict) else entry
         token_id = config.get(f"{kind}_token_id")
         if isinstance(token_id, list) and token_id:  # the first of several ends of a text
             token_id = token_id[0]
-        if isinstance(token, str) and token in ids:
-            found.setdefault(kind, ids[token])
+        if isinstance(text, str) and text in ids:
+            found.setdefault(kind, ids[text])
         elif isinstance(token_id, int) and 0 <= token_id < len(vocabulary.tokens):
             found.setdefault(kind, token_id)
     metadata: dict[str, MetadataValue] = {_ID_KEYS[kind]: token_id for kind, token_id in found.items()}
@@ -306,16 +314,17 @@ def _added_around(
 ) -> dict[str, bool]:
     """Whether a text gets a BOS before and an EOS after it; without a word on it, llama.cpp's default holds.
 
-    The template in tokenizer.json is what transformers runs, so it wins over the settings.
+    transformers runs the template in tokenizer.json; but its Llama classes write one of their own from the settings.
     """
     is_added = {
         kind: settings[f"add_{kind}_token"] for kind in _ADD_KEYS if isinstance(settings.get(f"add_{kind}_token"), bool)
     }
+    is_llama = str(settings.get("tokenizer_class")).startswith("Llama")
     for part in _components(fast.get("post_processor")):
         if part.get("type") == "ByteLevel":
             is_added.setdefault("bos", False)
             is_added.setdefault("eos", False)
-        if part.get("type") == "TemplateProcessing":
+        if part.get("type") == "TemplateProcessing" and not (is_llama and is_added):
             single = part.get("single") or []
             ends = {"bos": single[0] if single else {}, "eos": single[-1] if single else {}}
             for kind, end in ends.items():

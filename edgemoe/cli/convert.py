@@ -8,7 +8,9 @@ from pathlib import Path
 import click
 
 from edgemoe.cli.console import Progress, find_model
+from edgemoe.cli.convert_gguf import gguf
 from edgemoe.cli.convert_quantize import quantize
+from edgemoe.cli.convert_verify import verify
 from edgemoe.cli.repack import check_out, lowbit, pack, read_text
 from edgemoe.sizes import format_size
 
@@ -18,6 +20,10 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.group()
 def convert() -> None:
     """Make one model out of another."""
+
+
+for _command in (gguf, verify, quantize, pack, lowbit):
+    convert.add_command(_command)
 
 
 @convert.command()
@@ -73,8 +79,3 @@ def upcycle(
             progress=progress,
         )
     click.echo(f"{out} ({format_size(out.stat().st_size)})")
-
-
-convert.add_command(pack)
-convert.add_command(lowbit)
-convert.add_command(quantize)

@@ -83,7 +83,7 @@ def quantize(
             check_out(source, path, force=force)
     from edgemoe.converters.quantize.importance import read_importance
 
-    base, overrides = _types(quant)
+    base, overrides = read_types(quant)
     importance = None if imatrix is None else read_importance(imatrix)
     if importance is not None and importance.unreached:
         n_matrices = sum(importance.unreached.values())
@@ -101,7 +101,8 @@ def quantize(
         print_json(fields)
 
 
-def _types(quant: str) -> tuple[str, tuple[Override, ...]]:
+def read_types(quant: str) -> tuple[str, tuple[Override, ...]]:
+    """What `--quant` says: a preset, and the types that come before its own."""
     from edgemoe.converters.quantize.mixed_file import read_mixed
     from edgemoe.converters.quantize.presets import find_preset
 

@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, name: str, **changes: Any) -> Checkpoint:
         state = {
             _deepseek_moe_name(k): v / 2 if _is_ungated(k) else v for k, v in state.items() if "expert_gate" not in k
         }
-    if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
+    if "quantization_config" in config:
         state = _mxfp4(state, config)
     state |= _extra_layers(state, config)
     _write_json(folder / "config.json", config)
@@ -79,14 +79,18 @@ def reference_logits(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]])
     """Logits [sequence, position, vocabulary] by transformers on the CPU, in float32; sequences of one length."""
     import torch
 
-    with loaded(checkpoint) as model, torch.no_grad():
-        result: Logits = model(torch.tensor([list(s) for s in sequences])).logits.float().numpy()
+    with torch.no_grad():
+        result: Logits = load(checkpoint)(torch.tensor([list(s) for s in sequences])).logits.float().numpy()
     return result
 
 
-@contextlib.contextmanager
-def loaded(checkpoint: Checkpoint) -> Iterator[Any]:
-    """The checkpoint as a float32 model of transformers, with attention written out in torch."""
+def load(checkpoint: Checkpoint) -> Any:
+    """The checkpoint as a float32 model of transformers, with attention written out in torch.
+
+    Two families as llama.cpp computes them, since no conversion can be closer to the model than llama.cpp's graph is:
+    Phi-3.5-MoE, see `_compute_as_llama_cpp`; and gpt-oss, whose YaRN mixes frequencies between dimensions that
+    llama.cpp rounds to whole ones (`ggml_rope_yarn_corr_dims`) and the model does not (`truncate: false`).
+    """
     import torch
     import transformers
 
@@ -94,13 +98,36 @@ def loaded(checkpoint: Checkpoint) -> Iterator[Any]:
     if "quantization_config" in checkpoint.family.config:
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     with _quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(checkpoint.reference, local_files_only=True)
+        if config.model_type == "gpt_oss":
+            config.rope_parameters["truncate"] = True
+        options["config"] = config
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.reference, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **options
         )
-    yield model.float().eval()
+    _compute_as_llama_cpp(model)
+    return model.float().eval()
 
 
-def random_tokens(checkpoint: Checkpoint, n_sequences: int, n_tokens: int, seed: int = 0) -> list[list[int]]:
+def _compute_as_llama_cpp(model: Any) -> None:
+    """Weight the experts of Phi-3.5-MoE as llama.cpp does; other models stay as they are.
+
+    The model's SparseMixer gives both experts a weight near 1; llama.cpp's `phimoe` gives them a softmax of their two
+    logits (phi3.cpp). No conversion can be closer to the model than that graph is, so it is held to the graph.
+    """
+    import torch
+
+    def forward(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(hidden, router.weight)
+        weights, experts = torch.topk(torch.softmax(logits, -1), router.top_k, -1)
+        return logits, weights / weights.sum(-1, keepdim=True), experts
+
+    for module in model.modules():
+        if type(module).__name__ == "PhimoeTopKRouter":
+            module.forward = forward.__get__(module)
+
+
+def random_tokens(n_sequences: int, n_tokens: int, seed: int = 0) -> list[list[int]]:
     """Token ids below those that only pad the vocabulary."""
     rng = np.random.default_rng(seed)
     sequences: list[list[int]] = rng.integers(3, 500, (n_sequences, n_tokens)).tolist()
@@ -141,13 +168,13 @@ def _moments(name: str, shape: Sequence[int], config: dict[str, Any]) -> tuple[f
         if "embedding_multiplier" in config:
             return 0.0, 9.0 / config["embedding_multiplier"]
         tied = config.get("tie_word_embeddings") or config.get("tie_embedding")
-        return 0.0, 2.0 * hidden**-0.5 if tied or config.get("mup_enabled") else 1.0
-    if name == "lm_head.weight":
-        return 0.0, 2.0 * hidden**-0.5
+        return 0.0, hidden**-0.5 if tied or config.get("mup_enabled") else 1.0
     if name.endswith(("expert_bias", "correction_bias")):
         return 0.0, 0.05
     if "sinks" in name:
         return 0.0, 1.0
+    if config.get("mup_enabled") and re.search(r"layers.*(post_attention|post_mlp)_layernorm", name):
+        return _residual_gain(config), 0.2 * _residual_gain(config)
     if len(shape) == 1 and "norm" in name and name.endswith("weight"):
         return 1.0, 0.2
     if len(shape) == 1 or name.endswith("_bias"):
@@ -155,8 +182,23 @@ def _moments(name: str, shape: Sequence[int], config: dict[str, Any]) -> tuple[f
     if re.search(r"(router|mlp\.gate|feed_forward\.gate|router\.gate)\.weight$", name):
         return 0.0, 2.0 * hidden**-0.5
     fan_in = shape[-2] if config["model_type"] == "gpt_oss" and len(shape) == 3 else shape[-1]
-    gain = 9.0 if "residual_multiplier" in config and re.search(r"o_proj|down_proj|output_linear", name) else 1.0
-    return 0.0, gain * fan_in**-0.5
+    if re.search(r"o_proj|out_proj|down_proj|\.w2\.|output_linear", name):
+        return 0.0, fan_in**-0.5 * _residual_gain(config)
+    return 0.0, fan_in**-0.5
+
+
+def _residual_gain(config: dict[str, Any]) -> float:
+    """Scale of what a layer adds to the residual stream: GPT-2's, so that many layers do not drown the first, of the
+    size of the embeddings. A router that decides otherwise after a rounding then changes little."""
+    if "residual_multiplier" in config:
+        return 9.0
+    gain = (2 * config["num_hidden_layers"]) ** -0.5 / config.get(
+        "routed_scaling_factor", config.get("route_scale", 1.0)
+    )
+    if config["model_type"] == "gpt_oss":
+        gain /= 2  # its experts multiply by `up + 1`
+    tied = config.get("tie_word_embeddings") or config.get("tie_embedding")
+    return float(gain * (config["hidden_size"] ** -0.5 if tied else 1.0))
 
 
 def _is_ungated(name: str) -> bool:
@@ -183,8 +225,9 @@ def _mxfp4(state: State, config: dict[str, Any]) -> State:
             continue
         n_experts, n_in, n_out = tensor.shape
         blocks = torch.randint(0, 256, (n_experts, n_out, n_in // 32, 16), generator=generator, dtype=torch.uint8)
-        # 4-bit floats have a root mean square of 2.7, so 2^-4 to 2^-5 makes weights of about 1/sqrt(64).
-        scales = torch.randint(122, 125, (n_experts, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
+        # 4-bit floats have a root mean square of 2.7: with 2^-4 to 2^-6 that is near 1/sqrt(64), an eighth for `down`.
+        low = 118 if "down_proj" in name else 121
+        scales = torch.randint(low, low + 3, (n_experts, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
         result[f"{name}_blocks"] = blocks
         result[f"{name}_scales"] = scales
     return result

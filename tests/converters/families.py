@@ -321,6 +321,8 @@ _GPT_OSS = {
     "swiglu_limit": 7.0,
 }
 
+_GPT_OSS_BF16 = {key: value for key, value in _GPT_OSS.items() if key != "quantization_config"}
+
 _PHIMOE = {
     **_PLAIN,
     "architectures": ["PhiMoEForCausalLM"],
@@ -503,6 +505,7 @@ FAMILIES = {
             _GRANITE_MOE_SHARED,
         ),
         Family("gpt-oss", "openai/gpt-oss-20b", "gpt-oss", "gpt-4o", "gpt-4o", _GPT_OSS),
+        Family("gpt-oss-bf16", "unsloth/gpt-oss-20b-BF16", "gpt-oss", "gpt-4o", "gpt-4o", _GPT_OSS_BF16),
         Family("phimoe", "microsoft/Phi-3.5-MoE-instruct", "phimoe", "sentencepiece", None, _PHIMOE),
         Family("afmoe", "arcee-ai/Trinity-Nano-Preview", "afmoe", "afmoe", "afmoe", _AFMOE),
         Family("lfm2moe", "LiquidAI/LFM2-8B-A1B", "lfm2moe", "lfm2", "lfm2", _LFM2_MOE),

@@ -215,6 +215,17 @@ def test_experts_never_reached_are_told_and_get_the_layers_mean(collected: Colle
     assert listed == [1, 5]
 
 
+def test_one_expert_for_each_token(write_model: ModelWriter, tmp_path: Path) -> None:
+    """Guards against: the input of down taken for one that all experts share, where both have the same shape."""
+    model = write_model("olmoe", n_experts=32, n_experts_used=1)
+    report = converter.calibrate(model, tmp_path / "imatrix.gguf", TEXT, max_tokens=16)
+    assert report.unreached
+    sums, _ = read_imatrix(tmp_path / "imatrix.gguf")
+    for layer, expert in report.unreached:
+        up, down = (sums[f"blk.{layer}.ffn_{part}_exps.weight"][expert] for part in ("up", "down"))
+        assert np.ptp(up) > 0 and np.ptp(down) == 0
+
+
 def test_the_format_is_that_of_llama_cpp(collected: Collected) -> None:
     """Guards against: keys and shapes that tools/quantize of llama.cpp refuses (common/imatrix-loader.cpp)."""
     reader = gguf.GGUFReader(collected.imatrix)

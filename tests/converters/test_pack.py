@@ -151,6 +151,16 @@ def test_what_is_not_merged_says_why(write_model: ModelWriter, tmp_path: Path) -
     assert len(read_model(out).expert_tensors) == 6
 
 
+def test_llama_cpp_is_asked_before_a_merged_file_gets_its_name(
+    write_model: ModelWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against: a table of architectures that is wrong for the installed llama.cpp, and files nothing loads."""
+    monkeypatch.setattr("edgemoe.converters.pack.MERGED_GATE_UP", MERGED_GATE_UP | {"olmoe"})
+    with pytest.raises(ConversionError, match=r"llama\.cpp does not load what was made"):
+        pack(write_model("olmoe"), tmp_path / "packed.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_gate_and_up_of_two_types_stay_apart(tmp_path: Path) -> None:
     """Guards against: bytes of one type read as another in a model of mixed precision."""
     source, out = tmp_path / "mixed.gguf", tmp_path / "packed.gguf"

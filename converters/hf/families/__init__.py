@@ -60,8 +60,8 @@ def find_family(hparams: Hparams) -> Family:
         family_name = WITHOUT_ARCHITECTURE.get(name, "MobileMoE")
         raise ConversionError(
             f"cannot convert a {family_name} checkpoint: llama.cpp has no architecture for it among its "
-            f"{len(gguf.MODEL_ARCH_NAMES)} (no graph in src/models/), so no GGUF of it can be run ({hparams.path}); wait "
-            "for llama.cpp to gain one"
+            f"{len(gguf.MODEL_ARCH_NAMES)} (no graph in src/models/), so no GGUF of it can be run ({hparams.path}); "
+            "wait for llama.cpp to gain one"
         )
     known = ", ".join(family.name for family in FAMILIES)
     raise ConversionError(

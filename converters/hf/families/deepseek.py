@@ -32,8 +32,8 @@ def _split_kv_b(tensor: StoredTensor, match: re.Match[str], hparams: Hparams) ->
     n_key, n_value = hparams.count("qk_nope_head_dim"), hparams.count("v_head_dim")
     if tensor.n_rows != n_heads * (n_key + n_value):
         raise ConversionError(
-            f"cannot convert {tensor.name}: it has {tensor.n_rows} rows, expected {n_heads} heads of {n_key} + {n_value} "
-            f"({tensor.path}); config.json and weights are of different models"
+            f"cannot convert {tensor.name}: it has {tensor.n_rows} rows, expected {n_heads} heads of {n_key} + "
+            f"{n_value} ({tensor.path}); config.json and weights are of different models"
         )
     starts = [head * (n_key + n_value) for head in range(n_heads)]
     rank = tensor.n_columns
@@ -78,8 +78,8 @@ _GATING = {"softmax": int(gguf.ExpertGatingFuncType.SOFTMAX), "sigmoid": int(ggu
 def _v2_caveats(hparams: Hparams) -> list[str]:
     if int(hparams.get("n_group") or 1) > 1:
         return [
-            "llama.cpp ranks groups of experts by the sum of their two best, DeepSeek-V2 by the best one: some tokens go "
-            "to other experts than in transformers"
+            "llama.cpp ranks groups of experts by the sum of their two best, DeepSeek-V2 by the best one: some tokens "
+            "go to other experts than in transformers"
         ]
     return []
 

@@ -31,8 +31,8 @@ def _from_blocks(tensor: StoredTensor, match: re.Match[str], hparams: Hparams) -
     if not is_mxfp4 or scales is None or scales.dtype != "U8" or scales.shape != tensor.shape[:3]:
         found = "no scales" if scales is None else f"scales {scales.dtype} {list(scales.shape)}"
         raise ConversionError(
-            f"cannot convert {tensor.name}: found {tensor.dtype} {list(tensor.shape)} with {found}, expected U8 (experts, "
-            f"rows, blocks, 16) with U8 scales for each block, as MXFP4 has ({tensor.path}); download it again"
+            f"cannot convert {tensor.name}: found {tensor.dtype} {list(tensor.shape)} with {found}, expected "
+            f"U8 (experts, rows, blocks, 16), U8 scales of each block, as MXFP4 has ({tensor.path}); download it again"
         )
     n_experts, n_rows, n_blocks, _ = tensor.shape
     names = _names(match, "weight")
@@ -54,7 +54,7 @@ def _from_floats(tensor: StoredTensor, match: re.Match[str], _hparams: Hparams) 
     pieces = []
     for first, name in enumerate(names):
         sources = tuple(
-            Rows(tensor, range(e * n_inputs, (e + 1) * n_inputs), slice(first, None, step), transpose=True)
+            Rows(tensor, range(e * n_inputs, (e + 1) * n_inputs), range(first, n_outputs, step), transpose=True)
             for e in range(n_experts)
         )
         pieces.append(Piece(name, (n_experts, n_outputs // step, n_inputs), sources))
@@ -66,9 +66,18 @@ def _biases(tensor: StoredTensor, match: re.Match[str], _hparams: Hparams) -> li
     names = _names(match, "bias")
     step = len(names)
     return [
-        Piece(name, (n_experts, n_outputs // step), (Rows(tensor, columns=slice(first, None, step)),))
+        Piece(name, (n_experts, n_outputs // step), (Rows(tensor, columns=range(first, n_outputs, step)),))
         for first, name in enumerate(names)
     ]
+
+
+def _caveats(hparams: Hparams) -> list[str]:
+    if hparams.rope.get("truncate") is False:
+        return [
+            "llama.cpp rounds the dimensions between which YaRN mixes frequencies, gpt-oss does not (truncate: false): "
+            "logits differ in the third digit, and a token whose experts score nearly alike may go to others"
+        ]
+    return []
 
 
 GPT_OSS = Family(
@@ -80,11 +89,10 @@ GPT_OSS = Family(
         _Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: ("intermediate_size",),
     },
     computed=lambda hparams: {
-        _Keys.Attention.SLIDING_WINDOW_PATTERN: [
-            kind == "sliding_attention" for kind in hparams.need("layer_types")
-        ],
+        _Keys.Attention.SLIDING_WINDOW_PATTERN: [kind == "sliding_attention" for kind in hparams.need("layer_types")],
     },
     requires={"swiglu_limit": (7.0, None), "hidden_act": ("silu", None)},
+    caveats=_caveats,
     rename=((r"(.*\.sinks)", r"\1.weight"),),
     skip=(r".*\.(gate_up|down)_proj_scales",),
     rules=(

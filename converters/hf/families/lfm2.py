@@ -22,7 +22,9 @@ def _convolution(tensor: StoredTensor, match: re.Match[str], _hparams: Hparams) 
 def _layers(hparams: Hparams) -> Metadata:
     n_heads = hparams.count("num_key_value_heads", "num_attention_heads")
     return {
-        _Keys.Attention.HEAD_COUNT_KV: [n_heads if kind == "full_attention" else 0 for kind in hparams.need("layer_types")]
+        _Keys.Attention.HEAD_COUNT_KV: [
+            n_heads if kind == "full_attention" else 0 for kind in hparams.need("layer_types")
+        ]
     }
 
 
@@ -43,7 +45,10 @@ LFM2_MOE = Family(
         "routed_scaling_factor": (1.0, None),
         "conv_bias": (False, None),
     },
-    rename=((r"(.*)\.expert_bias", r"\1.expert_bias.bias"),),
+    rename=(
+        (r"(.*)\.expert_bias", r"\1.expert_bias.bias"),
+        (r"model\.(layers\.\d+\.feed_forward\.experts\..*)", r"\1"),
+    ),
     rules=(
         Rule(r".*\.conv\.conv\.weight", _convolution),
         *FUSED_EXPERT_RULES,

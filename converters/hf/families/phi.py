@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Phi-3.5-MoE."""
+"""Phi-3.5-MoE.
+
+The model has layer norms; llama.cpp's graph has RMS norms with the same weights and biases. They differ by the mean,
+which a layer norm subtracts. As nothing but norms reads the residual stream, its mean can be removed where it is
+written: embeddings, attention outputs and experts are centred, and then both norms are the same function, in exact
+arithmetic (SliceGPT, arXiv 2401.15024, section 3.2). llama.cpp's own converter does not do so.
+
+What cannot be written into a GGUF is how the model weights its two experts; see `_caveats`.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 
 import gguf
 
 from edgemoe.errors import ConversionError
 
-from ..family import FUSED_EXPERT_RULES, Family, Hparams, Metadata, constant
-from ..sources import Piece
+from ..checkpoint import StoredTensor
+from ..family import Family, Hparams, Metadata, Rule, constant
+from ..sources import Piece, Rows
 
 _Keys = gguf.Keys
 
@@ -39,10 +49,18 @@ def _rope_factors(hparams: Hparams) -> list[Piece]:
     return [constant(f"rope_factors_{kind}.weight", rope[f"{kind}_factor"]) for kind in ("long", "short")]
 
 
+def _centred_rows(tensor: StoredTensor, match: re.Match[str], _hparams: Hparams) -> list[Piece]:
+    return [Piece(match.string, tensor.shape, (Rows(tensor, centre="row"),))]
+
+
+def _centred_matrix(tensor: StoredTensor, match: re.Match[str], _hparams: Hparams) -> list[Piece]:
+    return [Piece(match.string, tensor.shape, (Rows(tensor, centre="matrix"),))]
+
+
 def _caveats(hparams: Hparams) -> list[str]:
     caveats = [
-        "llama.cpp weights the two experts by a softmax that sums to 1, Phi-3.5-MoE each by its own sparse mixer; and it "
-        "has RMS norms where the model has layer norms: its answers differ from transformers'"
+        "llama.cpp weights the two experts of a token by a softmax that sums to 1, Phi-3.5-MoE each on its own (sparse "
+        "mixer, mostly 1 and 1): its answers differ from transformers'"
     ]
     rope = hparams.rope
     if rope.get("long_mscale") != rope.get("short_mscale"):
@@ -57,6 +75,10 @@ PHI_3_5_MOE = Family(
     computed=_rope,
     constants=_rope_factors,
     rename=((r"(.*)\.mlp\.(router\.|experts\.)(.*)", r"\1.block_sparse_moe.\2\3"),),
-    rules=FUSED_EXPERT_RULES,
+    requires={"tie_word_embeddings": (False, None)},
+    rules=(
+        Rule(r"model\.embed_tokens\.weight|.*\.o_proj\.bias", _centred_rows),
+        Rule(r".*\.(o_proj|experts\.\d+\.w2)\.weight", _centred_matrix),
+    ),
     caveats=_caveats,
 )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints and their conversions that several tests share, each made once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+N_SEQUENCES, N_TOKENS = 2, 96
+
+
+class Workshop:
+    """Makes checkpoints, what transformers says of them, and their conversions; equal arguments give the same thing."""
+
+    def __init__(self, folder: Path) -> None:
+        # What these import warns of is for them to mend; the tests' own warnings stay errors.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for package in ("torch", "transformers", "safetensors", "tokenizers", "sentencepiece"):
+                reason = f"{package} is not installed (the extra edgemoe[convert]): no reference to compare with"
+                pytest.importorskip(package, reason=reason)
+        from tests.converters import checkpoints
+
+        self._folder = folder
+        self._checkpoints = checkpoints
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def checkpoint(self, family: str) -> Any:
+        return self._once(
+            ("checkpoint", family), lambda: self._checkpoints.write_checkpoint(self._folder / family, family)
+        )
+
+    def sequences(self) -> list[list[int]]:
+        """Token ids [sequence, position]."""
+        return self._checkpoints.random_tokens(N_SEQUENCES, N_TOKENS)
+
+    def reference(self, family: str) -> npt.NDArray[np.float32]:
+        """Logits [sequence, position, vocabulary] of transformers."""
+        return self._once(
+            ("reference", family),
+            lambda: self._checkpoints.reference_logits(self.checkpoint(family), self.sequences()),
+        )
+
+    def gguf(self, family: str, preset: str) -> Path:
+        """The checkpoint, converted."""
+
+        def make() -> Path:
+            from edgemoe.converters import to_gguf
+
+            checkpoint = self.checkpoint(family)
+            recipe = to_gguf.Recipe(preset=preset, pre_tokenizer=checkpoint.family.pre_tokenizer)
+            path = self._folder / f"{family}-{preset}.gguf"
+            to_gguf.convert(to_gguf.plan_conversion(checkpoint.path, recipe), path)
+            return path
+
+        return self._once(("gguf", family, preset), make)
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._made[key] = make()
+        return self._made[key]
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("checkpoints"))

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Converted checkpoints against transformers: what they compute, in stock llama.cpp and in edgemoe.
+
+Relative errors are max |a - b| / max |b| over all positions and the vocabulary, b being transformers' float32 logits.
+KL is sum p ln(p / q) in nats, p being transformers', averaged over positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.converters.conftest import N_TOKENS, Workshop
+from tests.converters.families import FAMILIES
+from tests.integration.support import sampled, set_residency, stock, streamed
+
+Floats = npt.NDArray[np.float32]
+
+F32_KV = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+"""llama.cpp rounds its cache to 16 bits if not told otherwise, transformers does not."""
+
+SMALL = {**F32_KV, "n_batch": N_TOKENS, "n_threads": 1, "n_threads_batch": 1}
+
+# Everything but MXFP4 experts, whose inputs ggml rounds to 8 bits (`vec_dot_type`), as it does for Q8_0 ones.
+FLOAT_FAMILIES = sorted(set(FAMILIES) - {"gpt-oss"})
+ALL_FAMILIES = sorted(FAMILIES)
+
+
+def edgemoe_streamed(path: Path, **options: Any) -> llama_cpp.Llama:
+    """edgemoe with room for a third of the experts, so that most tokens wait for some to be read."""
+    llm = streamed(path, **options)
+    set_residency(llm, "third")
+    return llm
+
+
+Opener = Callable[..., llama_cpp.Llama]
+OPENERS = [pytest.param(stock, id="stock"), pytest.param(edgemoe_streamed, id="edgemoe")]
+
+
+def all_logits(llm: llama_cpp.Llama, sequences: list[list[int]]) -> Floats:
+    """Logits of each position: the first sequence in one batch, the others half in a batch and half token by token."""
+    result = []
+    for i, tokens in enumerate(sequences):
+        llm.reset()
+        cut = len(tokens) if i == 0 else len(tokens) // 2
+        llm.eval(tokens[:cut])
+        for token in tokens[cut:]:
+            llm.eval([token])
+        result.append(llm.scores[: len(tokens)].copy())
+    return np.stack(result)
+
+
+def relative_error(found: Floats, expected: Floats) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    result: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    return result
+
+
+def mean_kl(found: Floats, expected: Floats) -> float:
+    p, q = log_softmax(expected), log_softmax(found)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("open_model", OPENERS)
+@pytest.mark.parametrize("family", FLOAT_FAMILIES)
+def test_f32_computes_what_transformers_does(workshop: Workshop, family: str, open_model: Opener) -> None:
+    """Guards against any tensor that is misnamed, transposed, permuted or split wrongly, and any hyper-parameter that
+    is missing or means something else: experts, routers, biases, rope, windows, scales."""
+    llm = open_model(workshop.gguf(family, "F32"), **SMALL)
+    found, expected = all_logits(llm, workshop.sequences()), workshop.reference(family)
+    llm.close()
+    assert relative_error(found, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("preset, most", [("BF16", 1e-3), ("F16", 1e-4)])
+@pytest.mark.parametrize("family", FLOAT_FAMILIES)
+def test_16_bits_lose_what_16_bits_lose(workshop: Workshop, family: str, preset: str, most: float) -> None:
+    """Guards against weights that are rounded twice, or of other tensors than matrices. Published weights are BF16, so
+    only activations are rounded; the bounds are of KL, because a token may go to another expert."""
+    llm = stock(workshop.gguf(family, preset), **SMALL)
+    found = all_logits(llm, workshop.sequences())
+    llm.close()
+    assert mean_kl(found, workshop.reference(family)) <= most
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_q8_0_keeps_the_distribution(workshop: Workshop, family: str) -> None:
+    """Guards against blocks along the wrong dimension, and against quantized tensors that have to be exact, such as
+    routers and norms. MXFP4 experts stay MXFP4."""
+    llm = stock(workshop.gguf(family, "Q8_0"), **SMALL)
+    found = all_logits(llm, workshop.sequences())
+    llm.close()
+    assert mean_kl(found, workshop.reference(family)) <= 1e-3
+
+
+@pytest.mark.parametrize("preset", ["F32", "BF16", "F16", "Q8_0"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_edgemoe_says_what_stock_llama_cpp_says(workshop: Workshop, family: str, preset: str) -> None:
+    """Guards against files whose experts edgemoe reads from another place than llama.cpp."""
+    path, prompt = workshop.gguf(family, preset), workshop.sequences()[0][:24]
+    answers, logits = [], []
+    for open_model in (stock, edgemoe_streamed):
+        llm = open_model(path, n_threads=1, n_threads_batch=1)
+        answers.append(sampled(llm, prompt, 24, 0, 0.0))
+        logits.append(llm.scores[: llm.n_tokens].copy())
+        llm.close()
+    assert answers[0] == answers[1]
+    np.testing.assert_array_equal(logits[0], logits[1])
