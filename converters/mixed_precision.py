@@ -28,11 +28,7 @@ from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_met
 
 from . import gemq
 from .cross_entropy import Difference, compare, negative_log_likelihoods
-<<<<<<< HEAD
 from .gguf_file import DEFAULT_ALIGNMENT_BYTES, MetadataValue
-=======
-from .gguf_file import DEFAULT_ALIGNMENT_BYTES
->>>>>>> h-b
 from .gguf_writer import copy_of, sha256_of, write_gguf
 from .quantize import alphaq
 from .quantize.allocation import Allocation, Group, Option, allocate
@@ -347,11 +343,7 @@ def _shares(importance: ImportanceMatrix, tensor: GgufTensor) -> Floats | None:
     return shares
 
 
-<<<<<<< HEAD
 def _copy_with(source: Path, out: Path, metadata: dict[str, MetadataValue], progress: Progress) -> None:
-=======
-def _copy_with(source: Path, out: Path, metadata: dict[str, str], progress: Progress) -> None:
->>>>>>> h-b
     """Copy a GGUF file with more metadata."""
     model = read_model(source)
     alignment = int(model.metadata.get("general.alignment", DEFAULT_ALIGNMENT_BYTES))
