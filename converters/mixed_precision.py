@@ -5,9 +5,9 @@ What an error costs comes from `alphaq` (spectra, no text) or `gemq` (a calibrat
 types cost from `quantize.distortion`, the choice from `quantize.allocation`, which is exact. GGUF has one type for all
 experts of a tensor, so a group is a projection of a layer.
 
-Scores are guesses, so the result is tested: the mixed file and the best one with a single type for all experts within
-the same bytes are both written and predict a text that nothing was fitted to. The mixed one is kept only if it predicts
-it better; else the uniform one is, and the report says so.
+Scores are guesses, so the result is tested: the mixed file and the best one with the same bits for all experts, within
+the same bytes, are both written and predict a text that nothing was fitted to. The mixed one is kept only if it
+predicts it better; else the uniform one is, and the report says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_met
 
 from . import gemq
 from .cross_entropy import Difference, compare, negative_log_likelihoods
-from .gguf_file import DEFAULT_ALIGNMENT_BYTES
+from .gguf_file import DEFAULT_ALIGNMENT_BYTES, MetadataValue
 from .gguf_writer import copy_of, sha256_of, write_gguf
 from .quantize import alphaq
 from .quantize.allocation import Allocation, Group, Option, allocate
@@ -36,7 +36,7 @@ from .quantize.blocks import block_values, row_bytes
 from .quantize.distortion import Floats, Sample, distortions, spread
 from .quantize.importance import ImportanceMatrix
 from .quantize.mixed_file import override_of
-from .quantize.presets import Override, fitting_type
+from .quantize.presets import Override
 from .requantize import Recipe, n_matrices_of, read_rows, requantize, tensors_of
 
 Method = Literal["alphaq", "gemq"]
@@ -47,8 +47,6 @@ CANDIDATES = (
     *(GgmlType.Q5_0, GgmlType.Q6_K, GgmlType.Q8_0),
 )
 """What experts may have: types that edgemoe's own kernels multiply."""
-
-_SMALL_BLOCK = 32  # of what stands in for types of 256
 
 CALIBRATION_TOKENS = 512
 """Tokens for `gemq`: the model runs over them once for each projection of each layer."""
@@ -166,7 +164,7 @@ def score(
 def choose(scores: Scores, bits_per_weight: float) -> tuple[Allocation, Allocation]:
     """The mixed allocation, and the uniform one of least cost, that fit into `bits_per_weight` of the experts.
 
-    Uniform is one type for all experts, with its fallback where rows are no multiple of its blocks.
+    Uniform is the same number of bits for all: of each projection's types with so many or less, the best.
 
     Raises:
         ConversionError: nothing fits.
@@ -174,13 +172,13 @@ def choose(scores: Scores, bits_per_weight: float) -> tuple[Allocation, Allocati
     groups = scores.groups
     budget_bytes = int(bits_per_weight * sum(group.n_weights for group in groups) / 8)
     mixed = allocate(groups, budget_bytes)
-    known = {option.ggml_type for group in groups for option in group.options}
-    uniforms = [found for ggml_type in sorted(known) if (found := _uniform(groups, ggml_type)) is not None]
+    widths = {_bits(group, option) for group in groups for option in group.options}
+    uniforms = [found for width_bits in sorted(widths) if (found := _uniform(groups, width_bits)) is not None]
     fitting = [allocation for allocation in uniforms if allocation.n_bytes <= budget_bytes]
     if not fitting:
-        smallest = min((allocation.bits_per_weight for allocation in uniforms), default=float("inf"))
+        smallest = min(allocation.bits_per_weight for allocation in uniforms)
         raise ConversionError(
-            f"cannot compare with a single type: found none of {bits_per_weight:g} bits per weight or less, the "
+            f"cannot compare with one width for all: found none of {bits_per_weight:g} bits per weight or less, the "
             f"smallest has {smallest:.3f}; ask for more bits per weight"
         )
     return mixed, min(fitting, key=lambda allocation: (allocation.cost, allocation.n_bytes))
@@ -312,16 +310,19 @@ def _group(tensor: GgufTensor, errors: dict[GgmlType, float], weight: float) -> 
     )
 
 
-def _uniform(groups: tuple[Group, ...], ggml_type: GgmlType) -> Allocation | None:
-    """One type for all groups, or what stands in for it; None if a group has neither."""
+def _uniform(groups: tuple[Group, ...], width_bits: float) -> Allocation | None:
+    """For each group the best of `width_bits` per weight or less; None if a group has none."""
     chosen = []
     for group in groups:
-        names = {option.ggml_type: option for option in group.options}
-        option = names.get(ggml_type) or names.get(fitting_type(ggml_type, _SMALL_BLOCK))
-        if option is None:
+        within = [option for option in group.options if _bits(group, option) <= width_bits]
+        if not within:
             return None
-        chosen.append(option)
+        chosen.append(min(within, key=lambda option: (option.cost, option.n_bytes)))
     return Allocation(groups, tuple(chosen))
+
+
+def _bits(group: Group, option: Option) -> float:
+    return option.n_bytes * 8 / group.n_weights
 
 
 def _samples(model: GgufModel, tensor: GgufTensor) -> Iterator[Sample]:
@@ -342,7 +343,7 @@ def _shares(importance: ImportanceMatrix, tensor: GgufTensor) -> Floats | None:
     return shares
 
 
-def _copy_with(source: Path, out: Path, metadata: dict[str, str], progress: Progress) -> None:
+def _copy_with(source: Path, out: Path, metadata: dict[str, MetadataValue], progress: Progress) -> None:
     """Copy a GGUF file with more metadata."""
     model = read_model(source)
     alignment = int(model.metadata.get("general.alignment", DEFAULT_ALIGNMENT_BYTES))

@@ -11,6 +11,7 @@ which adds the errors of both.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ class Recipe:
         preset: as `quantize.presets.find_preset` returns it.
         overrides: types by patterns of names, before those of the preset.
         importance: by tensor, float32 (matrices, columns), as `ImportanceMatrix.for_tensors` returns it.
-        importance_sha256: of the importance matrix; empty without one.
+        importance_sha256: what tells this importance from another, for the record; of its values if empty.
         notes: metadata to add, by key: how the overrides came about.
     """
 
@@ -105,7 +106,8 @@ def requantize(
 ) -> Requantization:
     """Write `out`, the model of the GGUF file `source` quantized anew. See the module for what that means.
 
-    The same arguments give the same bytes. The file appears under its name when it is complete and on the disk.
+    The same arguments give the same bytes; a killed run goes on with the tensor it was at. The file appears under its
+    name when it is complete and on the disk.
 
     Args:
         source: the first file, if it is a split model.
@@ -128,8 +130,8 @@ def requantize(
     described: dict[str, object] = {"quant": recipe.preset}
     if recipe.overrides:
         described["overrides"] = [[override.pattern, override.ggml_type.name] for override in recipe.overrides]
-    if recipe.importance_sha256:
-        described["importance_sha256"] = recipe.importance_sha256
+    if recipe.importance:
+        described["importance_sha256"] = recipe.importance_sha256 or _digest(recipe.importance)
     metadata |= {
         "general.file_type": file_type(recipe.preset),
         "general.quantization_version": int(gguf.GGML_QUANT_VERSION),
@@ -201,6 +203,13 @@ def read_rows(
 def n_matrices_of(tensor: GgufTensor) -> int:
     """Matrices that lie one after the other in a tensor: experts, mostly."""
     return int(np.prod(tensor.shape[2:], dtype=np.int64))
+
+
+def _digest(importance: Mapping[str, Floats]) -> str:
+    digest = hashlib.sha256()
+    for name, columns in sorted(importance.items()):
+        digest.update(name.encode() + columns.tobytes())
+    return digest.hexdigest()
 
 
 def _settle(model: GgufModel, tensors: list[Tensor], choice: Choice) -> Requantization:

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemoe.cli.console import Progress, find_model, print_json, say
+from edgemoe.cli.repack import EXISTING_FILE, FILE, check_out, read_text
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
 
 if TYPE_CHECKING:
     from edgemoe.converters.quantize.presets import Override
 
-EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
 
 @click.command()
-@click.argument("source", metavar="SRC.gguf", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC.gguf", type=FILE)
+@click.argument("out", metavar="OUT.gguf", type=FILE)
 @click.option(
     "--quant",
     required=True,
@@ -51,12 +50,10 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--holdout",
     type=EXISTING_FILE,
     metavar="FILE",
-    help="For --bpw: a text that nothing was fitted to. The mixed file has to predict it better than the best single "
-    "type of as many bytes, or that one is written.",
+    help="For --bpw: a text that nothing was fitted to. The mixed file has to predict it better than the best one "
+    "with the same bits for all experts, or that one is written.",
 )
-@click.option(
-    "--types-out", type=click.Path(path_type=Path), metavar="MIXED.toml", help="Write the types of --bpw here."
-)
+@click.option("--types-out", type=FILE, metavar="MIXED.toml", help="Write the types of --bpw here.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 def quantize(
@@ -77,15 +74,13 @@ def quantize(
     Tensors that are quantized already are made smaller, with the errors of both, but never larger.
     """
     if bits_per_weight is not None and holdout is None:
-        raise click.UsageError("--bpw needs --holdout FILE: a text to compare the result with a single type on.")
+        raise click.UsageError("--bpw needs --holdout FILE: a text to compare the result on.")
     if bits_per_weight is None and (holdout or types_out or calibration):
         raise click.UsageError("--holdout, --calibration and --types-out are for --bpw.")
     find_model(source)
-    if out.exists() and out.samefile(source):
-        raise ConversionError(f"cannot write the model: OUT is SRC itself ({out}); name another file")
     for path in (out, types_out):
-        if path is not None and path.exists() and not force:
-            raise ConversionError(f"cannot write {path}: the file exists; name another or use --force")
+        if path is not None:
+            check_out(source, path, force=force)
     from edgemoe.converters.quantize.importance import read_importance
 
     base, overrides = read_types(quant)
@@ -99,7 +94,7 @@ def quantize(
         if overrides:
             raise click.UsageError("--bpw chooses the types of the experts: give --quant a preset, not a file.")
         assert holdout is not None
-        texts = (_read_text(holdout), None if calibration is None else _read_text(calibration))
+        texts = (read_text(holdout), None if calibration is None else read_text(calibration))
         fields = _quantize_to_bits(source, out, base, bits_per_weight, method, importance, texts, types_out)
     say(f"edgemoe: {out} ({format_size(out.stat().st_size)})")
     if as_json:
@@ -196,10 +191,3 @@ def _quantize_to_bits(
         except OSError as error:
             raise ConversionError(f"cannot write {types_out}: {error.strerror or error}") from error
     return {"out": str(out), "bytes": out.stat().st_size, **describe(report)}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"cannot read {path}: byte {error.start} is not UTF-8; convert it to UTF-8") from error
