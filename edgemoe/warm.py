@@ -19,6 +19,7 @@ where that is too small); CRC-32 of all before it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -256,6 +257,7 @@ class WarmStart:
         self._sets: list[HotSet] = []
         self._n_tokens = 0
         self._is_matched = False
+        self._is_saved = False
         layers = sorted({t.layer for t in model.expert_tensors})
         self._shape = (len(layers), max(t.shape[2] for t in model.expert_tensors))
         # As the runtime numbers slices: tensor by tensor, in the order of `runtime.extents`.
@@ -268,6 +270,8 @@ class WarmStart:
 
     def begin(self) -> None:
         """Find what an earlier run left, and start to read its latest hot set."""
+        # A model that nobody closes is freed when the interpreter can no longer open files.
+        atexit.register(self.save)
         try:
             self._key = model_key(self._model)
             self._path = default_dir() / f"{self._key.hex()[:32]}.warm"
@@ -297,7 +301,11 @@ class WarmStart:
                 self._preload(self._sets[nearest])
 
     def save(self) -> None:
-        """Add what is hot now to the file, unless the session was too short to tell. Never raises."""
+        """Add what is hot now to the file, once, unless the session was too short to tell. Never raises."""
+        atexit.unregister(self.save)
+        if self._is_saved:
+            return
+        self._is_saved = True
         try:
             counts = self._counts()
             n_tokens = counts.sum(axis=1).max() / max(1, self._model.n_experts_used)

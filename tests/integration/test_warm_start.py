@@ -92,6 +92,15 @@ def test_the_model_starts_warm_by_itself(write_model: ModelWriter) -> None:
             assert n_misses is None or llm.stats().expert_misses == n_misses
 
 
+def test_a_model_that_nobody_closes_is_remembered(write_model: ModelWriter) -> None:
+    """Guards against saving when the interpreter has forgotten how to open files, and saying so to whoever exits."""
+    path = write_model("olmoe", **MODEL)
+    code = f"import edgemoe; llm = edgemoe.Llama({str(path)!r}, n_ctx=256, verbose=False); llm.eval({PROMPT + STEPS!r})"
+    result = python(code)
+    assert result.returncode == 0 and "cannot save" not in result.stderr, result.stderr
+    assert [p.suffix for p in _folder().iterdir()] == [".warm"]
+
+
 def test_off_is_off(write_model: ModelWriter) -> None:
     """Guards against a file written, or experts read, where the user has said not to."""
     path = write_model("olmoe", **MODEL)
