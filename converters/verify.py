@@ -306,7 +306,7 @@ def _why_no_logits(model: GgufModel, plan: Plan, logits: str, has_failed: bool) 
     if has_failed and logits != "always":
         return "tensors or metadata differ already"
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-        return "transformers and torch are not installed; install edgemoe[convert]"
+        return "transformers and torch are not installed; install edgemoe[verify]"
     transformers = _transformers()
     model_type = str(plan.checkpoint.config.get("model_type"))
     if model_type not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

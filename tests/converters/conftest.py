@@ -23,7 +23,7 @@ class Workshop:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for package in ("torch", "transformers", "safetensors", "tokenizers", "sentencepiece"):
-                reason = f"{package} is not installed (the extra edgemoe[convert]): no reference to compare with"
+                reason = f"{package} is not installed (the extra edgemoe[verify]): no reference to compare with"
                 pytest.importorskip(package, reason=reason)
         from tests.converters import checkpoints
 
