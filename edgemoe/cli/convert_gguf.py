@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from edgemoe.cli.console import Progress, say
-from edgemoe.cli.convert_quantize import EXISTING_FILE, read_types
+from edgemoe.cli.convert_quantize import read_types
+from edgemoe.cli.repack import EXISTING_FILE
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size, parse_size
 
