@@ -49,9 +49,13 @@ CONFIG = {
 BUFFER_ELEMENTS = 32 << 20
 PROBE_BYTES = 1 << 30
 CHUNK_BYTES = 16 << 20
+# VmHWM and not ru_maxrss, which a child inherits from the process that started it.
 COMMAND = """
-import atexit, resource, sys
-atexit.register(lambda: print("peak_rss_kib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr))
+import atexit, pathlib, sys
+def say_peak():
+    status = pathlib.Path("/proc/self/status").read_text()
+    print("peak_rss_kib", status.split("VmHWM:")[1].split()[0], file=sys.stderr)
+atexit.register(say_peak)
 from edgemoe.cli.main import main
 main()
 """
