@@ -160,7 +160,8 @@ def test_planned_sizes_are_those_of_llama_cpp(
     assert reported("KV") > 0 and reported("compute") > 0
     assert planned.kv_bytes == pytest.approx(reported("KV"), abs=32 << 10)
     experts = runtime.open_runtime(read_model(path), planned.expert_bank_bytes * 2)
-    rehearsed = engine.rehearse(read_model(path), experts, kwargs)
+    with engine.rehearsal(read_model(path), experts, kwargs) as rehearsed:
+        pass
     experts.close()
     assert rehearsed.compute_bytes == pytest.approx(reported("compute"), abs=64 << 10)
     assert rehearsed.output_bytes == pytest.approx(reported("output"), abs=64 << 10)
