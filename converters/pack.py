@@ -145,15 +145,20 @@ def _slice_bytes(tensor: GgufTensor) -> int:
     return tensor.n_bytes // tensor.shape[2]
 
 
-def in_streaming_order(model: GgufModel) -> list[GgufTensor]:
-    """The expert tensors layer by layer, in the order in which they are needed: gate and up, then down."""
+def streaming_place(name: str) -> tuple[int, int]:
+    """Where a tensor belongs in a packed file: what every token needs first, then the experts layer by layer as
+    they are needed, gate and up before down."""
+    match = _PROJECTION.fullmatch(name)
     order = ("gate_up", "gate", "up", "down")
+    if match is not None:
+        return int(match.group(1)), order.index(match.group(2))
+    layer = re.match(r"blk\.(\d+)\..*exps\.weight$", name)
+    return (int(layer.group(1)), len(order)) if layer is not None else (-1, 0)
 
-    def place(tensor: GgufTensor) -> tuple[int, int]:
-        match = _PROJECTION.fullmatch(tensor.name)
-        return tensor.layer, order.index(match.group(2)) if match else len(order)
 
-    return sorted(model.expert_tensors, key=place)
+def in_streaming_order(model: GgufModel) -> list[GgufTensor]:
+    """The expert tensors in the order of a packed file."""
+    return sorted(model.expert_tensors, key=lambda tensor: streaming_place(tensor.name))
 
 
 def _arrange(model: GgufModel, *, is_merging: bool) -> tuple[list[OutTensor], int, str]:

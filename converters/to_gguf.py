@@ -24,6 +24,7 @@ from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
 
 from .gguf_file import DEFAULT_ALIGNMENT_BYTES, Layout, MetadataValue, PartialFile, TensorInfo, lay_out
+from .gguf_writer import PAGE_BYTES
 from .hf.checkpoint import Bytes, Checkpoint, Floats, open_checkpoint
 from .hf.families import find_family
 from .hf.family import Family, Hparams
@@ -31,6 +32,7 @@ from .hf.plan import plan_tensors
 from .hf.pre_tokenizers import check_name
 from .hf.sources import Mxfp4Rows, Piece, Source
 from .hf.tokenizer import convert_tokenizer
+from .pack import streaming_place
 from .quantize.blocks import quantize
 from .quantize.presets import Model, Override, Tensor, choose_types, file_type
 from .rehearsal import rehearse
@@ -72,7 +74,8 @@ class Recipe:
         importance: of tensors by name, the importance of each column: float32 (matrices, columns) with one matrix, or
             one for each expert.
         importance_sha256: what tells this importance from another, for the recipe in the metadata.
-        alignment_bytes: where tensors begin.
+        is_packed: laid out for streaming, as docs/packing.md says, but for merging: tensors begin at pages, experts lie
+            behind everything else, layer by layer in the order of use.
     """
 
     preset: str = "F32"
@@ -80,7 +83,12 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     importance: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
     importance_sha256: str = ""
-    alignment_bytes: int = DEFAULT_ALIGNMENT_BYTES
+    is_packed: bool = False
+
+    @property
+    def alignment_bytes(self) -> int:
+        """Where tensors begin."""
+        return PAGE_BYTES if self.is_packed else DEFAULT_ALIGNMENT_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +150,8 @@ def plan_conversion(folder: Path, recipe: Recipe) -> Plan:
     }
     tokenizer = convert_tokenizer(folder, checkpoint.config, recipe.pre_tokenizer, dict(family.special_tokens))
     types, notes = _choose_types(pieces, recipe, metadata)
+    if recipe.is_packed:
+        pieces = sorted(pieces, key=lambda piece: streaming_place(piece.name))
     tensors = tuple(TensorInfo(piece.name, piece.shape, types[piece.name]) for piece in pieces)
     metadata |= tokenizer.metadata
     metadata |= {
@@ -247,6 +257,8 @@ def _describe(recipe: Recipe) -> str:
         fields["overrides"] = [[override.pattern, override.ggml_type.name] for override in recipe.overrides]
     if recipe.importance:
         fields["importance_sha256"] = recipe.importance_sha256
+    if recipe.is_packed:
+        fields["packed"] = True
     return json.dumps(fields, sort_keys=True)
 
 

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgemoe.cli.console import Progress, say
-from edgemoe.cli.convert_quantize import read_types
-from edgemoe.cli.repack import EXISTING_FILE
+from edgemoe.cli.convert_quantize import check_mixed_options, mixed_options, read_types, write_mixed
+from edgemoe.cli.repack import EXISTING_FILE, check_out, read_text
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from edgemoe.converters.to_gguf import Plan
 
 
 @click.command()
@@ -32,6 +37,8 @@ from edgemoe.sizes import format_size, parse_size
 @click.option(
     "--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer of the vocabulary.  [default: found by its hash]"
 )
+@click.option("--pack", is_flag=True, help="Lay it out for streaming: experts at pages, in the order of use.")
+@mixed_options
 @click.option("--memory", metavar="SIZE", help="Limit of this process's memory, such as 1GiB.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 def gguf(
@@ -40,6 +47,12 @@ def gguf(
     quant: str,
     imatrix: Path | None,
     pre_tokenizer: str | None,
+    pack: bool,
+    bits_per_weight: float | None,
+    method: str,
+    calibration: Path | None,
+    holdout: Path | None,
+    types_out: Path | None,
     memory: str | None,
     force: bool,
 ) -> None:
@@ -51,19 +64,41 @@ def gguf(
         raise ConversionError(f"cannot write the model: OUT is a folder ({out}); name a file in it")
     if out.exists() and not force:
         raise ConversionError(f"cannot write the model: the file exists ({out}); name another or use --force")
+    check_mixed_options(bits_per_weight, holdout, types_out, calibration)
+    if types_out is not None:
+        check_out(checkpoint, types_out, force=force)
+    if bits_per_weight is not None and pack:
+        raise click.UsageError("--bpw and --pack exclude each other: use `edgemoe convert pack` on the result.")
     memory_bytes = None if memory is None else parse_size(memory)
     from edgemoe.converters.quantize.importance import read_importance
     from edgemoe.converters.quantize.presets import Tensor
-    from edgemoe.converters.to_gguf import Recipe, convert, plan_conversion
+    from edgemoe.converters.to_gguf import Recipe, plan_conversion
 
     base, overrides = read_types(quant)
-    recipe = Recipe(base, pre_tokenizer, overrides)
-    if imatrix is not None:
-        matrix = read_importance(imatrix)
-        names = plan_conversion(checkpoint, Recipe(pre_tokenizer=pre_tokenizer)).tensors
-        columns = matrix.for_tensors([Tensor(tensor.name, tensor.shape) for tensor in names])
-        recipe = Recipe(base, pre_tokenizer, overrides, columns, matrix.sha256)
-    plan = plan_conversion(checkpoint, recipe)
+    recipe = Recipe(base, pre_tokenizer, overrides, is_packed=pack)
+    importance = None if imatrix is None else read_importance(imatrix)
+    if bits_per_weight is not None:
+        if overrides:
+            raise click.UsageError("--bpw chooses the types of the experts: give --quant a preset, not a file.")
+        assert holdout is not None
+        texts = (read_text(holdout), None if calibration is None else read_text(calibration))
+        # Types are chosen by the errors that each makes, of weights that have lost next to nothing.
+        whole = out.with_name(f".{out.name}.BF16.gguf")
+        _convert(plan_conversion(checkpoint, Recipe("BF16", pre_tokenizer)), whole, memory_bytes)
+        write_mixed(whole, out, base, bits_per_weight, method, importance, texts, types_out)
+        whole.unlink()
+    else:
+        if importance is not None:
+            names = plan_conversion(checkpoint, Recipe(pre_tokenizer=pre_tokenizer)).tensors
+            columns = importance.for_tensors([Tensor(tensor.name, tensor.shape) for tensor in names])
+            recipe = dataclasses.replace(recipe, importance=columns, importance_sha256=importance.sha256)
+        _convert(plan_conversion(checkpoint, recipe), out, memory_bytes)
+    click.echo(f"{out} ({format_size(out.stat().st_size)})")
+
+
+def _convert(plan: Plan, out: Path, memory_bytes: int | None) -> None:
+    from edgemoe.converters.to_gguf import convert
+
     for note in plan.notes:
         say(f"edgemoe: note: {note}")
     begin_s = time.monotonic()
@@ -71,4 +106,3 @@ def gguf(
         convert(plan, out, memory_bytes=memory_bytes, progress=progress)
     seconds = time.monotonic() - begin_s
     say(f"edgemoe: {plan.family.name}, {len(plan.tensors)} tensors, {seconds:.1f} s")
-    click.echo(f"{out} ({format_size(out.stat().st_size)})")

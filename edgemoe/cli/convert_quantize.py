@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,55 @@ if TYPE_CHECKING:
     from edgemoe.converters.quantize.presets import Override
 
 
+_MIXED_OPTIONS = (
+    click.option(
+        "--bpw",
+        "bits_per_weight",
+        type=click.FloatRange(min=1, max=32),
+        metavar="X",
+        help="Bits per weight of the experts: each projection of each layer gets a type of its own, so that they fit. "
+        "Other tensors follow --quant. Needs --holdout.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(["alphaq", "gemq"]),
+        default="alphaq",
+        show_default=True,
+        help="For --bpw: what tells which projections to spare: their spectra, or a calibration text (with --imatrix).",
+    ),
+    click.option("--calibration", type=EXISTING_FILE, metavar="FILE", help="Text for gemq.  [default: built in]"),
+    click.option(
+        "--holdout",
+        type=EXISTING_FILE,
+        metavar="FILE",
+        help="For --bpw: a text that nothing was fitted to. The mixed file has to predict it better than the best one "
+        "with the same bits for all experts, or that one is written.",
+    ),
+    click.option("--types-out", type=FILE, metavar="MIXED.toml", help="Write the types of --bpw here."),
+)
+
+
+def mixed_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of mixed precision."""
+    for option in reversed(_MIXED_OPTIONS):
+        command = option(command)
+    return command
+
+
+def check_mixed_options(
+    bits_per_weight: float | None, holdout: Path | None, types_out: Path | None, calibration: Path | None
+) -> None:
+    """Options that make no sense without each other.
+
+    Raises:
+        click.UsageError: it is so.
+    """
+    if bits_per_weight is not None and holdout is None:
+        raise click.UsageError("--bpw needs --holdout FILE: a text to compare the result on.")
+    if bits_per_weight is None and (holdout or types_out or calibration):
+        raise click.UsageError("--holdout, --calibration and --types-out are for --bpw.")
+
+
 @click.command()
 @click.argument("source", metavar="SRC.gguf", type=FILE)
 @click.argument("out", metavar="OUT.gguf", type=FILE)
@@ -30,30 +80,7 @@ if TYPE_CHECKING:
 @click.option(
     "--imatrix", type=EXISTING_FILE, metavar="FILE", help="Importance matrix, of `edgemoe calibrate` or llama.cpp."
 )
-@click.option(
-    "--bpw",
-    "bits_per_weight",
-    type=click.FloatRange(min=1, max=32),
-    metavar="X",
-    help="Bits per weight of the experts: each projection of each layer gets a type of its own, so that they fit. "
-    "Other tensors follow --quant. Needs --holdout.",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["alphaq", "gemq"]),
-    default="alphaq",
-    show_default=True,
-    help="For --bpw: what tells which projections to spare: their spectra, or a calibration text (needs --imatrix).",
-)
-@click.option("--calibration", type=EXISTING_FILE, metavar="FILE", help="Text for gemq.  [default: built in]")
-@click.option(
-    "--holdout",
-    type=EXISTING_FILE,
-    metavar="FILE",
-    help="For --bpw: a text that nothing was fitted to. The mixed file has to predict it better than the best one "
-    "with the same bits for all experts, or that one is written.",
-)
-@click.option("--types-out", type=FILE, metavar="MIXED.toml", help="Write the types of --bpw here.")
+@mixed_options
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 def quantize(
@@ -73,10 +100,7 @@ def quantize(
 
     Tensors that are quantized already are made smaller, with the errors of both, but never larger.
     """
-    if bits_per_weight is not None and holdout is None:
-        raise click.UsageError("--bpw needs --holdout FILE: a text to compare the result on.")
-    if bits_per_weight is None and (holdout or types_out or calibration):
-        raise click.UsageError("--holdout, --calibration and --types-out are for --bpw.")
+    check_mixed_options(bits_per_weight, holdout, types_out, calibration)
     find_model(source)
     for path in (out, types_out):
         if path is not None:
@@ -95,7 +119,7 @@ def quantize(
             raise click.UsageError("--bpw chooses the types of the experts: give --quant a preset, not a file.")
         assert holdout is not None
         texts = (read_text(holdout), None if calibration is None else read_text(calibration))
-        fields = _quantize_to_bits(source, out, base, bits_per_weight, method, importance, texts, types_out)
+        fields = write_mixed(source, out, base, bits_per_weight, method, importance, texts, types_out)
     say(f"edgemoe: {out} ({format_size(out.stat().st_size)})")
     if as_json:
         print_json(fields)
@@ -145,7 +169,7 @@ def _quantize(source: Path, out: Path, base: str, overrides: tuple[Override, ...
     }
 
 
-def _quantize_to_bits(
+def write_mixed(
     source: Path,
     out: Path,
     base: str,
@@ -155,6 +179,7 @@ def _quantize_to_bits(
     texts: tuple[str, str | None],
     types_out: Path | None,
 ) -> dict[str, Any]:
+    """Write the file of `--bpw`, say how it compares, and return that for JSON."""
     from edgemoe.converters.mixed_precision import describe, quantize_to_bits
     from edgemoe.converters.quantize.mixed_file import format_mixed
     from edgemoe.converters.upcycle import default_calibration_text
