@@ -335,7 +335,9 @@ class Llama(ProfiledLlama, SpeculativeLlama):
     def _foresee(self, tokens: Sequence[int]) -> None:
         # At most 8: a token and its draft.
         if self._embedding is not None and self._runtime is not None:
-            self._runtime.foresee_tokens(self._embedding.rows(tokens))
+            known = [t for t in tokens if 0 <= t < self._embedding.n_tokens]  # llama.cpp refuses the others
+            if len(known) == len(tokens):
+                self._runtime.foresee_tokens(self._embedding.rows(known))
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, None, None]:
         """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""

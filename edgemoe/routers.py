@@ -89,6 +89,7 @@ class Embedding:
         n_rows = tensor.shape[1]
         raw = (ctypes.c_uint8 * tensor.n_bytes).from_address(address)
         self._rows: npt.NDArray[np.uint8] = np.ctypeslib.as_array(raw).reshape(n_rows, -1)
+        self.n_tokens = n_rows
 
     def rows(self, tokens: Sequence[int]) -> Floats:
         """The embeddings of tokens, as float32 [n_tokens, n_cols]."""
