@@ -15,9 +15,12 @@ namespace {
 std::atomic<bool> g_counting{false};
 std::atomic<int64_t> g_n_allocations{0};
 
-void* CountedAllocate(std::size_t size) {
+void* CountedAllocateOrNull(std::size_t size) {
   if (g_counting.load(std::memory_order_relaxed)) g_n_allocations.fetch_add(1, std::memory_order_relaxed);
-  void* const p = std::malloc(size > 0 ? size : 1);
+  return std::malloc(size > 0 ? size : 1);
+}
+void* CountedAllocate(std::size_t size) {
+  void* const p = CountedAllocateOrNull(size);
   if (p == nullptr) throw std::bad_alloc();
   return p;
 }
@@ -26,6 +29,11 @@ void* CountedAllocate(std::size_t size) {
 // Not inlined: GCC would take one of a pair that it inlined and one that it did not for a mismatch.
 __attribute__((noinline)) void* operator new(std::size_t size) { return CountedAllocate(size); }
 __attribute__((noinline)) void* operator new[](std::size_t size) { return CountedAllocate(size); }
+// The library's stable sorts allocate so.
+__attribute__((noinline)) void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  return CountedAllocateOrNull(size);
+}
+__attribute__((noinline)) void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
 __attribute__((noinline)) void operator delete(void* p) noexcept { std::free(p); }
 __attribute__((noinline)) void operator delete[](void* p) noexcept { std::free(p); }
 __attribute__((noinline)) void operator delete(void* p, std::size_t) noexcept { std::free(p); }
