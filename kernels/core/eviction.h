@@ -78,13 +78,13 @@ inline void Touch(edgemoe_eviction rule, double pass_time, double time, int n_us
     case EDGEMOE_EVICT_LRU:
       heat->key = time;
       break;
-    case EDGEMOE_EVICT_AUTO:  // kept up to date for both; see Rekey
+    case EDGEMOE_EVICT_AUTO:  // its key follows by KeyBy
     case EDGEMOE_EVICT_LFU_DECAY: {
       const double age = time > heat->time ? time - heat->time : 0.0;
       heat->frequency =
           heat->frequency * std::exp2(-age / kDecayHalfLifeTokens) + DecayedUses(n_uses, std::floor(time - pass_time));
       heat->time = time;
-      heat->key = FrequencyKey(*heat);
+      if (rule == EDGEMOE_EVICT_LFU_DECAY) heat->key = FrequencyKey(*heat);
       break;
     }
     case EDGEMOE_EVICT_LEAST_STALE:
@@ -97,10 +97,10 @@ inline void Touch(edgemoe_eviction rule, double pass_time, double time, int n_us
   heat->time = time;
 }
 
-// The key by LRU or LFU_DECAY of what was touched by AUTO.
-inline void Rekey(edgemoe_eviction rule, Heat* heat) {
-  const bool was_touched = heat->time > 0.0 && heat->frequency > 0.0;
-  heat->key = rule == EDGEMOE_EVICT_LFU_DECAY && was_touched ? FrequencyKey(*heat) : heat->time;
+// The key by LRU or LFU_DECAY of what AUTO touches.
+inline double KeyBy(edgemoe_eviction rule, const Heat& heat) {
+  const bool was_touched = heat.time > 0.0 && heat.frequency > 0.0;
+  return rule == EDGEMOE_EVICT_LFU_DECAY && was_touched ? FrequencyKey(heat) : heat.time;
 }
 
 // A slice that an earlier run needed and this one has not used yet: colder than all that were touched, whose times and

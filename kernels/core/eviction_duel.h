@@ -5,13 +5,14 @@
 // the text: in replay of five families fitted to published locality frequency gives 0 to 58 % more tokens/s, where
 // routing only drifts recency does (docs/experiments.md). Sampling a few sets to choose a rule for all is set dueling
 // (Qureshi et al., ISCA 2007); here the layers take the place of the sets.
-// A use costs two comparisons per place of its directories. Thread-compatible.
+// A use costs one comparison per expert of the layer and directory that misses. Thread-compatible.
 #ifndef EDGEMOE_CORE_EVICTION_DUEL_H_
 #define EDGEMOE_CORE_EVICTION_DUEL_H_
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "core/eviction.h"
@@ -36,24 +37,25 @@ class EvictionDuel {
     samples_ = samples;
     for (Directories& of_rule : directories_) {
       of_rule.assign(samples.size(), {});
-      for (size_t i = 0; i < samples.size(); ++i) of_rule[i].entries.resize(static_cast<size_t>(samples[i].n_experts));
+      for (size_t i = 0; i < samples.size(); ++i)
+        of_rule[i].keys.assign(static_cast<size_t>(samples[i].n_experts), kOut);
     }
     misses_ = {};
     n_tokens_ = 0;
   }
   edgemoe_eviction rule() const { return kRules[static_cast<size_t>(in_use_)]; }
 
-  // As Touch in eviction.h; counts: whether a miss of this use is to be counted.
-  void Use(int sample, int expert, double pass_time, double time, int n_uses, bool counts) {
+  // An expert was touched and is as hot as that; counts: whether a miss of this use is to be counted.
+  void Use(int sample, int expert, const Heat& heat, bool counts) {
     for (size_t r = 0; r < kRules.size(); ++r) {
       Directory& d = directories_[r][static_cast<size_t>(sample)];
-      Entry& e = d.entries[static_cast<size_t>(expert)];
-      Touch(kRules[r], pass_time, time, n_uses, &e.heat);
-      if (e.is_in) continue;
-      if (counts) misses_[r] += 1.0;
-      if (d.n_in >= samples_[static_cast<size_t>(sample)].n_places) EvictFrom(&d);
-      e.is_in = true;
-      ++d.n_in;
+      double& key = d.keys[static_cast<size_t>(expert)];
+      if (key == kOut) {
+        if (counts) misses_[r] += 1.0;
+        if (d.n_in >= samples_[static_cast<size_t>(sample)].n_places) EvictFrom(&d);
+        ++d.n_in;
+      }
+      key = KeyBy(kRules[r], heat);
     }
   }
 
@@ -72,23 +74,21 @@ class EvictionDuel {
  private:
   static constexpr std::array<edgemoe_eviction, 2> kRules = {EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY};
 
-  struct Entry {
-    Heat heat;
-    bool is_in = false;
-  };
+  static constexpr double kOut = -std::numeric_limits<double>::infinity();  // the key of an expert that has no place
+
   struct Directory {
-    std::vector<Entry> entries;  // [expert]
+    std::vector<double> keys;  // [expert]
     int n_in = 0;
   };
   using Directories = std::vector<Directory>;  // [sample]
 
   static void EvictFrom(Directory* d) {
-    Entry* coldest = nullptr;
-    for (Entry& e : d->entries) {
-      if (e.is_in && (coldest == nullptr || e.heat.key < coldest->heat.key)) coldest = &e;
+    double* coldest = nullptr;
+    for (double& key : d->keys) {
+      if (key != kOut && (coldest == nullptr || key < *coldest)) coldest = &key;
     }
     if (coldest == nullptr) return;
-    coldest->is_in = false;
+    *coldest = kOut;
     --d->n_in;
   }
 

@@ -171,11 +171,11 @@ void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
   s.n_uses += static_cast<uint64_t>(n_uses);
   Touch(rule_, pass_time_, time, n_uses, &s.heat);
   if (rule_ == EDGEMOE_EVICT_AUTO) {
-    edgemoe::Rekey(duel_.rule(), &s.heat);
+    s.heat.key = KeyBy(duel_.rule(), s.heat);
     const int tensor_idx = file_->TensorOf(slice);
     const int sample = sample_of_tensor_[static_cast<size_t>(tensor_idx)];
     const int64_t expert = slice - file_->tensors()[static_cast<size_t>(tensor_idx)].first_slice;
-    if (sample >= 0) duel_.Use(sample, static_cast<int>(expert), pass_time_, time, n_uses, !in_scan_);
+    if (sample >= 0) duel_.Use(sample, static_cast<int>(expert), s.heat, !in_scan_);
   }
   SetKey(slice, s.heat.key);
 }
@@ -197,7 +197,7 @@ void ExpertCache::EndScan() {
 }
 
 void ExpertCache::Rekey() {
-  for (Slice& s : slices_) edgemoe::Rekey(duel_.rule(), &s.heat);
+  for (Slice& s : slices_) s.heat.key = KeyBy(duel_.rule(), s.heat);
   Reorder();
 }
 
