@@ -37,6 +37,7 @@ from edgemoe.errors import ConversionError
 from edgemoe.formats.gguf import read_model
 
 from . import evaluate
+from .evaluate import GgmlTensor
 from .gguf_file import MetadataValue
 from .gguf_writer import OutTensor, Piece, Progress, no_progress, sha256_of, write_gguf
 
@@ -55,27 +56,6 @@ _GGML_F32, _GGML_I32 = 0, 26
 
 Floats = npt.NDArray[np.float32]
 
-
-class _Tensor(ctypes.Structure):
-    """`struct ggml_tensor` of ggml.h; `check_layout` compares it with the library's."""
-
-
-_Tensor._fields_ = [
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.POINTER(_Tensor)),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-    ("extra", ctypes.c_void_p),
-    ("padding", ctypes.c_char * 8),
-]
 
 _ggml_op_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("ggml_op_name", libggml))
 _ggml_tensor_overhead = ctypes.CFUNCTYPE(ctypes.c_size_t)(("ggml_tensor_overhead", libggml))
@@ -194,9 +174,9 @@ def check_layout() -> None:
         ConversionError: it is another one.
     """
     found = int(_ggml_tensor_overhead()) - _GGML_OBJECT_BYTES
-    if found != ctypes.sizeof(_Tensor):
+    if found != ctypes.sizeof(GgmlTensor):
         raise ConversionError(
-            f"cannot look into llama.cpp: its tensors have {found} bytes, expected {ctypes.sizeof(_Tensor)} "
+            f"cannot look into llama.cpp: its tensors have {found} bytes, expected {ctypes.sizeof(GgmlTensor)} "
             "(ggml_tensor); install llama-cpp-python 0.3.36"
         )
 
@@ -227,7 +207,7 @@ class _Collector:
     def on_tensor(self, address: int, ask: bool, _user_data: int | None) -> bool:
         """llama.cpp asks whether a node is of interest before it is computed, and shows it after."""
         try:
-            node = _Tensor.from_address(address)
+            node = GgmlTensor.from_address(address)
             op = _ggml_op_name(node.op)
             if op not in (b"MUL_MAT", b"MUL_MAT_ID"):
                 return False
@@ -242,7 +222,7 @@ class _Collector:
             self._error = error
             return False  # which ends the evaluation
 
-    def _add(self, name: str, node: _Tensor, *, is_experts: bool) -> None:
+    def _add(self, name: str, node: GgmlTensor, *, is_experts: bool) -> None:
         weights, inputs = node.src[0].contents, node.src[1].contents
         x = _read(node.src[1], np.dtype(np.float32))  # [i3, i2, i1, columns]
         n_matrices = weights.ne[2] * weights.ne[3]
@@ -289,7 +269,7 @@ def _sum_of_squares(rows: Floats) -> Floats:
     return total
 
 
-def _read(tensor: ctypes._Pointer[_Tensor], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+def _read(tensor: ctypes._Pointer[GgmlTensor], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
     """A tensor's values with ggml's dimensions reversed (columns last), whatever its strides."""
     fields = tensor.contents
     address = ctypes.addressof(fields)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""llama.cpp as converters use it: to run a model over a text and see its tensors, and to ask whether it loads one."""
+"""llama.cpp as converters use it: to run a model over a text and see its tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,34 @@ from llama_cpp._ggml import libggml
 
 from edgemoe.errors import ConversionError
 
+
+class GgmlTensor(ctypes.Structure):
+    """`struct ggml_tensor` of ggml.h; `calibrate.check_layout` compares it with the library's."""
+
+
+GgmlTensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(GgmlTensor) * 10),
+    ("view_src", ctypes.POINTER(GgmlTensor)),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+]
+
 # Of a `struct ggml_tensor *`: its name, its bytes, and a copy of some of its data (to, offset, bytes).
 tensor_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_get_name", libggml))
 tensor_n_bytes = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)(("ggml_nbytes", libggml))
 tensor_get = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)(
     ("ggml_backend_tensor_get", libggml)
 )
-
-_CHECK_TOKENS = 32
 
 
 @contextlib.contextmanager
@@ -117,31 +137,3 @@ def decode(model: Path, context: llama_cpp.llama_context_p, tokens: list[int]) -
         llama_cpp.llama_batch_free(batch)
     if status != 0:
         raise ConversionError(f"cannot run {model}: llama_decode returned {status}, expected 0")
-
-
-def check_loads(model: Path) -> None:
-    """Ask llama.cpp to load `model` and to build its graph, without memory for weights or a cache.
-
-    Raises:
-        ConversionError: it refuses.
-    """
-    with quiet_llama_cpp():
-        llama_cpp.llama_backend_init()
-        model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        model_params.no_alloc = True
-        model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-        model_params.use_extra_bufts = False
-        llama = llama_cpp.llama_model_load_from_file(os.fsencode(model), model_params)
-        context = None
-        if llama:
-            params = llama_cpp.llama_context_default_params()
-            params.n_ctx = params.n_batch = params.n_ubatch = _CHECK_TOKENS
-            context = llama_cpp.llama_init_from_model(llama, params)
-            if context:
-                llama_cpp.llama_free(context)
-            llama_cpp.llama_model_free(llama)
-    if not context:
-        raise ConversionError(
-            f"cannot use {model}: llama.cpp does not load what was made; report it, and name the source model"
-        )

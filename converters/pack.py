@@ -22,9 +22,9 @@ from pathlib import Path
 from edgemoe.errors import ConversionError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model, read_raw_metadata
 
-from .evaluate import check_loads
 from .gguf_file import MetadataValue
 from .gguf_writer import PAGE_BYTES, OutTensor, Progress, copy_of, padded, read_range, sha256_of, write_gguf
+from .rehearsal import check_loads
 
 PACK_VERSION = 1
 """Raised whenever the same inputs give another file."""

@@ -24,7 +24,7 @@ from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
 
 from .gguf_file import DEFAULT_ALIGNMENT_BYTES, Layout, MetadataValue, PartialFile, TensorInfo, lay_out
-from .gguf_writer import PAGE_BYTES
+from .gguf_writer import PAGE_BYTES, no_progress
 from .hf.checkpoint import Bytes, Checkpoint, Floats, open_checkpoint
 from .hf.families import find_family
 from .hf.family import Family, Hparams
@@ -187,7 +187,7 @@ def convert(plan: Plan, out: Path, *, memory_bytes: int | None = None, progress:
         ConversionError: a weight is not finite or cannot be encoded, a file cannot be read or written, there is no
             room, the limit of memory is too low, or llama.cpp refuses the header.
     """
-    report = progress or _no_progress
+    report = progress or no_progress
     block_elements = _block_elements(plan, memory_bytes)
     with PartialFile(out, plan.n_bytes) as file:
         layout = plan.layout(_hash_inputs(plan.inputs, file, report))
@@ -333,7 +333,3 @@ def _blocks(source: Source, block_elements: int) -> Iterator[tuple[int, int]]:
     step = max(block_elements // source.n_columns // unit, 1) * unit
     for start in range(0, source.n_rows, step):
         yield start, min(start + step, source.n_rows)
-
-
-def _no_progress(_stage: str, _done: int, _total: int) -> None:
-    """Stands in for a progress callback."""

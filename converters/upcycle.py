@@ -37,6 +37,7 @@ from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
 
 from . import evaluate
+from .gguf_writer import no_progress
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`: `hash` and `write` in bytes, `calibrate` in tokens, `route` in layers."""
@@ -126,7 +127,7 @@ def upcycle(
     Raises:
         ConversionError: an argument or the source does not fit, or the result cannot be written.
     """
-    report = progress or _no_progress
+    report = progress or no_progress
     if not 2 <= n_experts <= MAX_EXPERTS:
         raise ConversionError(f"cannot upcycle into {n_experts} experts: expected 2 to {MAX_EXPERTS} (n_experts)")
     if not 1 <= n_experts_used <= n_experts:
@@ -255,7 +256,7 @@ def capture_activations(
     Raises:
         ConversionError: llama.cpp cannot load or run the model.
     """
-    report = progress or _no_progress
+    report = progress or no_progress
     layer_of = {f"{tensor_name}-{layer}".encode(): layer for layer in range(n_layers)}
     chunk = np.zeros((n_layers, _CHUNK_TOKENS, width), np.float32)
     seen: dict[int, int] = {}
@@ -492,7 +493,3 @@ def _sha256(path: Path, report: Progress) -> str:
             n_done += len(data)
             report("hash", n_done, n_total)
     return digest.hexdigest()
-
-
-def _no_progress(_stage: str, _done: int, _total: int) -> None:
-    """Stands in for a progress callback."""

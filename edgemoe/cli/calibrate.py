@@ -9,24 +9,22 @@ from pathlib import Path
 import click
 
 from edgemoe.cli.console import Progress, find_model, print_json
-from edgemoe.cli.repack import check_out, read_text
+from edgemoe.cli.repack import EXISTING_FILE, FILE, check_out, read_text
 from edgemoe.sizes import format_size
 
 N_SHOWN = 8
 
 
 @click.command()
-@click.argument("model", metavar="MODEL.gguf", type=click.Path(path_type=Path))
+@click.argument("model", metavar="MODEL.gguf", type=FILE)
 @click.option(
     "--text",
     "text_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING_FILE,
     metavar="FILE",
     help="UTF-8 text like what the model will read.  [default: built in]",
 )
-@click.option(
-    "--output", "out", required=True, type=click.Path(path_type=Path), metavar="IMATRIX.gguf", help="Where to write."
-)
+@click.option("--output", "out", required=True, type=FILE, metavar="IMATRIX.gguf", help="Where to write.")
 @click.option("--max-tokens", type=click.IntRange(min=16), metavar="N", help="Tokens of the text to use, at most.")
 @click.option("--force", is_flag=True, help="Overwrite IMATRIX.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON line.")

@@ -11,10 +11,8 @@ from edgemoe.cli.console import Progress, find_model
 from edgemoe.cli.convert_gguf import gguf
 from edgemoe.cli.convert_quantize import quantize
 from edgemoe.cli.convert_verify import verify
-from edgemoe.cli.repack import check_out, lowbit, pack, read_text
+from edgemoe.cli.repack import EXISTING_FILE, FILE, check_out, lowbit, pack, read_text
 from edgemoe.sizes import format_size
-
-EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group()
@@ -27,8 +25,8 @@ for _command in (gguf, verify, quantize, pack, lowbit):
 
 
 @convert.command()
-@click.argument("source", metavar="SRC.gguf", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC.gguf", type=FILE)
+@click.argument("out", metavar="OUT.gguf", type=FILE)
 @click.option(
     "--experts",
     "n_experts",

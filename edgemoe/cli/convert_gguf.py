@@ -62,8 +62,7 @@ def gguf(
     """
     if out.is_dir():
         raise ConversionError(f"cannot write the model: OUT is a folder ({out}); name a file in it")
-    if out.exists() and not force:
-        raise ConversionError(f"cannot write the model: the file exists ({out}); name another or use --force")
+    check_out(checkpoint, out, force=force)
     check_mixed_options(bits_per_weight, holdout, types_out, calibration)
     if types_out is not None:
         check_out(checkpoint, types_out, force=force)

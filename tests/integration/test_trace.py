@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import synthetic
 from edgemoe import runtime, trace
+from edgemoe.converters.evaluate import GgmlTensor
 from edgemoe.errors import TraceError
 from tests.conftest import ModelWriter
 from tests.integration.support import N_VOCAB, StockLlama, logits, set_residency, stock, streamed
@@ -25,25 +26,6 @@ PROMPT, STEPS = TOKENS[:70], TOKENS[70:]
 BATCHES = [64, 6] + [1] * 12
 
 
-class _Tensor(ctypes.Structure):
-    """`ggml_tensor` of the ggml in llama-cpp-python 0.3.36, as kernels/plugins/ggml uses it."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
-
-
 def chosen_by_llama_cpp(path: Path, name: str, dtype: type[Any], dimensions: int) -> dict[int, npt.NDArray[Any]]:
     """Values of the graph nodes `name`-layer in stock llama.cpp: [token, used] by layer, all batches one after another.
 
@@ -52,7 +34,7 @@ def chosen_by_llama_cpp(path: Path, name: str, dtype: type[Any], dimensions: int
     found: dict[int, list[npt.NDArray[Any]]] = {}
 
     def watch(address: int, is_question: bool, _user_data: int | None) -> bool:
-        tensor = ctypes.cast(address, ctypes.POINTER(_Tensor))[0]
+        tensor = ctypes.cast(address, ctypes.POINTER(GgmlTensor))[0]
         node, _, layer = tensor.name.decode().rpartition("-")
         if node != name or is_question:
             return node == name

@@ -8,6 +8,7 @@ that makes keys, transposed, and the part that makes values.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import gguf
@@ -45,8 +46,9 @@ def _split_kv_b(tensor: StoredTensor, match: re.Match[str], hparams: Hparams) ->
     ]
 
 
-def _mla_metadata(hparams: Hparams) -> Metadata:
+def _mla_metadata(hparams: Hparams, scoring: str) -> Metadata:
     rank, n_rope = hparams.count("kv_lora_rank"), hparams.count("qk_rope_head_dim")
+    gating = {"softmax": gguf.ExpertGatingFuncType.SOFTMAX, "sigmoid": gguf.ExpertGatingFuncType.SIGMOID}
     values: Metadata = {
         _Keys.Attention.HEAD_COUNT_KV: 1,
         _Keys.Attention.KV_LORA_RANK: rank,
@@ -61,6 +63,7 @@ def _mla_metadata(hparams: Hparams) -> Metadata:
     }
     if (mscale := hparams.rope.get("mscale_all_dim")) is not None:
         values[_Keys.Rope.SCALING_YARN_LOG_MUL] = 0.1 * float(mscale)  # llama.cpp's deepseek2 divides by 0.1
+    values[_Keys.LLM.EXPERT_GATING_FUNC] = int(gating[hparams.get("scoring_func") or scoring])
     return values
 
 
@@ -72,7 +75,6 @@ _MLA_KEYS = {
     _Keys.LLM.EXPERT_GROUP_USED_COUNT: ("topk_group",),
 }
 _MLA_RULES = (Rule(r"(.*\.self_attn)\.kv_b_proj\.weight", _split_kv_b), *FUSED_EXPERT_RULES)
-_GATING = {"softmax": int(gguf.ExpertGatingFuncType.SOFTMAX), "sigmoid": int(gguf.ExpertGatingFuncType.SIGMOID)}
 
 
 def _v2_caveats(hparams: Hparams) -> list[str]:
@@ -89,10 +91,7 @@ DEEPSEEK_V2 = Family(
     architectures=("DeepseekV2ForCausalLM",),
     arch=gguf.MODEL_ARCH.DEEPSEEK2,
     keys=_MLA_KEYS,
-    computed=lambda hparams: {
-        **_mla_metadata(hparams),
-        _Keys.LLM.EXPERT_GATING_FUNC: _GATING[hparams.get("scoring_func") or "softmax"],
-    },
+    computed=functools.partial(_mla_metadata, scoring="softmax"),
     requires={"scoring_func": ("softmax", "sigmoid", None), "moe_layer_freq": (1, None)},
     rules=_MLA_RULES,
     caveats=_v2_caveats,
@@ -103,10 +102,7 @@ DEEPSEEK_V3 = Family(
     architectures=("DeepseekV3ForCausalLM",),
     arch=gguf.MODEL_ARCH.DEEPSEEK2,
     keys=_MLA_KEYS,
-    computed=lambda hparams: {
-        **_mla_metadata(hparams),
-        _Keys.LLM.EXPERT_GATING_FUNC: _GATING[hparams.get("scoring_func") or "sigmoid"],
-    },
+    computed=functools.partial(_mla_metadata, scoring="sigmoid"),
     requires={"scoring_func": ("sigmoid", None), "moe_layer_freq": (1, None), "rope_interleave": (True, None)},
     rules=_MLA_RULES,
 )
