@@ -32,8 +32,9 @@ Status ExpertCache::Start(uint64_t slots_bytes, int n_io_threads, int n_own_read
     const size_t n = static_cast<size_t>(pool_.classes()[i].n_slices);
     classes_[i].slice_of_slot.assign(n, -1);
     classes_[i].free_slots.reserve(n);
-    classes_[i].evictable.reserve(n);
   }
+  order_.Start(rule_, file_->tensors(), pool_);
+  if (rule_ == EDGEMOE_EVICT_AUTO) order_.UseRule(duel_.rule());
   if (Status s = SetSlotsBytes(slots_bytes); !s.ok()) return s;
   uint64_t scratch_bytes = 0;
   for (const ExpertTensor& t : file_->tensors()) {
@@ -119,8 +120,7 @@ bool ExpertCache::TrimClass(int class_idx, int64_t n_slots) {
     const int64_t slice = c.slice_of_slot[static_cast<size_t>(slot)];
     if (slice < 0) continue;
     if (At(slice).n_pins > 0 || At(slice).state != State::kResident) return false;
-    while (free_slots.empty() && !c.evictable.empty()) {
-      const int64_t coldest = c.evictable.front();
+    for (int64_t coldest; free_slots.empty() && (coldest = order_.Coldest(class_idx)) >= 0;) {
       const int32_t freed = At(coldest).slot;
       DropFromSlot(&c, coldest);
       if (freed < n_slots) free_slots.push_back(freed);
@@ -144,18 +144,16 @@ void ExpertCache::BeginLayer(std::unique_lock<std::mutex>* lock) {
   ++n_layers_;
 }
 
-void ExpertCache::EndLayer() {
+void ExpertCache::EndLayer(int layer) {
+  order_.LeaveLayer(layer);
   --n_layers_;
   NotifyEvent();
 }
 
 double ExpertCache::AdvanceClock(int64_t n_tokens) {
-  if (in_scan_) EndScan();
-  in_scan_ = n_tokens > kMostDecodeTokens;
-  if (rule_ == EDGEMOE_EVICT_AUTO && !in_scan_ && duel_.EndToken()) Rekey();
-  pass_time_ = clock_tokens_;
-  clock_tokens_ += static_cast<double>(n_tokens);
-  return pass_time_;
+  const bool is_scan = n_tokens > kMostDecodeTokens;
+  if (rule_ == EDGEMOE_EVICT_AUTO && !is_scan && duel_.EndToken()) order_.UseRule(duel_.rule());
+  return order_.BeginPass(n_tokens, is_scan);
 }
 
 void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
@@ -165,46 +163,16 @@ void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
     (s.state == State::kResident ? counters_.hint_used_bytes : counters_.hint_late_bytes)
         .fetch_add(file_->Extent(slice).length, std::memory_order_relaxed);
   }
-  if (s.heat.time < 0.0 && s.state == State::kResident) {
+  if (order_.heat(slice).time < 0.0 && s.state == State::kResident) {
     counters_.preload_used_bytes.fetch_add(file_->Extent(slice).length, std::memory_order_relaxed);
   }
   s.n_uses += static_cast<uint64_t>(n_uses);
-  Touch(rule_, pass_time_, time, n_uses, &s.heat);
-  if (rule_ == EDGEMOE_EVICT_AUTO) {
-    s.heat.key = KeyBy(duel_.rule(), s.heat);
-    const int tensor_idx = file_->TensorOf(slice);
-    const int sample = sample_of_tensor_[static_cast<size_t>(tensor_idx)];
-    const int64_t expert = slice - file_->tensors()[static_cast<size_t>(tensor_idx)].first_slice;
-    if (sample >= 0) duel_.Use(sample, static_cast<int>(expert), s.heat, !in_scan_);
-  }
-  SetKey(slice, s.heat.key);
-}
-
-void ExpertCache::SetKey(int64_t slice, double key) {
-  At(slice).heat.key = key;
-  HeapMoved(slice);
-}
-
-void ExpertCache::Pass(int64_t slice) {
-  if (!in_scan_) return;
-  At(slice).passed = true;
-  HeapMoved(slice);
-}
-
-void ExpertCache::EndScan() {
-  for (Slice& s : slices_) s.passed = false;
-  Reorder();
-}
-
-void ExpertCache::Rekey() {
-  for (Slice& s : slices_) s.heat.key = KeyBy(duel_.rule(), s.heat);
-  Reorder();
-}
-
-void ExpertCache::Reorder() {
-  for (ClassState& c : classes_) {
-    for (size_t i = c.evictable.size() / 2; i-- > 0;) HeapSiftDown(&c, i);
-  }
+  const Heat& heat = order_.Touch(slice, time, n_uses);
+  if (rule_ != EDGEMOE_EVICT_AUTO) return;
+  const int tensor_idx = file_->TensorOf(slice);
+  const int sample = sample_of_tensor_[static_cast<size_t>(tensor_idx)];
+  const int64_t expert = slice - file_->tensors()[static_cast<size_t>(tensor_idx)].first_slice;
+  if (sample >= 0) duel_.Use(sample, static_cast<int>(expert), heat, !order_.in_scan());
 }
 
 // The first tensors of a few layers, evenly spread, each with its share of the slots.
@@ -231,48 +199,42 @@ void ExpertCache::StartDuel() {
 
 Acquired ExpertCache::Acquire(int64_t slice) {
   Slice& s = At(slice);
-  ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
   if (s.state == State::kAbsent) {
     bool pack = false;
-    const int32_t slot = TakeSlot(&c, &pack);
+    const int32_t slot = TakeSlot(ClassIdx(slice), &pack);
     if (slot < 0) return Acquired::kNoRoom;
     QueueRead(slice, slot, pack);
     ++s.n_pins;
     return Acquired::kStarted;
   }
-  if (s.heap_idx >= 0) {
-    HeapErase(&c, slice);
-  }
+  if (order_.Contains(slice)) order_.Erase(slice);
   ++s.n_pins;
   return s.state == State::kResident ? Acquired::kResident : Acquired::kJoined;
 }
 
-bool ExpertCache::MayReadAhead(const ClassState& c, double time) const {
-  if (!c.free_slots.empty()) return true;
-  if (c.evictable.empty()) return false;
-  const Slice& coldest = At(c.evictable.front());
-  return coldest.passed || coldest.heat.time < time;
+bool ExpertCache::MayReadAhead(int class_idx) const {
+  if (!classes_[static_cast<size_t>(class_idx)].free_slots.empty()) return true;
+  const int64_t coldest = order_.Coldest(class_idx);
+  return coldest >= 0 && !order_.Needed(coldest);
 }
 
-bool ExpertCache::ReadAhead(int64_t slice, double time) {
-  ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
+bool ExpertCache::ReadAhead(int64_t slice) {
   if (!Absent(slice)) return true;
-  if (!MayReadAhead(c, time)) return false;
+  if (!MayReadAhead(ClassIdx(slice))) return false;
   bool pack = false;
-  const int32_t slot = TakeSlot(&c, &pack);
+  const int32_t slot = TakeSlot(ClassIdx(slice), &pack);
   QueueRead(slice, slot, pack);
   return true;
 }
 
-void ExpertCache::SetHints(const std::vector<int64_t>& slices, double time) {
+void ExpertCache::SetHints(const std::vector<int64_t>& slices) {
   DropHints();
   if (resizing_) return;
   hints_.assign(slices.begin(), slices.begin() + static_cast<std::ptrdiff_t>(std::min(slices.size(), kMaxHints)));
-  hint_time_ = time;
   for (int64_t slice : hints_) {
     Slice& s = At(slice);
     s.hinted = true;
-    if (s.heap_idx >= 0) HeapErase(&classes_[static_cast<size_t>(ClassIdx(slice))], slice);
+    if (order_.Contains(slice)) order_.Erase(slice);
   }
   if (!hints_.empty()) queue_cv_.notify_all();
 }
@@ -282,9 +244,7 @@ void ExpertCache::DropHints() {
     Slice& s = At(slice);
     if (!s.hinted) continue;
     s.hinted = false;
-    if (s.state == State::kResident && s.n_pins == 0) {
-      HeapInsert(&classes_[static_cast<size_t>(ClassIdx(slice))], slice);
-    }
+    if (s.state == State::kResident && s.n_pins == 0) order_.Insert(slice);
   }
   hints_.clear();
   next_hint_ = 0;
@@ -293,9 +253,7 @@ void ExpertCache::DropHints() {
 void ExpertCache::Release(int64_t slice) {
   Slice& s = At(slice);
   if (--s.n_pins > 0) return;
-  if (s.state == State::kResident && !s.hinted) {
-    HeapInsert(&classes_[static_cast<size_t>(ClassIdx(slice))], slice);
-  }
+  if (s.state == State::kResident && !s.hinted) order_.Insert(slice);
   NotifyEvent();
 }
 
@@ -316,24 +274,28 @@ void ExpertCache::NotifyEvent() {
   if (n_event_waiters_ > 0) event_cv_.notify_all();
 }
 
-int32_t ExpertCache::TakeSlot(ClassState* c, bool* was_free) {
-  *was_free = !c->free_slots.empty();
+int32_t ExpertCache::TakeSlot(int class_idx, bool* was_free) {
+  ClassState& c = classes_[static_cast<size_t>(class_idx)];
+  *was_free = !c.free_slots.empty();
   if (!*was_free) {
-    if (c->evictable.empty()) DropHints();  // what is needed goes before what may be
-    if (c->evictable.empty()) return -1;
-    const int64_t victim = c->evictable.front();
+    int64_t victim = order_.Coldest(class_idx);
+    if (victim < 0) {
+      DropHints();  // what is needed goes before what may be
+      victim = order_.Coldest(class_idx);
+    }
+    if (victim < 0) return -1;
     const int32_t slot = At(victim).slot;
-    DropFromSlot(c, victim);
+    DropFromSlot(&c, victim);
     return slot;
   }
-  const int32_t slot = c->free_slots.back();
-  c->free_slots.pop_back();
+  const int32_t slot = c.free_slots.back();
+  c.free_slots.pop_back();
   return slot;
 }
 
 void ExpertCache::DropFromSlot(ClassState* c, int64_t slice) {
   Slice& s = At(slice);
-  HeapErase(c, slice);
+  order_.Erase(slice);
   c->slice_of_slot[static_cast<size_t>(s.slot)] = -1;
   s.slot = -1;
   s.state = State::kAbsent;
@@ -376,10 +338,9 @@ bool ExpertCache::NextHint(CacheRead* read) {
   for (; next_hint_ < hints_.size(); ++next_hint_) {
     const int64_t slice = hints_[next_hint_];
     if (!Absent(slice)) continue;
-    ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
-    if (!MayReadAhead(c, hint_time_)) continue;
+    if (!MayReadAhead(ClassIdx(slice))) continue;
     bool pack = false;
-    const int32_t slot = TakeSlot(&c, &pack);
+    const int32_t slot = TakeSlot(ClassIdx(slice), &pack);
     TakeForRead(slice, slot, pack);
     At(slice).read_ahead = true;
     ++next_hint_;
@@ -401,7 +362,7 @@ void ExpertCache::FinishRead(const CacheRead& read, Status status) {
   if (status.ok()) {
     counters_.bytes_read.fetch_add(file_->Extent(read.slice).length, std::memory_order_relaxed);
     s.state = State::kResident;
-    if (s.n_pins == 0 && !s.hinted) HeapInsert(&c, read.slice);
+    if (s.n_pins == 0 && !s.hinted) order_.Insert(read.slice);
   } else {
     c.slice_of_slot[static_cast<size_t>(s.slot)] = -1;
     c.free_slots.push_back(s.slot);
@@ -437,59 +398,6 @@ void ExpertCache::ReaderLoop(std::vector<char>* scratch) {
     Status status = ReadAndPack(read, scratch->data());
     lock.lock();
     FinishRead(read, std::move(status));
-  }
-}
-
-void ExpertCache::HeapMoved(int64_t slice) {
-  const Slice& s = At(slice);
-  if (s.heap_idx < 0) return;
-  ClassState& c = classes_[static_cast<size_t>(ClassIdx(slice))];
-  HeapSiftUp(&c, static_cast<size_t>(s.heap_idx));
-  HeapSiftDown(&c, static_cast<size_t>(s.heap_idx));
-}
-
-void ExpertCache::HeapInsert(ClassState* c, int64_t slice) {
-  c->evictable.push_back(slice);
-  At(slice).heap_idx = static_cast<int32_t>(c->evictable.size() - 1);
-  HeapSiftUp(c, c->evictable.size() - 1);
-}
-
-void ExpertCache::HeapErase(ClassState* c, int64_t slice) {
-  const size_t i = static_cast<size_t>(At(slice).heap_idx);
-  At(slice).heap_idx = -1;
-  const int64_t last = c->evictable.back();
-  c->evictable.pop_back();
-  if (last == slice) return;
-  c->evictable[i] = last;
-  At(last).heap_idx = static_cast<int32_t>(i);
-  HeapSiftUp(c, i);
-  HeapSiftDown(c, static_cast<size_t>(At(last).heap_idx));
-}
-
-void ExpertCache::HeapSiftUp(ClassState* c, size_t i) {
-  auto& heap = c->evictable;
-  while (i > 0) {
-    const size_t parent = (i - 1) / 2;
-    if (!Colder(heap[i], heap[parent])) return;
-    std::swap(heap[parent], heap[i]);
-    At(heap[parent]).heap_idx = static_cast<int32_t>(parent);
-    At(heap[i]).heap_idx = static_cast<int32_t>(i);
-    i = parent;
-  }
-}
-
-void ExpertCache::HeapSiftDown(ClassState* c, size_t i) {
-  auto& heap = c->evictable;
-  for (;;) {
-    size_t least = i;
-    for (size_t child = 2 * i + 1; child <= 2 * i + 2 && child < heap.size(); ++child) {
-      if (Colder(heap[child], heap[least])) least = child;
-    }
-    if (least == i) return;
-    std::swap(heap[least], heap[i]);
-    At(heap[least]).heap_idx = static_cast<int32_t>(least);
-    At(heap[i]).heap_idx = static_cast<int32_t>(i);
-    i = least;
   }
 }
 

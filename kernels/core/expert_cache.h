@@ -2,6 +2,7 @@
 // expert_cache.h: which slices are resident, and the threads that read the ones that are not.
 // A slice is absent, loading or resident. Acquire pins it, so that it is not evicted, and starts the read when
 // it is absent; Release unpins it. Reads run without the lock; a failed read leaves the slice absent.
+// Which slice is evicted is said in eviction_order.h.
 // *Hints* are slices that the next layers may use. While they stand, those that are resident are not evicted as long as
 // there is anything else to evict, and those that are absent are read when nothing that a layer waits for is left to
 // read. A hint holds no slot before its read begins, so dropping it costs nothing.
@@ -27,6 +28,7 @@
 #include "core/arithmetic.h"
 #include "core/eviction.h"
 #include "core/eviction_duel.h"
+#include "core/eviction_order.h"
 #include "core/expert_file.h"
 #include "core/slot_pool.h"
 #include "core/status.h"
@@ -100,21 +102,24 @@ class ExpertCache {
   // A session begins and ends a layer. Shrinking waits for the layers in progress and lets no other begin, so that
   // neither pins nor promises of slots outlive the slots.
   void BeginLayer(std::unique_lock<std::mutex>* lock);
-  void EndLayer();
   // Begin a batch of n_tokens; returns the time of its first token.
   double AdvanceClock(int64_t n_tokens);
+  // After BeginLayer: the layer, and its batch. With 0 tokens the layer's clock does not run, as whoever sets keys
+  // wants it.
+  void EnterLayer(int layer, double batch_time, int64_t n_tokens) { order_.EnterLayer(layer, batch_time, n_tokens); }
+  void EndLayer(int layer);
   void TouchSlice(int64_t slice, double time, int n_uses);
   // Put a slice elsewhere in the order of eviction than the rule would: for whoever knows its next use.
-  void SetKey(int64_t slice, double key);
+  void SetKey(int64_t slice, double key) { order_.SetKey(slice, key); }
   Acquired Acquire(int64_t slice);
-  // Start reading without pinning, but only over slices last used before `time` or passed by a scan.
-  bool ReadAhead(int64_t slice, double time);
+  // Start reading without pinning, but only over slices that no layer in progress has asked for.
+  bool ReadAhead(int64_t slice);
   void Release(int64_t slice);
   // The batch in progress will not use the slice again.
-  void Pass(int64_t slice);
-  // Replace all hints, the likeliest first; reads already under way go on. Only slots of slices last used before
-  // `time` or passed by a scan are given to them. Hints beyond kMaxHints are dropped.
-  void SetHints(const std::vector<int64_t>& slices, double time);
+  void Pass(int64_t slice) { order_.Pass(slice); }
+  // Replace all hints, the likeliest first; reads already under way go on. Slots of slices that a layer in progress has
+  // asked for are not given to them. Hints beyond kMaxHints are dropped.
+  void SetHints(const std::vector<int64_t>& slices);
   bool Hinted(int64_t slice) const { return At(slice).hinted; }
   // Whether every slice has a slot of its own.
   bool HoldsEverything() const { return holds_everything_; }
@@ -140,19 +145,15 @@ class ExpertCache {
   struct Slice {
     State state = State::kAbsent;
     bool packed = false;
-    bool hinted = false;      // kept out of the heap while it is
+    bool hinted = false;      // kept out of the order of eviction while it is
     bool read_ahead = false;  // read for a hint and not used since
-    bool passed = false;      // by the scan in progress
     int32_t slot = -1;
     int32_t n_pins = 0;
-    int32_t heap_idx = -1;
     uint64_t n_uses = 0;
-    Heat heat;
   };
   struct ClassState {
     std::vector<int32_t> free_slots;
     std::vector<int64_t> slice_of_slot;
-    std::vector<int64_t> evictable;  // binary heap of unpinned resident slices, the coldest first
   };
 
   static constexpr size_t kMaxHints = 1024;
@@ -160,24 +161,12 @@ class ExpertCache {
   Slice& At(int64_t slice) { return slices_[static_cast<size_t>(slice)]; }
   const Slice& At(int64_t slice) const { return slices_[static_cast<size_t>(slice)]; }
 
-  bool Colder(int64_t a, int64_t b) const {
-    const Slice &x = At(a), &y = At(b);
-    return x.passed != y.passed ? x.passed : x.heat.key < y.heat.key;
-  }
-  void EndScan();
   void StartDuel();
-  void Rekey();                   // the duel has another rule
-  void Reorder();                 // all keys have changed
-  void HeapMoved(int64_t slice);  // its key has changed
-  void HeapInsert(ClassState* c, int64_t slice);
-  void HeapErase(ClassState* c, int64_t slice);
-  void HeapSiftUp(ClassState* c, size_t i);
-  void HeapSiftDown(ClassState* c, size_t i);
-  int32_t TakeSlot(ClassState* c, bool* was_free);  // -1: none free or evictable
+  int32_t TakeSlot(int class_idx, bool* was_free);  // -1: none free or evictable
   void DropFromSlot(ClassState* c, int64_t slice);
   void TakeForRead(int64_t slice, int32_t slot, bool pack);
   void QueueRead(int64_t slice, int32_t slot, bool pack);
-  bool MayReadAhead(const ClassState& c, double time) const;
+  bool MayReadAhead(int class_idx) const;
   bool NextHint(CacheRead* read);
   void DropHints();
   bool NextPreload(CacheRead* read);
@@ -196,11 +185,9 @@ class ExpertCache {
   std::vector<Slice> slices_;
   std::vector<ClassState> classes_;
   std::vector<int64_t> promised_;
-  int n_layers_ = 0;       // in progress
-  bool resizing_ = false;  // one SetSlotsBytes at a time
-  double clock_tokens_ = 0.0;
-  double pass_time_ = 0.0;  // of the first token of the batch that began last
-  bool in_scan_ = false;
+  int n_layers_ = 0;                       // in progress
+  bool resizing_ = false;                  // one SetSlotsBytes at a time
+  EvictionOrder order_;                    // of resident slices that are neither pinned nor hinted
   EvictionDuel duel_;                      // with EDGEMOE_EVICT_AUTO
   std::vector<int32_t> sample_of_tensor_;  // of the duel, or -1
   Status last_error_;
@@ -215,8 +202,7 @@ class ExpertCache {
   size_t queue_head_ = 0;
   size_t queue_size_ = 0;
   std::vector<int64_t> hints_;
-  size_t next_hint_ = 0;  // the first whose read has not begun
-  double hint_time_ = 0.0;
+  size_t next_hint_ = 0;    // the first whose read has not begun
   int n_demand_reads_ = 0;  // under way: what a layer waits for
   int n_hint_reads_ = 0;    // under way: hints and preloads
   int max_hint_reads_ = 1;

@@ -35,11 +35,11 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   cache_->BeginLayer(&lock);
   if (first.layer <= last_layer_ || n_tokens != last_n_tokens_ || last_layer_ < 0) {
     batch_time_ = cache_->AdvanceClock(n_tokens);
-    prefetch_depth_ = prefetch_->BeginBatch(cache_, n_tokens, batch_time_);
+    prefetch_depth_ = prefetch_->BeginBatch(cache_, n_tokens);
   }
+  cache_->EnterLayer(first.layer, batch_time_, n_tokens);
   last_layer_ = layer_ = first.layer;
   last_n_tokens_ = n_tokens;
-  layer_fraction_ = static_cast<double>(first.layer + 1) / 65536.0;
   active_ = true;
   prefetch_->BeginLayer(first.layer, tensor_idxs_, chosen_of_expert_, chosen_.size());
   trace_.Begin(*cache_, tensor_idxs_, expert_of_.data(), n_tokens, n_used);
@@ -112,7 +112,7 @@ void MoeLayer::CountAndPin() {
   CacheCounters& counters = cache_->counters();
   for (ChosenExpert& c : chosen_) {
     bool absent = false, loading = false;
-    const double time = batch_time_ + c.last_time + layer_fraction_;
+    const double time = batch_time_ + c.last_time;
     for (int32_t t : tensor_idxs_) {
       const int64_t slice = Slice(t, c.expert);
       absent |= cache_->Absent(slice);
@@ -172,7 +172,7 @@ void MoeLayer::End() {
   for (size_t i = 0; i < shares_.size(); ++i) cache_->Promised(static_cast<int>(i)) -= shares_[i].n_held;
   pinned_.clear();
   active_ = false;
-  cache_->EndLayer();
+  cache_->EndLayer(layer_);
 }
 
 }  // namespace edgemoe

@@ -110,7 +110,6 @@ class MoeLayer {
   int last_layer_ = -1;
   int64_t last_n_tokens_ = 0;
   double batch_time_ = 0.0;  // time of the batch's first token
-  double layer_fraction_ = 0.0;
   std::vector<int32_t> tensor_idxs_;
   std::vector<ChosenExpert> chosen_;  // in the order in which they are acquired
   std::vector<int32_t> chosen_of_expert_;

@@ -99,7 +99,7 @@ void MoeLayer::Foresee() {
                              &foresight_);
   }
   std::lock_guard<std::mutex> lock(cache_->mutex());
-  prefetch_->SetHints(cache_, foresight_, batch_time_, last_n_tokens_ <= kMostDecodeTokens);
+  prefetch_->SetHints(cache_, foresight_, last_n_tokens_ <= kMostDecodeTokens);
 }
 
 // Each distinct input is brought into its activation format once, however many products and experts use it.
@@ -274,7 +274,7 @@ void MoeLayer::CollectAndIssue() {
       loading_.push_back(task);
     }
   }
-  while (next_ahead_ < ahead_.size() && cache_->ReadAhead(ahead_[next_ahead_], batch_time_)) ++next_ahead_;
+  while (next_ahead_ < ahead_.size() && cache_->ReadAhead(ahead_[next_ahead_])) ++next_ahead_;
 }
 
 void MoeLayer::Work(int thread_idx) {

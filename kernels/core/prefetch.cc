@@ -13,7 +13,7 @@ constexpr int64_t kSampledTokens = 32;
 
 }  // namespace
 
-int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time) {
+int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens) {
   const auto now = std::chrono::steady_clock::now();
   if (n_tokens == 1 && in_decode_) {
     controller.OnToken(std::chrono::duration<double, std::micro>(now - last_token_).count());
@@ -22,7 +22,6 @@ int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time
   }
   last_token_ = now;
   in_decode_ = n_tokens == 1;
-  next_batch_time_ = batch_time + static_cast<double>(n_tokens);
   const bool in_prompt = n_tokens > kMostDecodeTokens;
   if (++n_batches_ == 2) {
     // Layers that the first batch did not use are no part of the graph: heads for drafts, say.
@@ -34,7 +33,7 @@ int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time
   const int depth = cache->HoldsEverything() ? 0 : wanted;
   if (depth == 0) {
     // Nobody will replace what the batch before has left.
-    cache->SetHints({}, batch_time);
+    cache->SetHints({});
     predicted_layer_ = -1;
   }
   return depth;
@@ -61,7 +60,7 @@ void Prefetch::BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs,
   predicted_layer_ = -1;
 }
 
-void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, double batch_time, bool counts) {
+void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, bool counts) {
   hints_.clear();
   predicted_layer_ = -1;
   for (int i = 0; i < f.n_layers; ++i) {
@@ -84,7 +83,7 @@ void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, double batch_tim
       predicted_experts_.assign(next.experts.begin(), next.experts.end());
     }
   }
-  cache->SetHints(hints_, batch_time);
+  cache->SetHints(hints_);
 }
 
 Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, int n_routers, int max_depth,
@@ -164,12 +163,10 @@ void Prefetch::ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const
 void Prefetch::ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_t n_tokens) {
   std::lock_guard<std::mutex> token_lock(token_mutex_);
   int depth = 0;
-  double time = 0.0;
   {
     std::lock_guard<std::mutex> lock(cache->mutex());
     // The first layer of the batch before went by the depth of its own token; so does the one that comes.
     depth = cache->HoldsEverything() ? 0 : controller.depth();
-    time = next_batch_time_;
   }
   if (depth == 0) return;
   const size_t n_cols = static_cast<size_t>(predictor.n_cols());
@@ -184,7 +181,7 @@ void Prefetch::ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_
   Foresee(Predictor::kToken, depth, reinterpret_cast<const char*>(token_state_.data()), n_cols * sizeof(float),
           n_tokens, &token_foresight_);
   std::lock_guard<std::mutex> lock(cache->mutex());
-  SetHints(cache, token_foresight_, time, true);
+  SetHints(cache, token_foresight_, true);
 }
 
 }  // namespace edgemoe

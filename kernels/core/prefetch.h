@@ -52,12 +52,12 @@ class Prefetch {
   // --- with the cache's lock ---
   // A batch begins; returns the depth to look ahead from its layers. The controller, which knows decoding only, has no
   // say in a prompt.
-  int BeginBatch(ExpertCache* cache, int64_t n_tokens, double batch_time);
+  int BeginBatch(ExpertCache* cache, int64_t n_tokens);
   // A layer begins with these tensors, in the order of use, and has chosen the experts with chosen_of_expert >= 0.
   void BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs, const std::vector<int32_t>& chosen_of_expert,
                   size_t n_chosen);
   // counts: whether to compare with what is chosen then.
-  void SetHints(ExpertCache* cache, const Foresight& foresight, double batch_time, bool counts);
+  void SetHints(ExpertCache* cache, const Foresight& foresight, bool counts);
 
  private:
   std::vector<int> n_used_of_layer_;  // immutable after Start
@@ -72,7 +72,6 @@ class Prefetch {
   int predicted_layer_ = -1;
   std::chrono::steady_clock::time_point last_token_;  // when the last token of decode began
   bool in_decode_ = false;                            // the batch before was one token
-  double next_batch_time_ = 0.0;
 
   std::mutex token_mutex_;  // of the two below
   Foresight token_foresight_;

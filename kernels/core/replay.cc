@@ -145,7 +145,7 @@ void Replayer::BeginBatch(int64_t n_tokens) {
   const int wanted = n_tokens <= kMostDecodeTokens ? controller_.depth() : std::min(options_.prefetch_depth, 1);
   depth_ = cache_->HoldsEverything() ? 0 : wanted;
   predicted_layer_ = -1;
-  if (!cache_->HoldsEverything()) cache_->SetHints({}, batch_time_);
+  if (!cache_->HoldsEverything()) cache_->SetHints({});
 }
 
 // As MoeLayer::CountAndPin, with Promise for one session.
@@ -155,7 +155,7 @@ void Replayer::CountAndPin(int64_t batch, int layer) {
   CacheCounters& counters = cache_->counters();
   for (const ReplayUse* u = trace_.begin(step); u != trace_.end(step); ++u) {
     bool absent = false, loading = false;
-    const double time = batch_time_ + u->last_token + static_cast<double>(layer + 1) / 65536.0;
+    const double time = batch_time_ + u->last_token;
     for (int i = 0; i < n_slices; ++i) {
       const int64_t slice = Slice(layer, i, u->expert);
       absent |= cache_->Absent(slice);
@@ -211,7 +211,7 @@ void Replayer::CollectAndIssue() {
     if (acquired == Acquired::kNoRoom) return;
     (acquired == Acquired::kResident ? ready_ : loading_).push_back(task);
   }
-  while (next_ahead_ < ahead_.size() && cache_->ReadAhead(ahead_[next_ahead_], batch_time_)) ++next_ahead_;
+  while (next_ahead_ < ahead_.size() && cache_->ReadAhead(ahead_[next_ahead_])) ++next_ahead_;
 }
 
 // As MoeLayer::RunTasks: projections [first, first + n) of the layer.
@@ -292,7 +292,7 @@ void Replayer::Predict(int64_t batch, int layer) {
       predicted_ = predicted_next_;
     }
   }
-  cache_->SetHints(hints_, batch_time_);
+  cache_->SetHints(hints_);
   StartReads();
 }
 
@@ -344,6 +344,9 @@ Status Replayer::RunLayer(int64_t batch, int layer) {
   AdvanceTo(now_us_ + options_.dense_us * RowsCost(trace_.n_tokens(batch)));
   cache_->BeginLayer(&lock_);
   if (layer == 0) BeginBatch(trace_.n_tokens(batch));
+  // Belady's keys are distances, which no clock changes.
+  const bool is_belady = options_.policy == EDGEMOE_REPLAY_BELADY;
+  cache_->EnterLayer(layer, batch_time_, is_belady ? 0 : trace_.n_tokens(batch));
   const int64_t step = trace_.Step(batch, layer);
   if (predicted_layer_ == layer) {
     n_predicted_ += predicted_.size();
@@ -358,7 +361,7 @@ Status Replayer::RunLayer(int64_t batch, int layer) {
   if (status.ok() && n_slices > 1) status = RunTasks(batch, layer, n_slices - 1, 1);
   for (int64_t slice : pinned_) cache_->Release(slice);
   pinned_.clear();
-  cache_->EndLayer();
+  cache_->EndLayer(layer);
   return status;
 }
 

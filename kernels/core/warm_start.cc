@@ -15,7 +15,7 @@ std::vector<int64_t> ExpertCache::HotSlices() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (int64_t slice = 0; slice < file_->n_slices(); ++slice) {
-      if (Resident(slice)) found.emplace_back(-At(slice).heat.key, slice);
+      if (Resident(slice)) found.emplace_back(-order_.Warmth(slice), slice);
     }
   }
   std::sort(found.begin(), found.end());
@@ -68,8 +68,7 @@ bool ExpertCache::NextPreload(CacheRead* read) {
     const int32_t slot = c.free_slots.back();
     c.free_slots.pop_back();
     TakeForRead(slice, slot, true);
-    Heat& heat = At(slice).heat;
-    if (heat.time <= 0.0) Remember(static_cast<int64_t>(next_preload_), &heat);
+    order_.Remember(slice, static_cast<int64_t>(next_preload_));
     ++next_preload_;
     ++n_hint_reads_;
     ++n_preload_reads_;

@@ -13,6 +13,9 @@
 namespace edgemoe::test {
 namespace {
 
+// A pass that begins with the token of that time, when every pass before was one token.
+PassClock At(double time) { return {time, time}; }
+
 // Guards against: an order that drifts from "least recently used" once slices were touched at different times.
 TEST(EvictionTest, LruKeysOrderByLastUse) {
   std::mt19937 rng(1);
@@ -20,7 +23,7 @@ TEST(EvictionTest, LruKeysOrderByLastUse) {
   std::vector<double> last(20, -1.0);
   for (int step = 0; step < 2000; ++step) {
     const size_t i = rng() % heats.size();
-    Touch(EDGEMOE_EVICT_LRU, step, step, 1 + static_cast<int>(rng() % 3), &heats[i]);
+    Touch(EDGEMOE_EVICT_LRU, At(step), step, 1 + static_cast<int>(rng() % 3), &heats[i]);
     last[i] = step;
     for (size_t k = 0; k < heats.size(); ++k) {
       if (last[k] < 0 || k == i) continue;
@@ -40,7 +43,7 @@ TEST(EvictionTest, LfuDecayKeysOrderByDecayedFrequencyAtAnyLaterTime) {
     now += 0.25 * (rng() % 8);
     const size_t i = rng() % 3 == 0 ? rng() % 20 : rng() % 5;
     const int n_uses = 1 + static_cast<int>(rng() % 4);
-    Touch(EDGEMOE_EVICT_LFU_DECAY, now, now, n_uses, &heats[i]);
+    Touch(EDGEMOE_EVICT_LFU_DECAY, At(now), now, n_uses, &heats[i]);
     histories[i].push_back({now, n_uses});
     const double later = now + rng() % 40;
     for (size_t a = 0; a < 20; ++a) {
@@ -65,11 +68,11 @@ TEST(EvictionTest, LfuDecayCountsAPromptAsItsTokensOneByOne) {
       double last = begin;
       for (int t = every - 1; t < n_tokens; t += every) {
         last = begin + t + 0.25;
-        Touch(EDGEMOE_EVICT_LFU_DECAY, begin + t, last, 1, &alone);
+        Touch(EDGEMOE_EVICT_LFU_DECAY, At(begin + t), last, 1, &alone);
         ++n_uses;
       }
       if (n_uses == 0) continue;
-      Touch(EDGEMOE_EVICT_LFU_DECAY, begin, last, n_uses, &together);
+      Touch(EDGEMOE_EVICT_LFU_DECAY, At(begin), last, n_uses, &together);
       EXPECT_NEAR(together.frequency / alone.frequency, 1.0, 0.1) << n_uses << " uses in " << n_tokens << " tokens";
       EXPECT_NEAR(together.key, alone.key, 0.15);
     }
@@ -79,54 +82,46 @@ TEST(EvictionTest, LfuDecayCountsAPromptAsItsTokensOneByOne) {
 // Guards against: decay by the wrong half-life.
 TEST(EvictionTest, LfuDecayHalvesACountInEightTokens) {
   Heat once, twice;
-  Touch(EDGEMOE_EVICT_LFU_DECAY, 0.0, 0.0, 2, &twice);
-  Touch(EDGEMOE_EVICT_LFU_DECAY, 7.0, 7.9, 1, &once);
+  Touch(EDGEMOE_EVICT_LFU_DECAY, At(0.0), 0.0, 2, &twice);
+  Touch(EDGEMOE_EVICT_LFU_DECAY, At(7.0), 7.9, 1, &once);
   EXPECT_LT(once.key, twice.key);
-  Touch(EDGEMOE_EVICT_LFU_DECAY, 8.0, 8.1, 1, &(once = Heat()));
+  Touch(EDGEMOE_EVICT_LFU_DECAY, At(8.0), 8.1, 1, &(once = Heat()));
   EXPECT_GT(once.key, twice.key);
 }
 
-// Guards against: a slice of an earlier batch kept before one that the batch in progress has used, or an order within a
-// batch that is not the one in which slices entered it.
-TEST(EvictionTest, LeastStaleKeysOrderByGenerationThenFirstInFirstOut) {
+// Guards against: generations counted in tokens, which would make a prompt's age that of its length.
+TEST(EvictionTest, LeastStaleKeysCountPassesAndNotTokens) {
   std::mt19937 rng(3);
-  constexpr int kLayers = 5, kExperts = 4;
-  std::vector<Heat> heats(kLayers * kExperts);
-  std::vector<int> entered(heats.size(), -1);  // in which position of all touches, of its latest batch
-  double pass_time = 0.0;
-  int n_touches = 0;
-  for (int pass = 0; pass < 200; ++pass) {
+  std::vector<Heat> heats(20);
+  std::vector<int> touched_in(heats.size(), 0);
+  double time = 1.0;
+  for (int pass = 1; pass <= 200; ++pass) {
     const int n_tokens = 1 + static_cast<int>(rng() % 9);
-    for (int layer = 0; layer < kLayers; ++layer) {
-      ++n_touches;  // those of one layer enter together
-      for (int e = 0; e < kExperts; ++e) {
-        if (rng() % 3 != 0) continue;
-        const size_t i = static_cast<size_t>(layer * kExperts + e);
-        const double time =
-            pass_time + static_cast<double>(rng() % static_cast<unsigned>(n_tokens)) + (layer + 1) / 64.0;
-        Touch(EDGEMOE_EVICT_LEAST_STALE, pass_time, time, 1, &heats[i]);
-        entered[i] = n_touches;
-      }
-      for (size_t a = 0; a < heats.size(); ++a) {
-        for (size_t b = 0; b < heats.size(); ++b) {
-          if (entered[a] < 0 || entered[b] < 0) continue;
-          ASSERT_EQ(heats[a].key < heats[b].key, entered[a] < entered[b]) << "pass " << pass << ", layer " << layer;
-        }
-      }
+    const PassClock clock = {time, static_cast<double>(pass)};
+    for (size_t i = 0; i < heats.size(); ++i) {
+      if (rng() % 3 != 0) continue;
+      const double last = time + static_cast<double>(rng() % static_cast<unsigned>(n_tokens));
+      Touch(EDGEMOE_EVICT_LEAST_STALE, clock, last, 1, &heats[i]);
+      touched_in[i] = pass;
     }
-    pass_time += n_tokens;
+    for (size_t i = 0; i < heats.size(); ++i) {
+      if (touched_in[i] == 0) continue;
+      ASSERT_EQ(ClockKey(EDGEMOE_EVICT_LEAST_STALE, clock) - heats[i].key, pass - touched_in[i]);
+    }
+    time += n_tokens;
   }
 }
 
 // Guards against: a decode in which the two differ, which would make one of them wrong.
 TEST(EvictionTest, LeastStaleIsLeastRecentlyUsedWhileEveryPassIsOneToken) {
-  std::mt19937 rng(4);
   Heat lru, stale;
-  for (int token = 0; token < 100; ++token) {
-    const double time = token + (1 + rng() % 48) / 65536.0;
-    Touch(EDGEMOE_EVICT_LRU, token, time, 1, &lru);
-    Touch(EDGEMOE_EVICT_LEAST_STALE, token, time, 1, &stale);
-    ASSERT_EQ(lru.key, stale.key);
+  for (int token = 1; token < 100; ++token) {
+    Touch(EDGEMOE_EVICT_LRU, At(token), token, 1, &lru);
+    Touch(EDGEMOE_EVICT_LEAST_STALE, At(token), token, 1, &stale);
+    for (int later = token; later < token + 5; ++later) {
+      ASSERT_EQ(ClockKey(EDGEMOE_EVICT_LRU, At(later)) - lru.key,
+                ClockKey(EDGEMOE_EVICT_LEAST_STALE, At(later)) - stale.key);
+    }
   }
 }
 
@@ -144,7 +139,7 @@ TEST(EvictionTest, UtilityKeysOrderByStateThenByLastUse) {
     const size_t i = (rng() % 4 != 0 ? 0 : rng() % 16) + (step / 700) % 3;
     if (i >= 16) continue;
     const int n_uses = 1 + static_cast<int>(rng() % 3);
-    Touch(EDGEMOE_EVICT_UTILITY, std::floor(now), now, n_uses, &heats[i]);
+    Touch(EDGEMOE_EVICT_UTILITY, At(std::floor(now)), now, n_uses, &heats[i]);
     histories[i].push_back({now, n_uses});
     const double later = now + rng() % 70;
     for (size_t a = 0; a < 16; ++a) {
@@ -173,16 +168,20 @@ TEST(EvictionTest, UtilityRisesByFiveMoreUsesThanItselfAndFallsAtOneFewer) {
   EXPECT_EQ(NextUtility(0, 0), 0);
 }
 
-// Guards against: very long runs in which keys overflow or lose the order of neighbouring layers.
-TEST(EvictionTest, OrderOfLayersSurvivesABillionTokens) {
+// Guards against: very long runs in which keys overflow or lose the order of neighbouring tokens.
+TEST(EvictionTest, OrderOfTokensSurvivesABillionOfThem) {
   for (edgemoe_eviction rule :
        {EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY}) {
-    Heat a, b;
+    Heat a, b, c;
     const double t = 1e9;
-    Touch(rule, t, t + 1.0 / 65536, 1, &a);
-    Touch(rule, t, t + 2.0 / 65536, 1, &b);
+    Touch(rule, At(t), t, 1, &a);
+    Touch(rule, At(t + 1.0), t + 1.0, 1, &b);
+    Touch(rule, At(t + 2.0), t + 2.0, 1, &c);
     EXPECT_LT(a.key, b.key);
     EXPECT_TRUE(std::isfinite(a.key));
+    // What was used a token ago, by clocks a token apart.
+    EXPECT_NEAR(a.key - ClockKey(rule, At(t + 1.0)), b.key - ClockKey(rule, At(t + 2.0)), 1e-6);
+    EXPECT_LT(a.key - ClockKey(rule, At(t + 1.0)), c.key - ClockKey(rule, At(t + 2.0)) - 1e-3);
   }
 }
 

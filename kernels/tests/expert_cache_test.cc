@@ -120,7 +120,7 @@ TEST_F(ExpertCacheTest, AScanEvictsWhatItHasPassedBeforeWhatLiesAhead) {
   EXPECT_EQ(ResidentSlices(), (std::set<int64_t>{0, 1, 2, 3, 10, 11}));
   {
     std::lock_guard<std::mutex> lock(cache_->mutex());
-    EXPECT_TRUE(cache_->ReadAhead(20, time)) << "over what was passed, though it is newer than the batch";
+    EXPECT_TRUE(cache_->ReadAhead(20)) << "over what was passed, though the batch has used it";
   }
   ASSERT_TRUE(Await(20));
   EXPECT_EQ(ResidentSlices(), (std::set<int64_t>{0, 1, 2, 3, 11, 20}));
@@ -141,7 +141,7 @@ TEST_F(ExpertCacheTest, AcquireFindsNoRoomWhenEverySlotIsPinned) {
   EXPECT_EQ(Acquire(2), Acquired::kNoRoom);
   {
     std::lock_guard<std::mutex> lock(cache_->mutex());
-    EXPECT_FALSE(cache_->ReadAhead(2, 1e9));
+    EXPECT_FALSE(cache_->ReadAhead(2));
   }
   Release(1);
   EXPECT_EQ(Acquire(2), Acquired::kStarted);
@@ -151,23 +151,30 @@ TEST_F(ExpertCacheTest, AcquireFindsNoRoomWhenEverySlotIsPinned) {
   Release(2);
 }
 
-// Guards against: a read-ahead that throws out what the present batch has just used or will use next.
-TEST_F(ExpertCacheTest, ReadAheadTakesOnlySlotsOfOlderBatches) {
+// Guards against: a read-ahead that throws out what the layer in progress is about to use.
+TEST_F(ExpertCacheTest, ReadAheadTakesNoSlotOfWhatALayerInProgressAskedFor) {
   Start(2);
-  ASSERT_TRUE(Use(0, 1.0) && Use(1, 5.0));
+  ASSERT_TRUE(Use(0, 1.0) && Use(1, 2.0));
   std::unique_lock<std::mutex> lock(cache_->mutex());
-  EXPECT_FALSE(cache_->ReadAhead(2, 1.0)) << "the coldest slice was used at time 1, which is not before 1";
-  EXPECT_TRUE(cache_->ReadAhead(2, 1.5));
+  cache_->BeginLayer(&lock);
+  const double time = cache_->AdvanceClock(1) + 10.0;
+  cache_->EnterLayer(0, time, 1);
+  cache_->TouchSlice(1, time, 1);
+  EXPECT_TRUE(cache_->ReadAhead(2));
   EXPECT_TRUE(cache_->Absent(0));
-  EXPECT_FALSE(cache_->ReadAhead(3, 1.5)) << "only a newer slice is left";
   while (!cache_->Resident(2)) cache_->WaitForEvent(&lock);
+  cache_->TouchSlice(2, time, 1);
+  EXPECT_FALSE(cache_->ReadAhead(3)) << "both are needed now";
+  cache_->EndLayer(0);
+  EXPECT_TRUE(cache_->ReadAhead(3)) << "the layer has ended";
+  while (!cache_->Resident(3)) cache_->WaitForEvent(&lock);
 }
 
 // A cache of `n_slots` against an oracle that keeps every use and, when a slot is needed, weighs all of them.
-class EvictionOrderTest : public ExpertCacheTest, public testing::WithParamInterface<edgemoe_eviction> {};
+class VictimTest : public ExpertCacheTest, public testing::WithParamInterface<edgemoe_eviction> {};
 
 // Guards against: a heap that loses its order, so that hot slices are evicted and cold ones stay.
-TEST_P(EvictionOrderTest, EvictsWhatTheOracleWould) {
+TEST_P(VictimTest, IsWhatTheOracleWouldEvict) {
   const size_t n_slots = 8;
   Start(n_slots, GetParam());
   std::mt19937 rng(5);
@@ -196,7 +203,7 @@ TEST_P(EvictionOrderTest, EvictsWhatTheOracleWould) {
   EXPECT_GT(cache_->counters().evictions.load(), 300u);
 }
 
-INSTANTIATE_TEST_SUITE_P(Rules, EvictionOrderTest,
+INSTANTIATE_TEST_SUITE_P(Rules, VictimTest,
                          testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EVICT_UTILITY));
 
 // Guards against: a slice that counts as resident although its read failed, or a slot lost with every failure.
@@ -271,7 +278,7 @@ TEST_F(ExpertCacheTest, ShrinkWaitsForReadsUnderWay) {
   for (int64_t s = 8; s < 12; ++s) {
     std::lock_guard<std::mutex> lock(cache_->mutex());
     cache_->TouchSlice(s, static_cast<double>(s), 1);
-    ASSERT_TRUE(cache_->ReadAhead(s, 0.0));
+    ASSERT_TRUE(cache_->ReadAhead(s));
   }
   gate.AwaitArrivals(4);
   std::atomic<bool> done{false};
@@ -300,7 +307,7 @@ TEST_F(ExpertCacheTest, DestructionAbandonsQueuedReads) {
   };
   for (int64_t s = 0; s < 50; ++s) {
     std::lock_guard<std::mutex> lock(cache_->mutex());
-    ASSERT_TRUE(cache_->ReadAhead(s, 0.0));
+    ASSERT_TRUE(cache_->ReadAhead(s));
   }
   gate.AwaitArrivals(1);
   std::thread opener([&] {

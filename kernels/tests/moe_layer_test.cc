@@ -7,9 +7,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <list>
+#include <map>
 #include <set>
 #include <tuple>
+#include <utility>
 
 #include "tests/fakes.h"
 
@@ -213,7 +214,8 @@ TEST(MoeLayerTest, ProductsAtHandAreNotReadAhead) {
   }
 }
 
-// Guards against: residency that differs from plain LRU over experts, whatever the machinery behind it.
+// Guards against: residency that differs from LRU over experts by passes of their layers, whatever the machinery behind
+// it.
 TEST(MoeLayerTest, DecodeLeavesWhatAnLruOfExpertsWouldLeave) {
   ToyShape shape;
   shape.n_ff = 72;
@@ -223,17 +225,24 @@ TEST(MoeLayerTest, DecodeLeavesWhatAnLruOfExpertsWouldLeave) {
     RuntimePtr runtime(model.Open(model.SlotsBytes(static_cast<int64_t>(3 * n_experts_held))));
     ToySession session(runtime.get(), &model);
     std::mt19937 rng(static_cast<uint32_t>(n_experts_held));
-    std::list<std::pair<int, int32_t>> lru;  // (layer, expert), coldest first
+    std::map<std::pair<int, int32_t>, int> last_use;  // of (layer, expert), in steps
     for (int step = 0; step < 300; ++step) {
       const int layer = step % 3;
       const int32_t expert = static_cast<int32_t>(rng() % (rng() % 2 ? 4 : 16));
       ASSERT_EQ(session.RunLayer(layer, {expert}, 1, RandomRows(&rng, 1, 16)), EDGEMOE_OK);
-      lru.remove({layer, expert});
-      lru.emplace_back(layer, expert);
-      if (lru.size() > n_experts_held) lru.pop_front();
+      // Goes first: unused for most passes of its layer, and of equals what the layer that ran last holds.
+      const auto order = [&](const auto& held) {
+        const int layer_step = step - (layer - held.first.first + 3) % 3;
+        return std::make_pair(layer_step - held.second, layer_step);
+      };
+      if (last_use.count({layer, expert}) == 0 && last_use.size() == n_experts_held) {
+        last_use.erase(std::max_element(last_use.begin(), last_use.end(),
+                                        [&](const auto& a, const auto& b) { return order(a) < order(b); }));
+      }
+      last_use[{layer, expert}] = step;
       std::set<int64_t> expected;
-      for (const auto& [l, e] : lru) {
-        for (int64_t t = 0; t < 3; ++t) expected.insert((l * 3 + t) * 16 + e);
+      for (const auto& [held, _] : last_use) {
+        for (int64_t t = 0; t < 3; ++t) expected.insert((held.first * 3 + t) * 16 + held.second);
       }
       ASSERT_EQ(ResidentSlices(runtime.get()), expected) << "step " << step;
     }
@@ -260,15 +269,20 @@ TEST(MoeLayerTest, EverySliceEvictedIsColderThanEverySliceThatStays) {
       for (int64_t t = 0; t < 3; ++t) used.insert((layer * 3 + t) * 16 + id);
     }
     for (int64_t s : used) EXPECT_EQ(after.count(s), 1u) << "used just now";
-    int hottest_victim = -1, coldest_survivor = step;
+    // Hotter: unused for fewer passes of its layer; of equals, what the layer holds that ran longest ago.
+    const auto warmth = [&](int64_t s) {
+      const int layer_step = step - (layer - static_cast<int>(s / 48) + 3) % 3;
+      return std::make_pair(last_use[static_cast<size_t>(s)] - layer_step, -layer_step);
+    };
+    std::pair<int, int> hottest_victim = {-step - 3, 0}, coldest_survivor = {1, 0};
     size_t n_new = 0;
     for (int64_t s : before) {
-      if (after.count(s) == 0) hottest_victim = std::max(hottest_victim, last_use[static_cast<size_t>(s)]);
+      if (after.count(s) == 0) hottest_victim = std::max(hottest_victim, warmth(s));
     }
     for (int64_t s : after) {
       n_new += before.count(s) == 0;
       EXPECT_TRUE(before.count(s) == 1 || used.count(s) == 1) << "read, but not used";
-      if (used.count(s) == 0) coldest_survivor = std::min(coldest_survivor, last_use[static_cast<size_t>(s)]);
+      if (used.count(s) == 0) coldest_survivor = std::min(coldest_survivor, warmth(s));
     }
     EXPECT_LE(hottest_victim, coldest_survivor) << "step " << step;
     EXPECT_EQ(after.size(), std::min<size_t>(50, before.size() + n_new)) << "a slot lies idle";

@@ -49,7 +49,7 @@ class HintsTest : public testing::Test {
 
 // Guards against: a layer that waits behind a read that may be for nothing.
 TEST_F(HintsTest, WhatALayerWaitsForIsReadFirst) {
-  cache_->SetHints({10, 11, 12}, 1.0);
+  cache_->SetHints({10, 11, 12});
   EXPECT_EQ(ReadOne(), 10) << "nothing else to do: the likeliest";
   ASSERT_EQ(cache_->Acquire(20), Acquired::kStarted);
   ASSERT_EQ(cache_->Acquire(21), Acquired::kStarted);
@@ -58,7 +58,7 @@ TEST_F(HintsTest, WhatALayerWaitsForIsReadFirst) {
 
 // Guards against: all readers busy with guesses when a layer asks.
 TEST_F(HintsTest, OnlyAFewHintsAreReadAtOnce) {
-  cache_->SetHints({10, 11, 12}, 1.0);
+  cache_->SetHints({10, 11, 12});
   CacheRead first, second;
   ASSERT_TRUE(cache_->NextRead(&first));
   EXPECT_FALSE(cache_->NextRead(&second)) << "one under way is all that a cache without reader threads allows";
@@ -70,23 +70,31 @@ TEST_F(HintsTest, OnlyAFewHintsAreReadAtOnce) {
   EXPECT_EQ(ReadAll(), (std::vector<int64_t>{11, 12}));
 }
 
-// Guards against: a guess that throws out what the present token has used, or an endless search when all is recent.
-TEST_F(HintsTest, HintsTakeOnlySlotsOfOlderTokens) {
-  for (int64_t s = 0; s < 6; ++s) Use(s, s < 2 ? 1.0 : 5.0);
-  cache_->SetHints({10, 11, 12, 13}, 5.0);
-  EXPECT_EQ(ReadAll(), (std::vector<int64_t>{10, 11}));
+// Guards against: a guess that throws out what the layer in progress needs, or an endless search when it needs all.
+TEST_F(HintsTest, HintsTakeNoSlotOfWhatALayerInProgressAskedFor) {
+  for (int64_t s = 0; s < 6; ++s) Use(s, 1.0);
+  std::unique_lock<std::mutex> lock(cache_->mutex());
+  cache_->BeginLayer(&lock);
+  const double time = cache_->AdvanceClock(1) + 10.0;
+  cache_->EnterLayer(0, time, 1);
+  for (int64_t s = 2; s < 6; ++s) cache_->TouchSlice(s, time, 1);
+  cache_->SetHints({50, 51, 52, 53});
+  EXPECT_EQ(ReadAll(), (std::vector<int64_t>{50, 51}));
   for (int64_t s = 2; s < 6; ++s) EXPECT_TRUE(cache_->Resident(s)) << s;
+  cache_->EndLayer(0);
+  cache_->SetHints({50, 51, 52, 53});
+  EXPECT_EQ(ReadAll(), (std::vector<int64_t>{52, 53})) << "the layer before, which comes again a token later";
 }
 
 // Guards against: reading what the next layer needs, and evicting it before that layer begins.
 TEST_F(HintsTest, HintedSlicesAreEvictedLast) {
   for (int64_t s = 0; s < 6; ++s) Use(s, static_cast<double>(s));
-  cache_->SetHints({0, 1}, 6.0);
+  cache_->SetHints({0, 1});
   Use(20, 7.0);
   Use(21, 7.0);
   EXPECT_TRUE(cache_->Resident(0) && cache_->Resident(1)) << "the oldest, but hinted";
   EXPECT_TRUE(cache_->Absent(2) && cache_->Absent(3));
-  cache_->SetHints({}, 8.0);
+  cache_->SetHints({});
   Use(22, 9.0);
   EXPECT_TRUE(cache_->Absent(0)) << "no longer hinted, and the oldest again";
 }
@@ -94,7 +102,7 @@ TEST_F(HintsTest, HintedSlicesAreEvictedLast) {
 // Guards against: a deadlock at the floor, where hints protect all that could make room.
 TEST_F(HintsTest, ADemandDropsHintsWhenNothingElseIsLeft) {
   for (int64_t s = 0; s < 6; ++s) Use(s, static_cast<double>(s));
-  cache_->SetHints({0, 1, 2, 3, 4, 5}, 6.0);
+  cache_->SetHints({0, 1, 2, 3, 4, 5});
   EXPECT_EQ(cache_->Acquire(20), Acquired::kStarted);
   EXPECT_TRUE(cache_->Absent(0));
   EXPECT_FALSE(cache_->Hinted(1));
@@ -102,10 +110,10 @@ TEST_F(HintsTest, ADemandDropsHintsWhenNothingElseIsLeft) {
 
 // Guards against: hints whose slots are lost, or which are read again, when they are replaced while being read.
 TEST_F(HintsTest, AReplacedHintUnderWayBecomesAnOrdinarySlice) {
-  cache_->SetHints({10}, 1.0);
+  cache_->SetHints({10});
   CacheRead read;
   ASSERT_TRUE(cache_->NextRead(&read));
-  cache_->SetHints({}, 1.0);
+  cache_->SetHints({});
   cache_->FinishRead(read, Status());
   EXPECT_TRUE(cache_->Resident(10));
   for (int64_t s = 0; s < 6; ++s) Use(s, 2.0 + static_cast<double>(s));
@@ -115,7 +123,7 @@ TEST_F(HintsTest, AReplacedHintUnderWayBecomesAnOrdinarySlice) {
 
 // Guards against: statistics that call a late or useless guess a good one.
 TEST_F(HintsTest, CountsUsedLateAndWastedBytes) {
-  cache_->SetHints({10, 11}, 1.0);
+  cache_->SetHints({10, 11});
   EXPECT_EQ(ReadOne(), 10);
   CacheRead read;
   ASSERT_TRUE(cache_->NextRead(&read));
@@ -131,7 +139,7 @@ TEST_F(HintsTest, CountsUsedLateAndWastedBytes) {
 
 // Guards against: a guess whose read fails and takes a slot, or an error, with it.
 TEST_F(HintsTest, AFailedHintLeavesTheSliceAbsentAndItsSlotFree) {
-  cache_->SetHints({10}, 1.0);
+  cache_->SetHints({10});
   EXPECT_EQ(ReadOne(Status(EDGEMOE_IO, "no such luck")), 10);
   EXPECT_TRUE(cache_->Absent(10));
   EXPECT_TRUE(cache_->TakeError().ok());
@@ -142,7 +150,7 @@ TEST_F(HintsTest, AFailedHintLeavesTheSliceAbsentAndItsSlotFree) {
 // Guards against: a smaller pool that waits forever for slots that hints keep.
 TEST_F(HintsTest, ShrinkingDropsHints) {
   for (int64_t s = 0; s < 6; ++s) Use(s, static_cast<double>(s));
-  cache_->SetHints({0, 1, 2, 3, 4, 5}, 6.0);
+  cache_->SetHints({0, 1, 2, 3, 4, 5});
   ASSERT_TRUE(cache_->SetSlotsBytes(model_.SlotsBytes(3)).ok());
   EXPECT_TRUE(cache_->Resident(3) && cache_->Resident(4) && cache_->Resident(5));
   EXPECT_EQ(ReadOne(), -1);
@@ -152,14 +160,14 @@ TEST_F(HintsTest, ShrinkingDropsHints) {
 TEST_F(HintsTest, ABatchThatDoesNotLookAheadDropsThem) {
   Prefetch prefetch;
   prefetch.controller.Start(1, false);
-  cache_->SetHints({10, 11}, 1.0);
-  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1, 2.0), 1);
+  cache_->SetHints({10, 11});
+  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1), 1);
   EXPECT_TRUE(cache_->Hinted(10)) << "the layers of this token will replace them";
-  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 64, 3.0), 0);
+  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 64), 0);
   EXPECT_FALSE(cache_->Hinted(10));
-  cache_->SetHints({10, 11}, 4.0);
+  cache_->SetHints({10, 11});
   prefetch.controller.Start(0, false);
-  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1, 5.0), 0);
+  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1), 0);
   EXPECT_FALSE(cache_->Hinted(10));
   EXPECT_EQ(ReadOne(), -1);
 }
@@ -171,14 +179,14 @@ TEST_F(HintsTest, APromptLooksAheadToTheNextLayer) {
   const ToyShape shape;
   const int n_layers = cache_->file().tensors().back().layer + 1;
   ASSERT_GE(n_layers, 3);
-  ASSERT_EQ(prefetch.BeginBatch(cache_.get(), 64, 0.0), 1);
+  ASSERT_EQ(prefetch.BeginBatch(cache_.get(), 64), 1);
   const size_t n_experts = static_cast<size_t>(shape.n_experts);
   Foresight f;
   prefetch.ForeseePrompt(0, n_experts * 3 / 4, n_experts, nullptr, 0, 64, &f);
   ASSERT_EQ(f.n_layers, 1);
   EXPECT_EQ(f.layers[0].layer, 1);
   EXPECT_EQ(f.layers[0].experts.size(), n_experts);
-  prefetch.SetHints(cache_.get(), f, 0.0, false);
+  prefetch.SetHints(cache_.get(), f, false);
   const int64_t first = ReadOne();
   EXPECT_EQ(cache_->file().tensors()[static_cast<size_t>(cache_->file().TensorOf(first))].layer, 1);
   prefetch.ForeseePrompt(0, n_experts / 2, n_experts, nullptr, 0, 64, &f);
@@ -193,7 +201,7 @@ TEST_F(HintsTest, APromptLooksAheadToTheNextLayer) {
     }
     if (l != 1) prefetch.BeginLayer(l, tensors, {}, 0);
   }
-  prefetch.BeginBatch(cache_.get(), 64, 64.0);
+  prefetch.BeginBatch(cache_.get(), 64);
   prefetch.ForeseePrompt(0, n_experts, n_experts, nullptr, 0, 64, &f);
   ASSERT_EQ(f.n_layers, 1);
   EXPECT_EQ(f.layers[0].layer, 2);

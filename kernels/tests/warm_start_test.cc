@@ -130,7 +130,7 @@ TEST_P(WarmStartTest, DemandsAndHintsGoFirst) {
   EXPECT_FALSE(Next());
   {
     std::lock_guard<std::mutex> lock(cache_->mutex());
-    cache_->SetHints({60}, 1.0);
+    cache_->SetHints({60});
   }
   Finish(*b);
   EXPECT_EQ(ReadAll(), (std::vector<int64_t>{60, 41, 42, 43}));
