@@ -2,10 +2,10 @@
 """Importance matrices: what quantizers need to know about a model's inputs, collected on a text, expert by expert.
 
 A quantizer that minimizes the error of a product, not of the weights, weighs the squared error of a weight with the
-mean square of the activation that the weight's column is multiplied with. stock llama.cpp evaluates the text and shows
-each product (`cb_eval`); of its right-hand side the squares are summed for each column: for a product with experts
-(`MUL_MAT_ID`) for each expert over the tokens that chose it, for one with a stack of matrices (attention's `attn_k_b`)
-for each matrix.
+mean square of the activation that the weight's column is multiplied with. llama.cpp evaluates the text, as it is or
+with experts streamed (`OpenContext`), and shows each product (`cb_eval`); of its right-hand side the squares are summed
+for each column: for a product with experts (`MUL_MAT_ID`) for each expert over the tokens that chose it, for one with a
+stack of matrices (attention's `attn_k_b`) for each matrix.
 
 The file is what llama.cpp's tools/imatrix writes: `<tensor>.in_sum2` F32 [columns, matrices], the sums of squares;
 `<tensor>.counts` F32 [1, experts] (or [1, 1]), the summands; their quotient is the importance.
@@ -15,9 +15,9 @@ share (gate and up) get the mean square over all tokens of the layer, which is t
 for every expert. The input of down is an expert's own, so there its columns get equal importance. Both are written with
 a count of 1, and `edgemoe.calibrate.unreached` lists the experts, as layer and expert alternately.
 
-Memory: the sums in F32 (the size of the file), besides the activations of a chunk of 512 tokens and the model as
-llama.cpp maps it. The sums of a chunk are made in F64 in the order of its tokens, so that neither threads nor chance
-enter.
+Memory: the sums in F32 (the size of the file) and copies of one product's activations, `collected_bytes` in all,
+besides what the context takes. The sums of a chunk are made in F64 in the order of its tokens, so that neither threads
+nor chance enter.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llama_cpp._ggml import libggml
 
 from edgemoe.errors import ConversionError
-from edgemoe.formats.gguf import read_model
+from edgemoe.formats.gguf import GgufModel, read_model
 
 from . import evaluate
 from .evaluate import GgmlTensor
@@ -55,6 +58,9 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 _GGML_F32, _GGML_I32 = 0, 26
 
 Floats = npt.NDArray[np.float32]
+
+OpenContext = Callable[[Path, Callable[[int, bool, int | None], bool], int], AbstractContextManager[tuple[Any, Any]]]
+"""Called with the model's file, what to call for each tensor, and the context's tokens; gives model and context."""
 
 
 _ggml_op_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("ggml_op_name", libggml))
@@ -112,6 +118,7 @@ def calibrate(
     *,
     text_name: str = "built in",
     max_tokens: int | None = None,
+    open_context: OpenContext = evaluate.llama_context,
     progress: Progress | None = None,
 ) -> CalibrationReport:
     """Evaluate `text` with the GGUF `model` and write its importance matrix to `out`. See the module for what it is.
@@ -122,6 +129,7 @@ def calibrate(
         text: evaluated in chunks of 512 tokens, each from an empty context.
         text_name: written to the file (`imatrix.datasets`).
         max_tokens: of the text, at most.
+        open_context: how llama.cpp runs the model; as it is, if not told otherwise, with all weights mapped.
         progress: called with stage (`hash` in bytes, `calibrate` in tokens), done and total.
 
     Raises:
@@ -133,7 +141,7 @@ def calibrate(
     check_layout()
     files = read_model(model).files
     collector = _Collector(model)
-    with evaluate.llama_context(model, collector.on_tensor, CHUNK_TOKENS) as (llama, context):
+    with open_context(model, collector.on_tensor, CHUNK_TOKENS) as (llama, context):
         chunks = [tokens for tokens, _ in evaluate.chunks_of_tokens(llama, text, CHUNK_TOKENS, max_tokens)]
         n_total = sum(map(len, chunks))
         if n_total < FEW_TOKENS:
@@ -165,6 +173,16 @@ def calibrate(
     }
     write_gguf(out, metadata, list(_out_tensors(found)))
     return result
+
+
+def collected_bytes(model: GgufModel) -> int:
+    """Memory that collecting takes at most, besides the model and its context: all sums, and one product's activations
+    as they are copied, gathered for an expert, widened and squared."""
+    weights = [tensor for tensor in model.tensors if _WEIGHT.fullmatch(tensor.name) and len(tensor.shape) > 1]
+    sums = sum(4 * math.prod(tensor.shape) // tensor.shape[1] for tensor in weights)
+    widest = max((tensor.shape[0] for tensor in weights), default=0)
+    n_used = model.n_experts_used if model.expert_tensors else 1
+    return sums + CHUNK_TOKENS * widest * (4 * n_used + 4 + 8 + 8)
 
 
 def check_layout() -> None:

@@ -197,9 +197,10 @@ class PartialFile:
         with self._writing():
             _write_all(self._file, line, os.fstat(self._file).st_size)
 
-    def begin(self, layout: Layout) -> None:
-        """Write the header; forget complete tensors if they were written under another one."""
-        digest = hashlib.sha256(layout.header).hexdigest()
+    def begin(self, layout: Layout, identity: str = "") -> None:
+        """Write the header; forget complete tensors if they were written under another one, or another `identity` of
+        what they are made of."""
+        digest = hashlib.sha256(layout.header + identity.encode()).hexdigest()
         if {"sha256": digest} not in self.recall("header"):
             kept = [entry for entry in self._entries if "tensor" not in entry and "header" not in entry]
             self._clear()  # what lies between the tensors has to be zeros
@@ -207,6 +208,10 @@ class PartialFile:
                 for kind, value in entry.items():
                     self.note(kind, value)
             self.note("header", {"sha256": digest})
+        self.write_header(layout)
+
+    def write_header(self, layout: Layout) -> None:
+        """Write a header of the same length again, with values that were not known at first."""
         with self._writing():
             _write_all(self._file, layout.header, 0)
 

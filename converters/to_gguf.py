@@ -11,7 +11,6 @@ The bytes depend on the checkpoint and the recipe, and on nothing else: not on m
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,15 +31,19 @@ from .hf.plan import plan_tensors
 from .hf.pre_tokenizers import check_name
 from .hf.sources import Mxfp4Rows, Piece, Source
 from .hf.tokenizer import convert_tokenizer
+from .input_hashes import BUFFER_BYTES as HASH_BUFFER_BYTES
+from .input_hashes import InputHashes
 from .pack import streaming_place
 from .quantize.blocks import quantize
+from .quantize.importance import ImportanceMatrix
 from .quantize.presets import Model, Override, Tensor, choose_types, file_type
 from .rehearsal import rehearse
 
 Progress = Callable[[str, int, int], None]
-"""Called as `progress(stage, done, total)`: `hash`, `check` (after an interruption) and `convert`, all in bytes."""
+"""Called as `progress(stage, done, total)`: `check` (after an interruption), `convert`, and `hash` while the hashes of
+inputs are waited for; all in bytes."""
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised whenever the same inputs give another file."""
 
 BUFFER_BYTES = 256 << 20
@@ -51,7 +54,6 @@ BYTES_PER_ELEMENT = 24
 first two where every second row or column is taken."""
 
 _MAX_BLOCK_ELEMENTS = 16 << 20
-_HASH_BYTES = 16 << 20
 _PLACEHOLDER = "0" * 64
 _ALWAYS_F32 = (  # llama.cpp multiplies, adds or convolves these with float32 only, or they are routers
     "_norm.weight",
@@ -128,11 +130,17 @@ class Plan:
 _SHA256_KEY = "edgemoe.convert.input_sha256"
 
 
-def plan_conversion(folder: Path, recipe: Recipe) -> Plan:
+def plan_conversion(folder: Path, recipe: Recipe, imatrix: ImportanceMatrix | None = None) -> Plan:
     """Decide everything about the result; only headers, config.json and the tokenizer are read.
 
+    Args:
+        folder: the checkpoint.
+        recipe: what is asked for.
+        imatrix: where the importance of columns comes from, if not from the recipe.
+
     Raises:
-        ConversionError: the checkpoint is incomplete, contradictory, of no known family, or does not fit the recipe.
+        ConversionError: the checkpoint is incomplete, contradictory, of no known family, or does not fit the recipe or
+            the importance matrix.
     """
     if recipe.pre_tokenizer is not None:
         check_name(recipe.pre_tokenizer)
@@ -140,6 +148,9 @@ def plan_conversion(folder: Path, recipe: Recipe) -> Plan:
     hparams = Hparams(checkpoint.config, folder / "config.json", checkpoint.tensors)
     family = find_family(hparams)
     pieces = plan_tensors(checkpoint, family, hparams)
+    if imatrix is not None:
+        columns = imatrix.for_tensors([Tensor(piece.name, piece.shape) for piece in pieces])
+        recipe = dataclasses.replace(recipe, importance=columns, importance_sha256=imatrix.sha256)
     metadata: dict[str, MetadataValue] = {
         gguf.Keys.General.ARCHITECTURE: gguf.MODEL_ARCH_NAMES[family.arch],
         gguf.Keys.General.TYPE: gguf.GGUFType.MODEL,
@@ -189,9 +200,9 @@ def convert(plan: Plan, out: Path, *, memory_bytes: int | None = None, progress:
     """
     report = progress or no_progress
     block_elements = _block_elements(plan, memory_bytes)
-    with PartialFile(out, plan.n_bytes) as file:
-        layout = plan.layout(_hash_inputs(plan.inputs, file, report))
-        file.begin(layout)
+    with PartialFile(out, plan.n_bytes) as file, InputHashes(plan.inputs, file) as hashes:
+        layout = plan.layout([_PLACEHOLDER] * len(plan.inputs))
+        file.begin(layout, hashes.identity)
         rehearse(file.path, plan.family.name)
         sizes = [tensor.n_bytes for tensor in plan.tensors]
         done: set[int] = set()
@@ -211,6 +222,8 @@ def convert(plan: Plan, out: Path, *, memory_bytes: int | None = None, progress:
                 n_done += data.nbytes
                 report("convert", n_done, n_total)
             file.end_tensor(index)
+            hashes.note()
+        file.write_header(plan.layout(hashes.wait(report)))
         file.commit()
 
 
@@ -270,10 +283,10 @@ def _block_elements(plan: Plan, memory_bytes: int | None) -> int:
     """
     used = psutil.Process().memory_info().rss
     buffers = BUFFER_BYTES if memory_bytes is None else memory_bytes - used
-    available = buffers // BYTES_PER_ELEMENT
+    available = max(buffers - HASH_BUFFER_BYTES, 0) // BYTES_PER_ELEMENT
     needed = max(source.block_rows * source.n_columns for piece in plan.pieces for source in piece.sources)
     if memory_bytes is not None and available < needed:
-        floor_mib = ((used + needed * BYTES_PER_ELEMENT) >> 20) + 1
+        floor_mib = ((used + HASH_BUFFER_BYTES + needed * BYTES_PER_ELEMENT) >> 20) + 1
         raise ConversionError(
             f"cannot convert within {format_size(memory_bytes)}: this process has {format_size(used)} already and the "
             f"largest block takes {format_size(needed * BYTES_PER_ELEMENT)}; use --memory {floor_mib}MiB or more"
@@ -281,37 +294,11 @@ def _block_elements(plan: Plan, memory_bytes: int | None) -> int:
     return max(min(available, _MAX_BLOCK_ELEMENTS), needed)
 
 
-def _hash_inputs(inputs: tuple[Path, ...], file: PartialFile, report: Progress) -> list[str]:
-    """SHA-256 of each input; those hashed before an interruption are not read again if size and time are as then."""
-    known = {(entry["path"], entry["n_bytes"], entry["mtime_ns"]): entry["sha256"] for entry in file.recall("input")}
-    states = [path.stat() for path in inputs]
-    n_done, n_total = 0, sum(state.st_size for state in states)
-    digests = []
-    for path, state in zip(inputs, states, strict=True):
-        key = (str(path.resolve()), state.st_size, state.st_mtime_ns)
-        if key not in known:
-            digest = hashlib.sha256()
-            try:
-                with path.open("rb") as stream:
-                    while data := stream.read(_HASH_BYTES):
-                        digest.update(data)
-                        n_done += len(data)
-                        report("hash", n_done, n_total)
-            except OSError as error:
-                raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
-            known[key] = digest.hexdigest()
-            file.note("input", {"path": key[0], "n_bytes": key[1], "mtime_ns": key[2], "sha256": known[key]})
-        else:
-            n_done += state.st_size
-        digests.append(known[key])
-    return digests
-
-
 def _encode(plan: Plan, piece: Piece, tensor: TensorInfo, block_elements: int) -> Iterator[Bytes]:
     """The bytes of a tensor, a block of rows after the other."""
     importance = plan.recipe.importance.get(piece.name)
-    for index, source in enumerate(piece.sources):
-        weights = None if importance is None else importance[min(index, len(importance) - 1)]
+    first_row = 0
+    for source in piece.sources:
         for start, stop in _blocks(source, block_elements):
             if isinstance(source, Mxfp4Rows):
                 yield source.read(plan.checkpoint, start, stop)
@@ -322,9 +309,28 @@ def _encode(plan: Plan, piece: Piece, tensor: TensorInfo, block_elements: int) -
                     f"cannot convert {tensor.name}: rows of {values.shape[1]}, expected {tensor.shape[-1]}"
                 )
             try:
-                yield quantize(values, tensor.ggml_type, weights)
+                for rows, weights in _by_matrix(values, first_row + start, importance, tensor):
+                    yield quantize(rows, tensor.ggml_type, weights)
             except ConversionError as error:
                 raise ConversionError(f"cannot convert {tensor.name}: {error}") from error
+        first_row += source.n_rows
+
+
+def _by_matrix(
+    values: Floats, first_row: int, importance: Floats | None, tensor: TensorInfo
+) -> Iterator[tuple[Floats, Floats | None]]:
+    """Rows from `first_row` of a tensor, cut where another matrix with another importance begins: a source may hold all
+    experts, or one."""
+    if importance is None or len(importance) == 1:
+        yield values, None if importance is None else importance[0]
+        return
+    n_matrix_rows = tensor.shape[-2]
+    start = 0
+    while start < len(values):
+        matrix, row = divmod(first_row + start, n_matrix_rows)
+        stop = min(start + n_matrix_rows - row, len(values))
+        yield values[start:stop], importance[matrix]
+        start = stop
 
 
 def _blocks(source: Source, block_elements: int) -> Iterator[tuple[int, int]]:

@@ -37,7 +37,7 @@ from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
 
 from . import evaluate
-from .gguf_writer import no_progress
+from .gguf_writer import no_progress, sha256_of
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`: `hash` and `write` in bytes, `calibrate` in tokens, `route` in layers."""
@@ -145,7 +145,7 @@ def upcycle(
     tensors = _arrange_tensors(dense, routers)
     _check_free_space(out, _padded(int(dense.reader.data_offset)) + sum(_padded(tensor.n_bytes) for tensor in tensors))
 
-    source_sha256 = _sha256(source, report)
+    source_sha256 = sha256_of([source], report)
     row_bytes = dense.n_layers * dense.hidden_size * 4
     activations = capture_activations(
         source,
@@ -481,15 +481,3 @@ def _write_padded(file: BinaryIO, data: npt.NDArray[np.uint8], n_copies: int) ->
     n_bytes = data.nbytes * n_copies
     file.write(bytes(_padded(n_bytes) - n_bytes))
     return _padded(n_bytes)
-
-
-def _sha256(path: Path, report: Progress) -> str:
-    """The SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
-    n_done, n_total = 0, path.stat().st_size
-    with path.open("rb") as file:
-        while data := file.read(_COPY_BYTES):
-            digest.update(data)
-            n_done += len(data)
-            report("hash", n_done, n_total)
-    return digest.hexdigest()

@@ -33,6 +33,7 @@ class Rows:
             side by side.
         transpose: the result is the transposed matrix of the selected rows and columns.
         centre: subtract, from each row its mean ("row"), or from all rows the mean row ("matrix"); see `phi.py`.
+        factor: multiplies every element, last; a power of two, so that nothing is rounded.
     """
 
     tensor: StoredTensor
@@ -41,6 +42,7 @@ class Rows:
     n_heads: int = 0
     transpose: bool = False
     centre: str = ""
+    factor: float = 1.0
 
     @property
     def _selected(self) -> range:
@@ -79,6 +81,8 @@ class Rows:
         if self.centre:
             mean = values.mean(axis=1 if self.centre == "row" else 0, dtype=np.float64, keepdims=True)
             values = values - mean.astype(np.float32)
+        if self.factor != 1.0:
+            values = values * np.float32(self.factor)
         return np.ascontiguousarray(values)
 
     def _read_selected(self, checkpoint: Checkpoint, rows: range) -> Floats:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import click
 
 from edgemoe.cli.console import Progress, find_model, print_json
 from edgemoe.cli.repack import EXISTING_FILE, FILE, check_out, read_text
-from edgemoe.sizes import format_size
+from edgemoe.sizes import format_size, parse_size
 
 N_SHOWN = 8
 
@@ -26,24 +27,45 @@ N_SHOWN = 8
 )
 @click.option("--output", "out", required=True, type=FILE, metavar="IMATRIX.gguf", help="Where to write.")
 @click.option("--max-tokens", type=click.IntRange(min=16), metavar="N", help="Tokens of the text to use, at most.")
+@click.option("--memory", metavar="SIZE", help="Limit of this process's memory, such as 4GiB.  [default: what is free]")
 @click.option("--force", is_flag=True, help="Overwrite IMATRIX.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON line.")
 def calibrate(
-    model: Path, text_file: Path | None, out: Path, max_tokens: int | None, force: bool, as_json: bool
+    model: Path,
+    text_file: Path | None,
+    out: Path,
+    max_tokens: int | None,
+    memory: str | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Collect an importance matrix, one for each expert, in the format of llama.cpp's imatrix.
 
-    The text is evaluated once. Experts that it never reaches get the mean of their layer; they are listed.
+    The text is evaluated once, with experts streamed: the model may be larger than memory. Experts that the text never
+    reaches get the mean of their layer; they are listed.
     """
     find_model(model)
     check_out(model, out, force=force)
+    budget_bytes = None if memory is None else parse_size(memory)
     from edgemoe.converters import calibrate as converter
     from edgemoe.converters.upcycle import default_calibration_text
+    from edgemoe.formats.gguf import read_model
+    from edgemoe.observe import observed_context
 
     text = default_calibration_text() if text_file is None else read_text(text_file)
     name = "edgemoe's calibration.txt" if text_file is None else text_file.name
+    reserved_bytes = converter.collected_bytes(read_model(model))
+    open_context = functools.partial(observed_context, memory_bytes=budget_bytes, reserved_bytes=reserved_bytes)
     with Progress() as progress:
-        report = converter.calibrate(model, out, text, text_name=name, max_tokens=max_tokens, progress=progress)
+        report = converter.calibrate(
+            model,
+            out,
+            text,
+            text_name=name,
+            max_tokens=max_tokens,
+            open_context=open_context,
+            progress=progress,
+        )
     if as_json:
         print_json({"out": str(out), **dataclasses.asdict(report)})
         return

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +69,6 @@ def gguf(
         raise click.UsageError("--bpw and --pack exclude each other: use `edgemoe convert pack` on the result.")
     memory_bytes = None if memory is None else parse_size(memory)
     from edgemoe.converters.quantize.importance import read_importance
-    from edgemoe.converters.quantize.presets import Tensor
     from edgemoe.converters.to_gguf import Recipe, plan_conversion
 
     base, overrides = read_types(quant)
@@ -83,15 +81,13 @@ def gguf(
         texts = (read_text(holdout), None if calibration is None else read_text(calibration))
         # Types are chosen by the errors that each makes, of weights that have lost next to nothing.
         whole = out.with_name(f".{out.name}.BF16.gguf")
-        _convert(plan_conversion(checkpoint, Recipe("BF16", pre_tokenizer)), whole, memory_bytes)
-        write_mixed(whole, out, base, bits_per_weight, method, importance, texts, types_out)
-        whole.unlink()
+        try:
+            _convert(plan_conversion(checkpoint, Recipe("BF16", pre_tokenizer)), whole, memory_bytes)
+            write_mixed(whole, out, base, bits_per_weight, method, importance, texts, types_out)
+        finally:
+            whole.unlink(missing_ok=True)
     else:
-        if importance is not None:
-            names = plan_conversion(checkpoint, Recipe(pre_tokenizer=pre_tokenizer)).tensors
-            columns = importance.for_tensors([Tensor(tensor.name, tensor.shape) for tensor in names])
-            recipe = dataclasses.replace(recipe, importance=columns, importance_sha256=importance.sha256)
-        _convert(plan_conversion(checkpoint, recipe), out, memory_bytes)
+        _convert(plan_conversion(checkpoint, recipe, importance), out, memory_bytes)
     click.echo(f"{out} ({format_size(out.stat().st_size)})")
 
 

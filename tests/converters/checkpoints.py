@@ -75,21 +75,25 @@ def write_checkpoint(folder: Path, name: str, **changes: Any) -> Checkpoint:
     return Checkpoint(family, folder, path)
 
 
-def reference_logits(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> Logits:
+def reference_logits(
+    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], *, is_as_published: bool = False
+) -> Logits:
     """Logits [sequence, position, vocabulary] by transformers on the CPU, in float32; sequences of one length."""
     import torch
 
     with torch.no_grad():
-        result: Logits = load(checkpoint)(torch.tensor([list(s) for s in sequences])).logits.float().numpy()
+        model = load(checkpoint, is_as_published=is_as_published)
+        result: Logits = model(torch.tensor([list(s) for s in sequences])).logits.float().numpy()
     return result
 
 
-def load(checkpoint: Checkpoint) -> Any:
+def load(checkpoint: Checkpoint, *, is_as_published: bool = False) -> Any:
     """The checkpoint as a float32 model of transformers, with attention written out in torch.
 
-    Two families as llama.cpp computes them, since no conversion can be closer to the model than llama.cpp's graph is:
-    Phi-3.5-MoE, see `_compute_as_llama_cpp`; and gpt-oss, whose YaRN mixes frequencies between dimensions that
-    llama.cpp rounds to whole ones (`ggml_rope_yarn_corr_dims`) and the model does not (`truncate: false`).
+    No conversion can be closer to its model than llama.cpp's graph is, and of two families the graph lacks a setting.
+    Unless `is_as_published`, transformers' own code computes them with the value that the graph has: gpt-oss with
+    `truncate: true` (YaRN mixes frequencies between whole dimensions, `ggml_rope_yarn_corr_dims`), Phi-3.5-MoE with
+    `router_jitter_noise: 0` (no other expert is ever near enough to share a weight with).
     """
     import torch
     import transformers
@@ -99,32 +103,15 @@ def load(checkpoint: Checkpoint) -> Any:
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     with _quiet_transformers():
         config = transformers.AutoConfig.from_pretrained(checkpoint.reference, local_files_only=True)
-        if config.model_type == "gpt_oss":
+        if config.model_type == "gpt_oss" and not is_as_published:
             config.rope_parameters["truncate"] = True
+        if config.model_type == "phimoe" and not is_as_published:
+            config.router_jitter_noise = 0.0
         options["config"] = config
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.reference, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **options
         )
-    _compute_as_llama_cpp(model)
     return model.float().eval()
-
-
-def _compute_as_llama_cpp(model: Any) -> None:
-    """Weight the experts of Phi-3.5-MoE as llama.cpp does; other models stay as they are.
-
-    The model's SparseMixer gives both experts a weight near 1; llama.cpp's `phimoe` gives them a softmax of their two
-    logits (phi3.cpp). No conversion can be closer to the model than that graph is, so it is held to the graph.
-    """
-    import torch
-
-    def forward(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = torch.nn.functional.linear(hidden, router.weight)
-        weights, experts = torch.topk(torch.softmax(logits, -1), router.top_k, -1)
-        return logits, weights / weights.sum(-1, keepdim=True), experts
-
-    for module in model.modules():
-        if type(module).__name__ == "PhimoeTopKRouter":
-            module.forward = forward.__get__(module)
 
 
 def random_tokens(n_sequences: int, n_tokens: int, seed: int = 0) -> list[list[int]]:
@@ -197,6 +184,8 @@ def _residual_gain(config: dict[str, Any]) -> float:
     )
     if config["model_type"] == "gpt_oss":
         gain /= 2  # its experts multiply by `up + 1`
+    if config["model_type"] == "phimoe":
+        gain /= 2  # the weights of its experts sum to 2
     tied = config.get("tie_word_embeddings") or config.get("tie_embedding")
     return float(gain * (config["hidden_size"] ** -0.5 if tied else 1.0))
 

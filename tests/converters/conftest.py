@@ -40,11 +40,13 @@ class Workshop:
         """Token ids [sequence, position]."""
         return self._checkpoints.random_tokens(N_SEQUENCES, N_TOKENS)
 
-    def reference(self, family: str) -> npt.NDArray[np.float32]:
-        """Logits [sequence, position, vocabulary] of transformers."""
+    def reference(self, family: str, *, is_as_published: bool = False) -> npt.NDArray[np.float32]:
+        """Logits [sequence, position, vocabulary] of transformers; see `checkpoints.load`."""
         return self._once(
-            ("reference", family),
-            lambda: self._checkpoints.reference_logits(self.checkpoint(family), self.sequences()),
+            ("reference", family, is_as_published),
+            lambda: self._checkpoints.reference_logits(
+                self.checkpoint(family), self.sequences(), is_as_published=is_as_published
+            ),
         )
 
     def gguf(self, family: str, preset: str) -> Path:

@@ -17,10 +17,13 @@ import numpy.typing as npt
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import synthetic
+from edgemoe import observe
 from edgemoe.cli.main import cli
 from edgemoe.converters import calibrate as converter
 from edgemoe.errors import ConversionError, ModelFormatError
 from tests.conftest import ModelWriter
+from tests.integration.support import python, set_fewest_slots
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -284,6 +287,71 @@ def test_the_same_text_gives_the_same_bytes(collected: Collected, tmp_path: Path
     again = tmp_path / "again.gguf"
     converter.calibrate(collected.model, again, TEXT, text_name="words.txt")
     assert again.read_bytes() == collected.imatrix.read_bytes()
+
+
+@pytest.mark.parametrize("arch", ["deepseek2", "gpt-oss", "deepseek2-merged", "olmoe"])
+def test_streamed_experts_give_the_same_bytes(
+    write_model: ModelWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    """Guards against: a model larger than the budget whose experts are read too late, or whose products have other
+    bits, where llama.cpp asks for them one by one."""
+    misses = []
+
+    class Smallest(observe._ObservedLlama):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            set_fewest_slots(self)
+
+        def close(self) -> None:
+            if self._runtime is not None:
+                misses.append(self.stats().expert_misses)
+            super().close()
+
+    monkeypatch.setattr(observe, "_ObservedLlama", Smallest)
+    model, text = write_model(arch), tmp_path / "words.txt"
+    text.write_text(TEXT)
+    command = ["calibrate", str(model), "--text", str(text), "--output", str(tmp_path / "streamed.gguf")]
+    run = CliRunner().invoke(cli, [*command, "--max-tokens", "600"])
+    assert run.exit_code == 0, run.output
+    assert misses and misses[0] > 0
+    converter.calibrate(model, tmp_path / "stock.gguf", TEXT, text_name="words.txt", max_tokens=600)
+    assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "stock.gguf").read_bytes()
+
+
+WITHIN = """
+import functools, json, pathlib, sys
+import edgemoe
+from edgemoe.converters import calibrate
+from edgemoe.converters.upcycle import default_calibration_text
+from edgemoe.formats.gguf import read_model
+from edgemoe.observe import observed_context
+path = pathlib.Path(sys.argv[1])
+model = read_model(path)
+reserved = calibrate.collected_bytes(model)
+plan = edgemoe.plan(path, n_ctx=512, logits_all=True, kernels="ggml")
+memory = plan.floor_bytes + reserved + plan.expert_bank_bytes // 5
+context = functools.partial(observed_context, memory_bytes=memory, reserved_bytes=reserved)
+calibrate.calibrate(path, pathlib.Path(sys.argv[2]), default_calibration_text(), max_tokens=1024, open_context=context)
+peak = int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+print(json.dumps([peak, memory, plan.floor_bytes + plan.expert_bank_bytes]))
+"""
+
+
+def test_it_stays_within_its_memory(tmp_path: Path) -> None:
+    """Guards against: sums, activations or logits that no budget knows, for a model of which a fifth fits."""
+    path = synthetic.write_preset(tmp_path / "olmoe.gguf", "olmoe", n_layers=2, expert_ff=768, n_vocab=8192)
+    done = python(WITHIN, path, tmp_path / "imatrix.gguf")
+    assert done.returncode == 0, done.stderr
+    peak_bytes, memory_bytes, everything_bytes = json.loads(done.stdout.splitlines()[-1])
+    assert peak_bytes <= memory_bytes < everything_bytes
+
+
+def test_too_little_memory_is_refused(write_model: ModelWriter, tmp_path: Path) -> None:
+    """Guards against: a load that fails, or swaps, after it has begun; and a hint that is too low to follow."""
+    command = ["calibrate", str(write_model("olmoe")), "--output", str(tmp_path / "imatrix.gguf")]
+    run = CliRunner().invoke(cli, [*command, "--memory", "64MiB"])
+    assert run.exit_code == 1 and "is below the floor" in run.stderr and "MiB more for what is collected" in run.stderr
+    assert list(tmp_path.glob("*imatrix*")) == []
 
 
 @pytest.mark.parametrize("arch", ["deepseek2", "gpt-oss", "deepseek2-merged"])

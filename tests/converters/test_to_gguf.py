@@ -464,7 +464,15 @@ def test_experts_are_stacked_and_the_rest_is_as_stored(source: Path, tmp_path: P
 
 def test_fused_experts_give_the_same_file(source: Path, tmp_path: Path) -> None:
     """Guards against the layout that transformers 5 has in memory being read in another order than the published."""
-    tensors = random_tensors()
+    tensors = fuse(random_tensors())
+    fused = to_gguf(write_checkpoint(tmp_path / "fused", tensors), tmp_path / "fused.gguf")
+    plain = to_gguf(source, tmp_path / "plain.gguf")
+    for expected in plain.tensors:
+        np.testing.assert_array_equal(tensor(fused, expected.name), expected.data)
+
+
+def fuse(tensors: Tensors) -> Tensors:
+    """The layout that transformers 5 has in memory: all experts of a projection in one tensor."""
     for layer in range(N_LAYERS):
         prefix = f"model.layers.{layer}.mlp.experts"
         parts: dict[str, list[npt.NDArray[Any]]] = {
@@ -474,10 +482,7 @@ def test_fused_experts_give_the_same_file(source: Path, tmp_path: Path) -> None:
         gate_up = [np.concatenate(pair) for pair in zip(parts["gate_proj"], parts["up_proj"], strict=True)]
         tensors[f"{prefix}.gate_up_proj"] = np.stack(gate_up)
         tensors[f"{prefix}.down_proj"] = np.stack(parts["down_proj"])
-    fused = to_gguf(write_checkpoint(tmp_path / "fused", tensors), tmp_path / "fused.gguf")
-    plain = to_gguf(source, tmp_path / "plain.gguf")
-    for expected in plain.tensors:
-        np.testing.assert_array_equal(tensor(fused, expected.name), expected.data)
+    return tensors
 
 
 def test_fp8_is_multiplied_with_the_scales_of_its_blocks(tmp_path: Path) -> None:
