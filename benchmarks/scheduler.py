@@ -4,6 +4,7 @@
     sudo python -m benchmarks.scheduler --json results.json      # the table; run it again to go on after a cut
     python -m benchmarks.scheduler restart MODEL                 # the first tokens after a restart, warm and cold
     python -m benchmarks.scheduler prompts                       # what a prompt costs: its own time, and hits after it
+    python -m benchmarks.scheduler batches                       # larger micro-batches: gain of a prompt, loss after it
 
 A run of the table is one of `benchmarks.larger_than_memory`: a fresh process in a memory cgroup. All methods of a pair
 run in turn, and the pairs of all cells in turn, so that a table that is cut has all its cells. `--json` is written
@@ -23,7 +24,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import cgroup, larger_than_memory, loopdev, prompts, session, synthetic, warm_start
+from benchmarks import cgroup, larger_than_memory, loopdev, micro_batches, prompts, session, synthetic, warm_start
 from benchmarks.larger_than_memory import MIB, RESIDENT, Options, Record, Scenario
 
 BASELINE = "ours:eviction=lru,prefetch=off"
@@ -215,7 +216,7 @@ def find_model(options: Options, preset: str) -> Path:
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark; 0 done, 1 a run failed or methods chose different tokens, 2 it cannot run here."""
-    parts = {"restart": warm_start.main, "prompts": prompts.main}
+    parts = {"restart": warm_start.main, "prompts": prompts.main, "batches": micro_batches.main}
     if arguments and arguments[0] in parts:
         return parts[arguments[0]](arguments[1:])
     options = parse_options(arguments)
