@@ -2,7 +2,8 @@
 """What a prompt costs: hits of the tokens after a long one and a short one, and its own time beside its bound.
 
 *Hits.* The same text twice: all tokens but the last `n` one by one, those as one prompt, then 32 more. What the long
-prompt lowers is what reading those tokens as a prompt does to the experts that decode finds. Counted, not timed.
+prompt lowers is what reading those tokens as a prompt does to the experts that decode finds. Without prefetch, whose
+reads come in time or late by chance; so these are counted, not timed.
 
 *Bound of a prompt.* The longer of computing and reading: seconds of the same prompt with every expert resident, and the
 bytes that any cache of this size must read (of the experts that the prompt uses, those beyond the slots) over the
@@ -12,6 +13,7 @@ disk's speed, measured before and after by random O_DIRECT reads as large as an 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -168,12 +170,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = larger_than_memory.measure_sizes(options.model)
     hits: list[Record] = []
     prompts: list[Record] = []
-    with edgemoe.Llama(options.model, n_ctx=N_CTX, n_threads=options.threads, warm_start=False) as llm:
-        bank_bytes = int(runtime.slot_sizes(llm._gguf, 0).bank_slot_bytes)
-        for routing in options.routing:
-            if "bound" in options.parts:
+    load = {"n_ctx": N_CTX, "n_threads": options.threads, "warm_start": False}
+    if "bound" in options.parts:
+        with edgemoe.Llama(options.model, **load) as llm:
+            for routing in options.routing:
                 prompts += measure_prompts(llm, options, sizes.n_vocab, routing, sizes.expert_slice_bytes)
-            for fraction in options.fractions if "hits" in options.parts else ():
+    if "hits" in options.parts:
+        with edgemoe.Llama(options.model, prefetch="off", **load) as llm:
+            bank_bytes = int(runtime.slot_sizes(llm._gguf, 0).bank_slot_bytes)
+            for routing, fraction in itertools.product(options.routing, options.fractions):
                 _native.set_slots_bytes(llm._runtime, int(fraction * bank_bytes))
                 hits += [{"fraction": fraction, **one} for one in compare_hits(llm, options, sizes.n_vocab, routing)]
     targets = report(hits, prompts)
