@@ -73,13 +73,27 @@ def describe() -> Record:
     }
 
 
+def settings(options: argparse.Namespace) -> Record:
+    """The options as JSON has them; of a path its name, as where things lie is nobody else's."""
+    return {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def save(benchmark: str, options: argparse.Namespace, **parts: Any) -> str:
+    """The benchmark's JSON line; it replaces `options.json`, if that is set, as a whole or not at all."""
+    line = json.dumps({"benchmark": benchmark, **describe(), "settings": settings(options), **parts})
+    if options.json is not None:
+        partial = options.json.with_name(f".{options.json.name}.partial")
+        with partial.open("w") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(options.json)
+    return line
+
+
 def finish(benchmark: str, options: argparse.Namespace, **parts: Any) -> None:
     """Print the benchmark's JSON line, its last, and write it to `options.json` if that is set."""
-    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
-    line = json.dumps({"benchmark": benchmark, **describe(), "settings": settings, **parts})
-    print(line)
-    if options.json is not None:
-        options.json.write_text(line + "\n")
+    print(save(benchmark, options, **parts))
 
 
 def load_engine(engine: str, model: Path | str, **options: Any) -> Any:
