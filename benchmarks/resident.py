@@ -28,7 +28,8 @@ MODELS = ("olmoe", "qwen3moe-30b-slim", "gpt-oss-20b-slim", "olmoe:Q4_0")
 STOCKS = ("stock", "stock-plain")
 DECODE_PROMPT = 64
 N_BATCH, N_UBATCH = 2048, 512  # llama.cpp's defaults
-WARM_UP_TRIES = 3
+WARM_UP_TRIES = 6  # of a slim Qwen3, 3 with the same tokens left 57 experts to the first decode
+WARM_UP_SEED = 1000  # and more: tokens that are not measured
 SETTLE_S = 0.3  # OpenMP's threads of the engine before spin for some milliseconds after their last work
 PROCESS_BYTES = 1280 * MIB  # of one engine beside weights: KV cache, buffers, Python
 Options = argparse.Namespace
@@ -105,11 +106,13 @@ class Worker:
         self._process.wait(60)
 
 
-def warm_up(worker: Worker, tokens: list[int], options: Options) -> None:
-    """Run the longest prefill until no expert is missing any more, then a little of everything."""
-    n_threads = max(options.threads)
-    for _ in range(WARM_UP_TRIES):
-        task = {"threads": n_threads, "prefill": [max(options.prefill)], "decode": tokens[:8], "tokens": tokens}
+def warm_up(worker: Worker, n_vocab: int, n_ctx: int, options: Options) -> None:
+    """Run long prompts, each of other tokens, until one finds no expert missing, then a little of everything."""
+    from benchmarks import synthetic
+
+    for i in range(WARM_UP_TRIES):
+        tokens = synthetic.uniform_tokens(n_ctx, n_vocab, options.seed + WARM_UP_SEED + i)
+        task = {"threads": max(options.threads), "prefill": [n_ctx], "decode": tokens[:8], "tokens": tokens}
         if worker.ask(task)["expert_misses"] == 0:
             break
 
@@ -166,7 +169,7 @@ def run_model(spec: str, options: Options) -> list[Record]:
 
     def start(engine: str) -> Worker:
         worker = Worker(engine, model, n_ctx, max(options.threads))
-        warm_up(worker, synthetic.uniform_tokens(n_ctx, sizes.n_vocab, options.seed), options)
+        warm_up(worker, sizes.n_vocab, n_ctx, options)
         return worker
 
     try:
