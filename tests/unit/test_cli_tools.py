@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 import types
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import edgemoe
+from edgemoe.cli.console import Progress
 from edgemoe.errors import BackendError
 from edgemoe.types import Plan
 from tests.unit.fakes import PLAN, error_lines, run
@@ -320,3 +322,31 @@ def test_upcycle_does_not_overwrite(upcycled: list[dict[str, Any]], model: str, 
     assert run("convert", "upcycle", model, model, "--force").exit_code == 1
     assert run("convert", "upcycle", model, str(out), "--force").exit_code == 0
     assert out.read_bytes() == b"made"
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Terminal(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_a_stage_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against bars that fill logs, that stay behind on the screen, and that pass their end."""
+    steps = [("hash", 1, 4), ("convert", 1, 2), ("convert", 2, 2), ("check", 0, 0), ("check", 9, 4)]
+    for stderr in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Progress() as progress:
+            for step in steps:
+                progress(*step)
+        shown = stderr.getvalue()
+        if not stderr.isatty():
+            assert shown.splitlines() == ["edgemoe: hash", "edgemoe: convert", "edgemoe: check"]
+            continue
+        frames = shown.split("\r\033[K")
+        assert frames[1] == "hash [########......................]  25%"
+        assert frames[3] == f"convert [{'#' * 30}] 100%"
+        assert frames[4] == "check ..." and frames[5].endswith("100%") and frames[-1] == ""
