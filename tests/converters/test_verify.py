@@ -49,7 +49,6 @@ def patch(path: Path, offset: int, data: bytes) -> None:
         ("deepseek-v3", "F16"),
         ("gpt-oss", "Q8_0"),
         ("lfm2moe", "Q8_0"),
-        ("phimoe", "Q8_0"),
         ("qwen3moe", "Q6_K"),
         ("qwen3moe", "Q4_K_M"),
         ("qwen3moe", "Q2_K"),
