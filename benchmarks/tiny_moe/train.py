@@ -57,8 +57,9 @@ CONFIG: dict[str, Any] = {
 }
 """Of `Qwen3MoeConfig`. Each token uses 4 of 36 experts, so an eighth of them in memory is more than a token cycle."""
 
-BALANCE = 0.003
-"""Weight of the load-balancing loss, which counts whole batches: experts may well be used in one domain only."""
+BALANCE = ((0, 0.003), (148, 0.01))
+"""(step, weight of the load-balancing loss from there on); raised when experts of some layers were hardly used any
+more (a loss of 1.7). It counts whole batches: experts may well be used in one domain only."""
 
 ADAM_RATE, MUON_RATE = 3e-3, 0.02
 WARMUP_STEPS = 40
@@ -181,7 +182,8 @@ class Trainer:
             out = self.model(input_ids=batch[:, :-1], output_router_logits=True, use_cache=False)
         losses = token_losses(out.logits, batch[:, 1:])
         balance = balance_loss(out.router_logits)
-        (losses.mean() + BALANCE * balance).backward()
+        weight = [weight for begin, weight in BALANCE if begin <= self.step][-1]
+        (losses.mean() + weight * balance).backward()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

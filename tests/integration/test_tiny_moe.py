@@ -35,13 +35,14 @@ def test_the_file_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("kernels", ["ggml", "auto"])
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_greedy_tokens_are_stock_llama_cpps(domain: str, kernels: str) -> None:
-    """Guards against a trained model whose text depends on the budget or the engine, as random weights cannot show."""
+def test_greedy_tokens_do_not_depend_on_the_budget(domain: str, kernels: str) -> None:
+    """Guards against a trained model whose text depends on the budget or, with ggml's arithmetic, on the engine."""
     text = read_samples(DATA / "tiny_moe")[domain][0].encode()
     with contextlib.closing(stock(MODEL)) as reference, streamed(MODEL, kernels=kernels) as llm:
         prompt = reference.tokenize(text, add_bos=False)[:60]
         assert llm.tokenize(text, add_bos=False)[:60] == prompt
-        expected = sampled(reference, prompt, 40, 0, 0.0)
+        # Own kernels round otherwise than llama.cpp's: a tie may end otherwise, the same for every budget.
+        expected = sampled(reference if kernels == "ggml" else llm, prompt, 40, 0, 0.0)
         for residency in ("all", "third", "cycle"):
             set_residency(llm, residency)
             assert sampled(llm, prompt, 40, 0, 0.0) == expected, residency
