@@ -28,14 +28,14 @@ SAMPLE_TOKENS = 64
 Ids = npt.NDArray[np.int64]
 
 
-def ngram_losses(train: Ids, held_out: Ids, n_vocabulary: int) -> tuple[float, float]:
-    """Cross-entropy in nats of unigrams and of interpolated bigrams."""
+def ngram_losses(train: Ids, windows: Ids, n_vocabulary: int) -> tuple[float, float]:
+    """Cross-entropy in nats of unigrams and of interpolated bigrams; windows: [window, token]."""
     unigrams = np.bincount(train, minlength=n_vocabulary) + 1.0
     unigrams /= unigrams.sum()
     pairs = np.zeros((n_vocabulary, n_vocabulary), np.float32)
     np.add.at(pairs, (train[:-1], train[1:]), 1)
     totals = pairs.sum(axis=1)
-    before, after = held_out[:-1], held_out[1:]
+    before, after = windows[:, :-1].ravel(), windows[:, 1:].ravel()
     bigram = np.where(totals[before] > 0, pairs[before, after] / np.maximum(totals[before], 1), 0)
     bigrams = [-np.log(w * bigram + (1 - w) * unigrams[after]).mean() for w in np.linspace(0.05, 0.95, 19)]
     return float(-np.log(unigrams[after]).mean()), float(min(bigrams))
@@ -109,9 +109,10 @@ def main() -> None:
     texts = []
     for domain in DOMAINS:
         held_out = ids[f"{domain}/held-out"]
-        unigram, bigram = ngram_losses(ids[domain], held_out, llm.n_vocab())
         starts = np.linspace(0, len(held_out) - CONTEXT_TOKENS, N_SEQUENCES).astype(int)
-        losses = [losses_of(llm, held_out[start : start + CONTEXT_TOKENS]) for start in starts]
+        windows = np.stack([held_out[start : start + CONTEXT_TOKENS] for start in starts])
+        unigram, bigram = ngram_losses(ids[domain], windows, llm.n_vocab())
+        losses = [losses_of(llm, window) for window in windows]
         model = float(np.mean(losses))
         print(f"{domain:11}  {unigram:8.3f}  {bigram:7.3f}  {model:6.3f}")
         result[domain] = {"unigram": round(unigram, 4), "bigram": round(bigram, 4), "model": round(model, 4)}

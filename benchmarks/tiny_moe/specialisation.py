@@ -53,6 +53,7 @@ def count_uses(model: Path, texts: Sequence[str]) -> Uses:
 
     counts = []
     options = {"n_ctx": CONTEXT_TOKENS, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "warm_start": False}
+    options["logits_all"] = True  # otherwise llama.cpp's last layer computes the last token of a batch only
     with edgemoe.Llama(model, **options) as llm, tempfile.TemporaryDirectory() as folder:
         for i, text in enumerate(texts):
             tokens = llm.tokenize(text.encode(), add_bos=False)[:CONTEXT_TOKENS]

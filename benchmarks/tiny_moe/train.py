@@ -63,7 +63,7 @@ more (a loss of 1.7). It counts whole batches: experts may well be used in one d
 
 ADAM_RATE, MUON_RATE = 3e-3, 0.02
 WARMUP_STEPS = 40
-COOLDOWN_SHARE = 0.35
+COOLDOWN_SHARE = 0.2
 """Of the steps, during which the rates fall to zero; constant before, so that `--steps` may grow until then."""
 
 

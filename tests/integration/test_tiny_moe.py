@@ -55,7 +55,7 @@ def test_experts_specialise_by_domain_and_shuffled_labels_do_not() -> None:
     n_layers, n_experts = uses.shape[1:]
     assert (uses.sum(axis=-1) > 0).all() and n_layers >= 4 and n_experts >= 16
     found = specialisation.measure(uses, labels, n_shuffles=200)
-    assert (found.divergence > 2 * found.shuffled_max).all(), found
+    assert (found.divergence > 1.5 * found.shuffled_max).all(), found
     apart = ~np.eye(len(DOMAINS), dtype=bool)
     assert (found.pairs[:, apart] > 0.1).all(), found.pairs
     shuffled = specialisation.measure(uses, np.random.default_rng(1).permutation(labels), n_shuffles=200)
@@ -77,5 +77,5 @@ def test_held_out_samples_are_predicted() -> None:
             assert np.mean(losses) < WORST_LOSS[domain], domain
 
 
-WORST_LOSS = {"english": 3.0, "spanish": 3.0, "python": 3.0, "arithmetic": 1.5}
-"""Nats per token, between the model's (tests/data/tiny_moe/README.md) and that of counted pairs of tokens."""
+WORST_LOSS = {"english": 3.75, "spanish": 3.75, "python": 3.0, "arithmetic": 0.9}
+"""Nats per token: the model's (tests/data/tiny_moe/README.md) and a fifth at most, and less than bigrams have."""
