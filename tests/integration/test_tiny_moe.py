@@ -78,4 +78,4 @@ def test_held_out_samples_are_predicted() -> None:
 
 
 WORST_LOSS = {"english": 3.75, "spanish": 3.75, "python": 3.0, "arithmetic": 0.9}
-"""Nats per token: the model's (tests/data/tiny_moe/README.md) and a fifth at most, and less than bigrams have."""
+"""Nats per token: the model's (tests/data/tiny_moe/README.md) and a quarter at most, and less than bigrams have."""
