@@ -212,8 +212,8 @@ ReuseBias::Loss ReuseBias::Lost(const edgemoe_selection& s) const {
     if (i >= s.n_used && chosen_[static_cast<size_t>(i)] != 0) taken += mass;
   }
   if (loss.n_changed == 0) return loss;
-  // A router that gives no weight to anything loses nothing that is known of: count experts.
-  if (!(exact > 0.0)) {
+  // Weights that are zero or no numbers say nothing of what is lost: count experts.
+  if (!(exact > 0.0) || !std::isfinite(exact + taken)) {
     loss.mass_moved = static_cast<double>(loss.n_changed) / static_cast<double>(s.n_used);
     return loss;
   }

@@ -2,6 +2,7 @@
 #include "plugins/ggml/cpu_phases.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "plugins/ggml/edgemoe_ggml.h"
 #include "plugins/ggml/nodes.h"
@@ -21,7 +22,8 @@ bool IsChoice(const ggml_tensor* t) { return t->op == GGML_OP_ARGSORT || t->op =
 bool FollowsFrom(const ggml_tensor* t, const ggml_tensor* from, int* budget) {
   if (t == nullptr || --*budget < 0) return false;
   if (t == from) return true;
-  return std::any_of(t->src, t->src + GGML_MAX_SRC,
+  // The last source first: mixing weights are gathered from scores, whose ancestry is the whole network, by the choice.
+  return std::any_of(std::make_reverse_iterator(t->src + GGML_MAX_SRC), std::make_reverse_iterator(t->src),
                      [&](const ggml_tensor* source) { return FollowsFrom(source, from, budget); });
 }
 
