@@ -138,7 +138,7 @@ SEEN_NODES = {
     "qwen3moe": (r"ffn_moe_weights-\d+", r"ffn_moe_weights-\d+"),
     "llama": (r"ffn_moe_weights-\d+", r"ffn_moe_weights-\d+"),
     "deepseek2-v3": (r"ffn_moe_weights-\d+", r"ffn_moe_weights-\d+"),
-    "gpt-oss": (r"ffn_moe_logits_biased-\d+", r"ffn_moe_weights_softmax-\d+"),
+    "gpt-oss": (r"ffn_moe_probs-\d+", r"ffn_moe_weights_softmax-\d+"),
 }
 
 
