@@ -187,7 +187,7 @@ TEST(ReuseBiasAllocationTest, BiasedSelectionAllocatesNothing) {
   RuntimePtr runtime(model.Open(model.SlotsBytes(24)));
   const int32_t n = model.shape().n_experts;
   for (const int32_t method : {EDGEMOE_REUSE_CACHE_PRIOR, EDGEMOE_REUSE_MAX_RANK, EDGEMOE_REUSE_CUMULATIVE}) {
-    const edgemoe_reuse_options options = {sizeof(edgemoe_reuse_options), method, 1, n, 1, 0, 0.5, 0.1, 0.1};
+    const edgemoe_reuse_options options = {sizeof(edgemoe_reuse_options), method, 1, n, 1, 0, 0.9, 1.0, 1.0};
     edgemoe_reuse* reuse = nullptr;
     ASSERT_EQ(edgemoe_reuse_open(&options, &reuse, nullptr), EDGEMOE_OK);
     std::vector<float> scores(static_cast<size_t>(n));
