@@ -37,6 +37,7 @@ PHASES = ("overhead", "router", "select", "wait", "experts", "dense", "sampling"
 ReplayOptions = _core.ReplayOptions
 ReplayPhase = _core.ReplayPhase
 ReplayResult = _core.ReplayResult
+ReuseBias = _core.ReuseBias
 Runtime = _core.Runtime
 Sizes = _core.Sizes
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
-from edgemoe import _native, engine, host, planner, runtime, topology, warm
+from edgemoe import _native, engine, host, planner, reuse, runtime, topology, warm
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
@@ -71,6 +71,9 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         prefetch: str = planner.DEFAULT_PREFETCH,
         warm_start: bool = True,
         draft: str | Path = "off",
+        reuse_bias: str | float = "off",
+        reuse_method: str = "cache-prior",
+        top_j: int | None = None,
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -94,6 +97,11 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 prompt and the answer so far, as many tokens as their experts' bytes make worth while; or the path of
                 a small GGUF model with the same vocabulary, dense or not, to draft with it as well. It is loaded
                 whole, and its memory is part of the budget.
+            reuse_bias: `off`, or a number from 0 (exact) to 1: while decoding, how much experts that need not be read
+                are preferred. This changes what is generated, and makes it depend on timing; a guard bounds how much,
+                and `stats()` says what it costs. Prompts stay exact. See docs/routing.md.
+            reuse_method: who is preferred how: `cache-prior`, `max-rank` or `cumulative`.
+            top_j: so many of the best experts are chosen whatever is resident; None for 1 or, of more than 8, for 2.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
@@ -101,8 +109,9 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             ModelFormatError: a file is missing, truncated or no GGUF.
             BudgetError: the budget is below the model's floor, or cannot be parsed.
             BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, `draft` cannot
-                be exact with this model, or the draft model has another vocabulary.
-            ValueError: `eviction`, `kernels`, `prefetch` or `draft` is unknown.
+                be exact with this model, the draft model has another vocabulary, or its routers cannot be biased.
+            ValueError: `eviction`, `kernels`, `prefetch`, `draft` or `reuse_method` is unknown, `reuse_bias` or `top_j`
+                makes no sense.
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
@@ -110,6 +119,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         _native.check_kernels(kernels)
         check_prefetch(prefetch)
         planner.draft_path(draft)
+        reuse_settings = reuse.parse(reuse_bias, reuse_method, top_j)
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)
@@ -125,7 +135,11 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._kernels_used = "ggml"
         self._draft = draft
         self._draft_model: DraftModel | None = None
+        self._reuse_kwargs = {"reuse_bias": reuse_bias, "reuse_method": reuse_method, "top_j": top_j}
+        self._reuse: reuse.ReuseBias | None = None
+        self._is_in_prompt = False
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
+        reuse.check(reuse_settings, model)
         n_cores = topology.default_threads()
         kwargs = dict(
             llama_cpp_kwargs,
@@ -162,6 +176,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                     self._add_adapter(str(lora_path), lora_scale)
                 if draft != "off":
                     self._prepare_drafts(self._draft_model)
+                if reuse_settings is not None:
+                    self._prepare_reuse(reuse_settings)
             except BaseException:
                 self.close()
                 raise
@@ -258,6 +274,15 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             draft.total_bytes >> 20,
         )
 
+    def _prepare_reuse(self, settings: reuse.Settings) -> None:
+        assert self._runtime is not None
+        if not self._is_hooked:
+            raise BackendError(
+                "cannot bias routing: llama.cpp's CPU backend cannot be told to leave the choice to edgemoe; "
+                "use reuse_bias='off'"
+            )
+        self._reuse = reuse.ReuseBias(settings, self._runtime, self._gguf)
+
     def set_memory(self, memory: int | str) -> None:
         """Change the budget now: experts are dropped, coldest first, or get more room.
 
@@ -303,11 +328,12 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         """
         n_drafted, self._n_drafted = self._n_drafted, 0
         before = self._runtime.stats() if self._drafter is not None and self._runtime is not None else None
+        is_decode = len(tokens) == n_drafted + 1 and not self._is_in_prompt
         begin_s = time.perf_counter()
         if len(tokens) == n_drafted + 1:
             self._foresee(tokens)
         try:
-            with self._read_errors():
+            with self._read_errors(), self._reuse.applied() if self._reuse and is_decode else contextlib.nullcontext():
                 if n_drafted:
                     self._eval_draft(tokens)
                 else:
@@ -342,16 +368,27 @@ class Llama(ProfiledLlama, SpeculativeLlama):
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, None, None]:
         """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""
         begin_s = time.perf_counter()
-        is_first = True
-        with self._drafting(self._count_draft), contextlib.closing(super().generate(*args, **kwargs)) as tokens:
+        self._is_in_prompt = True
+        with (
+            self._out_of_prompt(),
+            self._drafting(self._count_draft),
+            contextlib.closing(super().generate(*args, **kwargs)) as tokens,
+        ):
             for token in tokens:
-                if is_first:
+                if self._is_in_prompt:
                     self._counters.ttft_s = time.perf_counter() - begin_s
-                    is_first = False
+                    self._is_in_prompt = False
                 # Between two tokens the text ends here for everyone but the loop that compares it with the draft.
                 self._n_visible = self._n_certain
                 yield token
                 self._n_visible = None
+
+    @contextlib.contextmanager
+    def _out_of_prompt(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._is_in_prompt = False
 
     def _count_draft(self, n_drafted: int, n_accepted: int) -> None:
         self._counters.drafted_tokens += n_drafted
@@ -414,11 +451,14 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             kernels=self._kernels_used,
             drafted_tokens=c.drafted_tokens,
             accepted_tokens=c.accepted_tokens,
+            **(self._reuse.stats() if self._reuse is not None else {}),
         )
 
     def reset_stats(self) -> None:
         """Start the counters again; load time and peak memory stay."""
         self._counters = _Counters()
+        if self._reuse is not None:
+            self._reuse.reset_stats()
         if self._runtime is not None:
             self._runtime.reset_stats()
 
@@ -479,6 +519,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             prefetch=self._prefetch,
             draft=self._draft,
             warm_start=self._warm_start,
+            **self._reuse_kwargs,
         )
 
 

@@ -37,6 +37,11 @@ class Stats:
         kernels: who multiplies by the experts: `ggml`, or the instruction set of our kernels (`avx512_vnni`); where
             some formats are left to ggml, both (`avx512_vnni, ggml for Q5_0`).
         drafted_tokens, accepted_tokens: tokens evaluated ahead because they were likely, and those that sampling chose.
+        reuse_bias: the reuse bias in force, as the guard has lowered it, on average over layers; 0.0 when off.
+        selections_changed: of the experts chosen while decoding with a reuse bias, the share that exact routing would
+            not have chosen.
+        gate_mass_moved, kl_estimate: what that cost, per token and layer: the share of the exact choice's mixing
+            weight that was dropped, and nats (see docs/routing.md).
     """
 
     prompt_tokens: int
@@ -62,6 +67,10 @@ class Stats:
     kernels: str
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    reuse_bias: float = 0.0
+    selections_changed: float = 0.0
+    gate_mass_moved: float = 0.0
+    kl_estimate: float = 0.0
 
     @property
     def expert_hit_rate(self) -> float:

@@ -19,6 +19,7 @@ from edgemoe.sizes import format_size
 
 if TYPE_CHECKING:
     from edgemoe.llama import Llama
+    from edgemoe.types import Stats
 
 Message = dict[str, str]
 """One message of a conversation: its `role` (system, user, assistant) and its `content`."""
@@ -110,10 +111,19 @@ class Completion:
             f"hits {n_hits / n_asked:.1%}" if n_asked else "hits -",
             f"{(end.expert_bytes_read - first.expert_bytes_read) / n_decoded / 2**20:.2f} MiB read/token",
             *([f"drafts {n_accepted} of {n_drafted} right"] if n_drafted else []),
+            *([reuse_price(end)] if end.reuse_bias > 0 else []),
             f"stall {end.stall_s - start.stall_s:.2f} s",
             f"memory peak {format_size(end.peak_rss_bytes)} of {format_size(end.budget_bytes)}",
         ]
         return "[" + " | ".join(parts) + "]"
+
+
+def reuse_price(stats: Stats) -> str:
+    """What the reuse bias costs, over all that was decoded so far."""
+    return (
+        f"reuse bias {stats.reuse_bias:.2f} now: {stats.selections_changed:.1%} of experts changed, "
+        f"{stats.gate_mass_moved:.1%} of their weight, KL {stats.kl_estimate:.3f}"
+    )
 
 
 def text_prompt(llm: Llama, text: str) -> list[int]:

@@ -58,6 +58,17 @@ def _check_draft(_ctx: click.Context, _param: click.Parameter, draft: str) -> st
     return draft
 
 
+def _check_reuse_bias(_ctx: click.Context, _param: click.Parameter, reuse_bias: str) -> str:
+    if reuse_bias != "off":
+        from edgemoe import reuse
+
+        try:
+            reuse.parse(reuse_bias)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+    return reuse_bias
+
+
 model_argument = click.argument("model", required=False, type=click.Path(path_type=Path))
 memory_option = click.option(
     "--memory",
@@ -133,6 +144,28 @@ _LOAD_OPTIONS = {
         show_default=True,
         help="Evaluate several tokens at once where that is faster: what followed the same words earlier in the text "
         "(ngram), or what a small GGUF model of the same vocabulary writes next (its path).",
+    ),
+    "reuse_bias": click.option(
+        "--reuse-bias",
+        metavar="off|0..1",
+        callback=_check_reuse_bias,
+        default="off",
+        show_default=True,
+        help="While decoding, prefer experts that need not be read, up to a bound. LOSSY: it changes the answer; its "
+        "price is printed.",
+    ),
+    "reuse_method": click.option(
+        "--reuse-method",
+        type=click.Choice(["cache-prior", "max-rank", "cumulative"]),
+        default="cache-prior",
+        show_default=True,
+        help="How they are preferred: higher scores, or first among the best ranks, or among most of the mass.",
+    ),
+    "top_j": click.option(
+        "--top-j",
+        type=click.IntRange(min=1),
+        metavar="J",
+        help="With a reuse bias, so many of the best experts are always chosen.  [default: 1 or 2]",
     ),
     "warm_start": click.option(
         "--warm-start/--no-warm-start",

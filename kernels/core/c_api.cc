@@ -9,6 +9,7 @@
 
 #include "core/arithmetic.h"
 #include "core/replay.h"
+#include "core/reuse_bias.h"
 #include "core/runtime.h"
 #include "edgemoe/edgemoe.h"
 #include "edgemoe/scheduler.h"
@@ -300,3 +301,24 @@ int32_t edgemoe_runtime_enter_phase(edgemoe_runtime* runtime, int32_t phase) {
 }
 
 void edgemoe_runtime_stop_clock(edgemoe_runtime* runtime, uint64_t* ns) { runtime->clock.Stop(ns); }
+
+int32_t edgemoe_reuse_open(const edgemoe_reuse_options* options, edgemoe_reuse** reuse, edgemoe_error* error) {
+  return Guard(error, [&] {
+    if (Status s = edgemoe::ReuseBias::Check(*options); !s.ok()) return s;
+    *reuse = new edgemoe_reuse{edgemoe::ReuseBias(*options)};
+    return Status();
+  });
+}
+
+void edgemoe_reuse_close(edgemoe_reuse* reuse) { delete reuse; }
+
+int32_t edgemoe_reuse_select(edgemoe_reuse* reuse, const edgemoe_selection* selection, edgemoe_error* error) {
+  return Guard(error, [&] { return reuse->bias.Select(*selection); });
+}
+
+void edgemoe_reuse_read_stats(const edgemoe_reuse* reuse, edgemoe_reuse_stats* stats) { *stats = reuse->bias.Stats(); }
+void edgemoe_reuse_reset_stats(edgemoe_reuse* reuse) { reuse->bias.ResetStats(); }
+
+int32_t edgemoe_runtime_residents(edgemoe_runtime* runtime, int32_t layer, uint8_t* resident, int32_t n_experts) {
+  return runtime->cache.Residents(layer, resident, n_experts);
+}

@@ -401,4 +401,20 @@ void ExpertCache::ReaderLoop(std::vector<char>* scratch) {
   }
 }
 
+int ExpertCache::Residents(int layer, uint8_t* resident, int n_experts) {
+  int n_found = 0;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const ExpertTensor& t : file_->tensors()) {
+    if (t.layer != layer) continue;
+    const bool is_first = n_found == 0;
+    n_found = t.n_experts;
+    if (n_found != n_experts) return n_found;
+    for (int e = 0; e < n_experts; ++e) {
+      const uint8_t here = Absent(t.first_slice + e) ? 0 : 1;
+      resident[e] = is_first ? here : static_cast<uint8_t>(resident[e] & here);
+    }
+  }
+  return n_found;
+}
+
 }  // namespace edgemoe

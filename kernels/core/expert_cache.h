@@ -87,6 +87,8 @@ class ExpertCache {
   std::vector<int64_t> HotSlices();
   // [slice] how many tokens used it since Start.
   std::vector<uint64_t> Uses();
+  // As edgemoe_runtime_residents.
+  int Residents(int layer, uint8_t* resident, int n_experts);
   // Replace what is left to preload by these slices, the hottest first.
   Status Preload(const int64_t* slices, int64_t n_slices);
   // Slices left to preload, with those being read.

@@ -181,6 +181,43 @@ TEST(OwnAllocationTest, DecodeStepsOfWholeBlocksAllocateNothingAfterWarmUp) {
   }
 }
 
+// Guards against: an order, a list of residents or a message that is made anew for each token.
+TEST(ReuseBiasAllocationTest, BiasedSelectionAllocatesNothing) {
+  ToyModel model({});
+  RuntimePtr runtime(model.Open(model.SlotsBytes(24)));
+  const int32_t n = model.shape().n_experts;
+  for (const int32_t method : {EDGEMOE_REUSE_CACHE_PRIOR, EDGEMOE_REUSE_MAX_RANK, EDGEMOE_REUSE_CUMULATIVE}) {
+    const edgemoe_reuse_options options = {sizeof(edgemoe_reuse_options), method, 1, n, 1, 0, 0.9, 1.0, 1.0};
+    edgemoe_reuse* reuse = nullptr;
+    ASSERT_EQ(edgemoe_reuse_open(&options, &reuse, nullptr), EDGEMOE_OK);
+    std::vector<float> scores(static_cast<size_t>(n));
+    std::vector<uint8_t> resident(static_cast<size_t>(n));
+    std::vector<int32_t> order(static_cast<size_t>(n));
+    int32_t failed = 0;
+    g_n_allocations = 0;
+    g_counting = true;
+    for (int step = 0; step < 100; ++step) {
+      failed += edgemoe_runtime_residents(runtime.get(), 0, resident.data(), n) == n ? 0 : 1;
+      for (int32_t e = 0; e < n; ++e) {
+        resident[static_cast<size_t>(e)] = static_cast<uint8_t>((e + step) % 2);
+        scores[static_cast<size_t>(e)] = 1.0f / static_cast<float>(e + 2);
+        order[static_cast<size_t>(e)] = e;
+      }
+      const edgemoe_selection selection = {0,           n, 4, 1, 0, 0, scores.data(), scores.data(), resident.data(),
+                                           order.data()};
+      failed |= edgemoe_reuse_select(reuse, &selection, nullptr);
+    }
+    g_counting = false;
+    EXPECT_EQ(failed, 0);
+    EXPECT_EQ(g_n_allocations.load(), 0);
+    edgemoe_reuse_stats stats;
+    edgemoe_reuse_read_stats(reuse, &stats);
+    EXPECT_EQ(stats.n_selections, 100u);
+    EXPECT_GT(stats.n_changed, 0u);
+    edgemoe_reuse_close(reuse);
+  }
+}
+
 // Guards against: a guard that counts nothing.
 TEST(AllocationCounterTest, CountsAllocations) {
   g_n_allocations = 0;

@@ -2,9 +2,11 @@
 #include "plugins/ggml/cpu_phases.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "plugins/ggml/edgemoe_ggml.h"
 #include "plugins/ggml/nodes.h"
+#include "plugins/ggml/selection.h"
 
 namespace edgemoe_ggml {
 namespace {
@@ -15,29 +17,13 @@ struct Profiled {
 };
 thread_local Profiled t_profiled;
 
-// Nodes between a router's product and the choice by it: softmax or sigmoid, bias, and what DeepSeek's groups take,
-// about 12 with the views.
-constexpr int kScoreBudget = 64;
-
 bool IsChoice(const ggml_tensor* t) { return t->op == GGML_OP_ARGSORT || t->op == GGML_OP_TOP_K; }
-
-// The product with a router's weights that the scores `t` come from; null where they come from none.
-const ggml_tensor* FindRouter(const ggml_tensor* t, int* budget) {
-  if (t == nullptr || --*budget < 0) return nullptr;
-  if (t->op == GGML_OP_MUL_MAT) {
-    const bool is_router = t->src[0]->op == GGML_OP_NONE && t->ne[0] <= t_profiled.n_experts;
-    return is_router ? t : nullptr;
-  }
-  for (const ggml_tensor* source : {t->src[0], t->src[1]}) {
-    if (const ggml_tensor* router = FindRouter(source, budget); router != nullptr) return router;
-  }
-  return nullptr;
-}
 
 bool FollowsFrom(const ggml_tensor* t, const ggml_tensor* from, int* budget) {
   if (t == nullptr || --*budget < 0) return false;
   if (t == from) return true;
-  return std::any_of(t->src, t->src + GGML_MAX_SRC,
+  // The last source first: mixing weights are gathered from scores, whose ancestry is the whole network, by the choice.
+  return std::any_of(std::make_reverse_iterator(t->src + GGML_MAX_SRC), std::make_reverse_iterator(t->src),
                      [&](const ggml_tensor* source) { return FollowsFrom(source, from, budget); });
 }
 
@@ -54,8 +40,7 @@ RouterNodes NextRouter(const ggml_cgraph* graph, int begin) {
   for (int last = begin; last < n; ++last) {
     const ggml_tensor* node = graph->nodes[last];
     if (!IsChoice(node) || node->src[0]->ne[0] > t_profiled.n_experts) continue;
-    int budget = kScoreBudget;
-    const ggml_tensor* router = FindRouter(node->src[0], &budget);
+    const ggml_tensor* router = FindRouter(node->src[0], t_profiled.n_experts);
     int first = begin;
     while (first < last && graph->nodes[first] != router) ++first;
     if (first == last) continue;
@@ -63,7 +48,7 @@ RouterNodes NextRouter(const ggml_cgraph* graph, int begin) {
     RouterNodes found = {first, first, last + 1};
     while (!IsChoice(graph->nodes[found.choice])) ++found.choice;
     for (; found.end < n; ++found.end) {
-      budget = kScoreBudget;
+      int budget = kScoreNodes;
       const ggml_tensor* next = graph->nodes[found.end];
       if (!IsView(next) && !IsChoice(next) && !FollowsFrom(next, graph->nodes[found.choice], &budget)) break;
     }
@@ -77,13 +62,13 @@ RouterNodes NextRouter(const ggml_cgraph* graph, int begin) {
 bool IsProfiled() { return t_profiled.runtime != nullptr; }
 
 ggml_status ComputeInPhases(GraphCompute compute, ggml_backend_t cpu, ggml_cgraph* graph) {
-  if (!IsProfiled()) return compute(cpu, graph);
+  if (!IsProfiled()) return ComputeBiased(compute, cpu, graph);
   const auto compute_nodes = [&](edgemoe_phase phase, int begin, int end) {
     if (begin == end) return GGML_STATUS_SUCCESS;
     const ProfiledPhase scope(phase);
-    if (begin == 0 && end == graph->n_nodes) return compute(cpu, graph);
+    if (begin == 0 && end == graph->n_nodes) return ComputeBiased(compute, cpu, graph);
     ggml_cgraph view = ggml_graph_view(graph, begin, end);
-    return compute(cpu, &view);
+    return ComputeBiased(compute, cpu, &view);
   };
   ggml_status status = GGML_STATUS_SUCCESS;
   for (int done = 0; done < graph->n_nodes && status == GGML_STATUS_SUCCESS;) {

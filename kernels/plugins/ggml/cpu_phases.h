@@ -8,10 +8,9 @@
 #include "edgemoe/edgemoe.h"
 #include "edgemoe/scheduler.h"
 #include "plugins/ggml/ggml_abi.h"
+#include "plugins/ggml/nodes.h"
 
 namespace edgemoe_ggml {
-
-using GraphCompute = ggml_status (*)(ggml_backend_t, ggml_cgraph*);
 
 // Whether this thread is profiled.
 bool IsProfiled();

@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "edgemoe/edgemoe.h"
+#include "edgemoe/scheduler.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -40,6 +41,9 @@ EDGEMOE_API void edgemoe_ggml_set_lone_rows(int64_t n_tokens);
 /* From now on, graphs that this thread evaluates in such contexts enter the phases of the runtime's clock, if it runs;
  * NULL: no more. n_experts: the most in a layer, by which routers are told from other products. */
 EDGEMOE_API void edgemoe_ggml_set_profiled(edgemoe_runtime* runtime, int32_t n_experts);
+/* From now on, tokens that this thread evaluates in such contexts get the experts that `reuse` chooses, given what the
+ * runtime has resident; NULL: the model's choice again. n_experts: the most in a layer. */
+EDGEMOE_API void edgemoe_ggml_set_reuse(edgemoe_runtime* runtime, edgemoe_reuse* reuse, int32_t n_experts);
 
 #ifdef __cplusplus
 }

@@ -7,6 +7,7 @@
 #include "ggml-cpu.h"
 #include "plugins/ggml/cpu_phases.h"
 #include "plugins/ggml/edgemoe_ggml.h"
+#include "plugins/ggml/selection.h"
 
 namespace edgemoe_ggml {
 namespace {
@@ -133,7 +134,7 @@ ggml_status ComputeLoneRows(ggml_backend_t cpu, ggml_cgraph* graph) {
 
 void SetCpuThreads(ggml_backend_t cpu, int n_threads) {
   ggml_backend_cpu_set_n_threads(cpu, n_threads);
-  if ((t_rows.n_tokens < 2 && !IsProfiled()) || cpu->iface.graph_compute == ComputeLoneRows) return;
+  if ((t_rows.n_tokens < 2 && !IsProfiled() && !IsBiased()) || cpu->iface.graph_compute == ComputeLoneRows) return;
   Original().store(cpu->iface.graph_compute);
   cpu->iface.graph_compute = ComputeLoneRows;
 }

@@ -1,9 +1,23 @@
 // SPDX-License-Identifier: MIT
 #include "plugins/ggml/nodes.h"
 
+#include <initializer_list>
+
 #include "plugins/ggml/buffers.h"
 
 namespace edgemoe_ggml {
+namespace {
+
+const ggml_tensor* FindRouter(const ggml_tensor* t, int64_t n_experts, int* budget) {
+  if (t == nullptr || --*budget < 0) return nullptr;
+  if (t->op == GGML_OP_MUL_MAT) return t->src[0]->op == GGML_OP_NONE && t->ne[0] <= n_experts ? t : nullptr;
+  for (const ggml_tensor* source : {t->src[0], t->src[1]}) {
+    if (const ggml_tensor* router = FindRouter(source, n_experts, budget); router != nullptr) return router;
+  }
+  return nullptr;
+}
+
+}  // namespace
 
 bool IsExpertProduct(const ggml_tensor* node) {
   return node->op == GGML_OP_MUL_MAT_ID && (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 &&
@@ -63,6 +77,11 @@ int UseCount(const ggml_cgraph* graph, const ggml_tensor* t) {
     i = (i + 1) % set.size;
   } while (i != begin);
   return -1;
+}
+
+const ggml_tensor* FindRouter(const ggml_tensor* scores, int64_t n_experts) {
+  int budget = kScoreNodes;
+  return FindRouter(scores, n_experts, &budget);
 }
 
 }  // namespace edgemoe_ggml

@@ -8,6 +8,12 @@
 
 namespace edgemoe_ggml {
 
+using GraphCompute = ggml_status (*)(ggml_backend_t, ggml_cgraph*);
+
+// Nodes looked at between a router's product and the choice by it: softmax or sigmoid, bias, and what DeepSeek's groups
+// take, about 12 with the views.
+constexpr int kScoreNodes = 64;
+
 // ggml_mul_mat_id with expert weights that libedgemoe serves.
 bool IsExpertProduct(const ggml_tensor* node);
 // The same as libedgemoe takes it.
@@ -18,6 +24,9 @@ bool Overlap(const ggml_tensor* a, const ggml_tensor* b);
 bool Independent(const ggml_tensor* node, const ggml_tensor* other);
 // How many nodes of the whole graph, not only of this split, take `t` as a source; -1 when the graph does not say.
 int UseCount(const ggml_cgraph* graph, const ggml_tensor* t);
+// The product with a router's weights, of at most n_experts rows, that scores come from; null where they come from
+// none.
+const ggml_tensor* FindRouter(const ggml_tensor* scores, int64_t n_experts);
 
 }  // namespace edgemoe_ggml
 #endif  // EDGEMOE_PLUGINS_GGML_NODES_H_

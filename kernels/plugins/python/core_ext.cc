@@ -297,6 +297,49 @@ class Runtime {
   edgemoe_runtime* runtime_ = nullptr;
 };
 
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Order = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Chooses experts with an advantage for those that are resident.
+class ReuseBias {
+ public:
+  ReuseBias(int method, int n_layers, int n_experts, int top_j, double strength, double max_mass_moved, double max_kl) {
+    const edgemoe_reuse_options options = {
+        sizeof(edgemoe_reuse_options), method, n_layers, n_experts, top_j, 0, strength, max_mass_moved, max_kl};
+    edgemoe_error error = {};
+    Check(edgemoe_reuse_open(&options, &reuse_, &error), error);
+  }
+  ~ReuseBias() { edgemoe_reuse_close(reuse_); }
+  ReuseBias(const ReuseBias&) = delete;
+  ReuseBias& operator=(const ReuseBias&) = delete;
+
+  // order: experts by falling score; written, the n_used chosen first.
+  void Select(int layer, int n_used, const Floats& scores, const Floats& masses, const Bytes& resident,
+              const Order& order, bool are_probabilities, bool are_logits) {
+    const size_t n_experts = scores.shape(0);
+    if (masses.shape(0) != n_experts || resident.shape(0) != n_experts || order.shape(0) != n_experts) {
+      throw CoreError{EDGEMOE_INVALID_ARGUMENT, "selection: arrays of different lengths"};
+    }
+    const edgemoe_selection selection = {layer,           static_cast<int32_t>(n_experts),
+                                         n_used,          are_probabilities,
+                                         are_logits,      0,
+                                         scores.data(),   masses.data(),
+                                         resident.data(), order.data()};
+    edgemoe_error error = {};
+    Check(edgemoe_reuse_select(reuse_, &selection, &error), error);
+  }
+  edgemoe_reuse_stats Stats() const {
+    edgemoe_reuse_stats stats;
+    edgemoe_reuse_read_stats(reuse_, &stats);
+    return stats;
+  }
+  void ResetStats() { edgemoe_reuse_reset_stats(reuse_); }
+  edgemoe_reuse* get() const { return reuse_; }
+
+ private:
+  edgemoe_reuse* reuse_ = nullptr;
+};
+
 // The loaded ggml plug-in. It stays loaded: ggml keeps pointers into it for the life of the process.
 class GgmlPlugin {
  public:
@@ -309,6 +352,7 @@ class GgmlPlugin {
     Find("edgemoe_ggml_populate", &populate_);
     Find("edgemoe_ggml_set_lone_rows", &set_lone_rows_);
     Find("edgemoe_ggml_set_profiled", &set_profiled_);
+    Find("edgemoe_ggml_set_reuse", &set_reuse_);
     Find("edgemoe_ggml_built_against", &built_against_);
     Find("edgemoe_ggml_llama_cpp_python", &llama_cpp_python_);
     Find("edgemoe_ggml_loaded", &loaded_);
@@ -320,6 +364,13 @@ class GgmlPlugin {
   void SetLoneRows(int64_t n_tokens) { set_lone_rows_(n_tokens); }
   void SetProfiled(Runtime* runtime, int n_experts) {
     set_profiled_(runtime == nullptr ? nullptr : runtime->get(), n_experts);
+  }
+  void SetReuse(Runtime* runtime, ReuseBias* reuse, int n_experts) {
+    if (runtime == nullptr || reuse == nullptr) {
+      set_reuse_(nullptr, nullptr, 0);
+    } else {
+      set_reuse_(runtime->get(), reuse->get(), n_experts);
+    }
   }
   // ranges: (file offset, length, address)
   void Populate(const std::string& path, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& ranges,
@@ -354,6 +405,7 @@ class GgmlPlugin {
   decltype(&edgemoe_ggml_populate) populate_ = nullptr;
   decltype(&edgemoe_ggml_set_lone_rows) set_lone_rows_ = nullptr;
   decltype(&edgemoe_ggml_set_profiled) set_profiled_ = nullptr;
+  decltype(&edgemoe_ggml_set_reuse) set_reuse_ = nullptr;
   decltype(&edgemoe_ggml_built_against) built_against_ = nullptr;
   decltype(&edgemoe_ggml_llama_cpp_python) llama_cpp_python_ = nullptr;
   decltype(&edgemoe_ggml_loaded) loaded_ = nullptr;
@@ -489,12 +541,30 @@ NB_MODULE(_core, m) {
       .def("reset_stats", &Runtime::ResetStats)
       .def("take_error", &Runtime::TakeError);
 
+  nb::class_<edgemoe_reuse_stats>(m, "ReuseStats")
+      .def_ro("n_selections", &edgemoe_reuse_stats::n_selections)
+      .def_ro("n_chosen", &edgemoe_reuse_stats::n_chosen)
+      .def_ro("n_changed", &edgemoe_reuse_stats::n_changed)
+      .def_ro("mass_moved", &edgemoe_reuse_stats::mass_moved)
+      .def_ro("kl", &edgemoe_reuse_stats::kl)
+      .def_ro("mean_strength", &edgemoe_reuse_stats::mean_strength);
+
+  nb::class_<ReuseBias>(m, "ReuseBias")
+      .def(nb::init<int, int, int, int, double, double, double>(), nb::arg("method"), nb::arg("n_layers"),
+           nb::arg("n_experts"), nb::arg("top_j"), nb::arg("strength"), nb::arg("max_mass_moved"), nb::arg("max_kl"))
+      .def("select", &ReuseBias::Select, nb::arg("layer"), nb::arg("n_used"), nb::arg("scores"), nb::arg("masses"),
+           nb::arg("resident"), nb::arg("order").noconvert(), nb::arg("are_probabilities") = false,
+           nb::arg("are_logits") = false)
+      .def("stats", &ReuseBias::Stats)
+      .def("reset_stats", &ReuseBias::ResetStats);
+
   nb::class_<GgmlPlugin>(m, "GgmlPlugin")
       .def(nb::init<const std::string&>(), nb::arg("path"))
       .def("begin_load", &GgmlPlugin::BeginLoad, nb::arg("runtime"))
       .def("end_load", &GgmlPlugin::EndLoad)
       .def("set_lone_rows", &GgmlPlugin::SetLoneRows, nb::arg("n_tokens"))
       .def("set_profiled", &GgmlPlugin::SetProfiled, nb::arg("runtime").none(), nb::arg("n_experts"))
+      .def("set_reuse", &GgmlPlugin::SetReuse, nb::arg("runtime").none(), nb::arg("reuse").none(), nb::arg("n_experts"))
       .def("populate", &GgmlPlugin::Populate, nb::arg("path"), nb::arg("ranges"), nb::arg("n_threads"))
       .def("built_against", &GgmlPlugin::BuiltAgainst)
       .def("llama_cpp_python", &GgmlPlugin::LlamaCppPython)
