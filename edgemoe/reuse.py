@@ -22,7 +22,7 @@ MAX_MASS_MOVED = 0.2
 MAX_KL = 0.1
 """Bounds of the guard, per selection on average. On simulated routers (64 and 128 experts, 8 used, a quarter resident)
 Cache-Prior moves 0.07 to 0.21 of the mass with a bias of 0.15 and 0.23 to 0.35 with 0.3; a report on a 35B model puts
-the price of those at 1-4 % and at 25 % of perplexity (bmoe-edge, Qwen3.6). The bounds lie between the two."""
+the price of those at 1-4 % and at 25 % of perplexity (BigMoeOnEdge, Qwen3.6). The bounds lie between the two."""
 # The paper's J: 1 where experts are few and large, else 2.
 _FEW_EXPERTS = 8
 # Their routers choose a second set of experts, by the same scores, that belongs to the first.

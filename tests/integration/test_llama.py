@@ -39,7 +39,8 @@ ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
 STATS_FIELDS = """prompt_tokens, completion_tokens, prefill_tokens_per_s, decode_tokens_per_s, ttft_s, load_s,
     load_bytes_read, expert_hits, expert_misses, expert_late_hits, expert_bytes_read, bytes_per_token,
     prefetch_used_bytes, prefetch_late_bytes, prefetch_wasted_bytes, stall_s, n_slots, slots_bytes,
-    peak_rss_bytes, budget_bytes, kernels, drafted_tokens, accepted_tokens"""
+    peak_rss_bytes, budget_bytes, kernels, drafted_tokens, accepted_tokens, reuse_bias, selections_changed,
+    gate_mass_moved, kl_estimate"""
 PLAN_FIELDS = """fits, budget_bytes, floor_bytes, dense_bytes, kv_bytes, buffers_bytes, slots_bytes, slack_bytes,
     token_cycle_bytes, expert_bank_bytes, n_experts, n_experts_used, n_moe_layers, prefetch_bytes,
     draft_buffers_bytes, draft_bytes"""

@@ -223,9 +223,9 @@ def test_hit_rate_rises_with_the_bias(write_model: ModelWriter, monkeypatch: pyt
     for bias in (0.0, 0.15, 0.4, 1.0):
         with streamed(write_model("olmoe", **WIDE), reuse_bias=bias, prefetch="off", logits_all=False) as llm:
             rates.append(_decode(llm).expert_hit_rate)
-    assert rates == sorted(rates)
-    # Only the best two have to be read.
-    assert rates[-1] > 0.5 > rates[0]
+    assert rates[0] < rates[1] < rates[2]
+    # Only the best two have to be read; with 0.4 already, and then other tokens' experts decide.
+    assert min(rates[2:]) > 0.5 > rates[0]
 
 
 def test_nothing_changes_when_everything_is_resident(write_model: ModelWriter) -> None:
