@@ -31,6 +31,8 @@ _OPTION_PREFIX = f"ep.{PROVIDER.lower()}."
 _WEIGHTS, _SIDES = (2, 5), (3, 6, 11, 12)
 # Activations that the plug-in computes at once; kernels/plugins/ort/qmoe_model.cc, kActivationBytes.
 _ACTIVATION_BYTES = 16 << 20
+# What a session takes beside its weights: 10 MiB with onnxruntime 1.32.0 on x86-64, for the first one of a process.
+_SESSION_BYTES = 16 << 20
 # As planner.py: for what no line of the plan names.
 _SLACK_BYTES = 32 << 20
 _SLACK_SHARE = 1 / 128
@@ -93,7 +95,7 @@ class OnnxPlan:
     @property
     def fixed_bytes(self) -> int:
         """All but slots and slack."""
-        return self.process_bytes + self.dense_bytes + self.workspace_bytes
+        return self.process_bytes + _SESSION_BYTES + self.dense_bytes + self.workspace_bytes
 
     @property
     def floor_bytes(self) -> int:
@@ -219,14 +221,13 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         slots_bytes = self._first_slots_bytes(planned, budget_bytes)
         self._add_providers(options, providers or (), slots_bytes, n_threads, is_strict=budget_bytes is not None)
         try:
-            super().__init__(str(path), sess_options=options)
+            # At an error onnxruntime would otherwise make a session without our provider, all experts in memory.
+            super().__init__(str(path), sess_options=options, enable_fallback=0)
         except EdgeMoeError:
             raise
         except Exception as error:
             _native.take_ort_loaded()  # release what was opened before the failure
             raise BackendError(f"ONNX Runtime cannot load the model: {error} ({path})") from error
-        # At an error onnxruntime would otherwise make a new session without our provider, all experts in memory.
-        self.disable_fallback()
         loaded = _native.take_ort_loaded()
         self._runtime = loaded.runtime
         self._loaded = loaded
@@ -249,9 +250,10 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         if budget_bytes < planned.floor_bytes:
             raise BudgetError(
                 f"memory {format_size(budget_bytes)} is below the floor of {format_size(planned.floor_bytes)}: this "
-                f"process {format_size(planned.process_bytes)}, dense weights {format_size(planned.dense_bytes)}, "
-                f"workspace {format_size(planned.workspace_bytes)}, the experts of one token "
-                f"{format_size(planned.token_cycle_bytes)}, and slack; give at least {planned.floor_bytes} bytes"
+                f"process {format_size(planned.process_bytes)}, a session {format_size(_SESSION_BYTES)}, dense weights "
+                f"{format_size(planned.dense_bytes)}, workspace {format_size(planned.workspace_bytes)}, the experts of "
+                f"one token {format_size(planned.token_cycle_bytes)}, and slack; give at least {planned.floor_bytes} "
+                "bytes"
             )
         slots = budget_bytes - planned.fixed_bytes - _slack_bytes(budget_bytes)
         return min(self._bank_bytes, max(slots, self._cycle_bytes))

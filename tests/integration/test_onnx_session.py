@@ -63,7 +63,7 @@ def test_a_budget_below_the_floor_is_refused_before_anything_is_loaded(tmp_path:
     with pytest.raises(BudgetError, match=r"below the floor of .* give at least [0-9]+ bytes") as refused:
         InferenceSession(model.path, memory=64 * MIB)
     floor = int(str(refused.value).split()[-2])
-    InferenceSession(model.path, memory=floor + 8 * MIB).run(None, model.feed(2))
+    InferenceSession(model.path, memory=floor + 2 * MIB).run(None, model.feed(2))
 
 
 CHILD = """
