@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from edgemoe import host
 from edgemoe.errors import BackendError, BudgetError, ExpertReadError, ModelFormatError
@@ -161,6 +163,66 @@ def test_experts_inside_of_the_model_are_refused_with_a_budget_and_run_without(t
     assert session.stats().n_streamed_nodes == 0
     feed = model.feed(4)
     assert relative_error(session.run(None, feed)[0], model.reference(feed)) < 1e-5
+
+
+def _save(graph: onnx.GraphProto, path: Path) -> Path:
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.save_model(proto, path, save_as_external_data=True, location=path.name + ".data", size_threshold=0)
+    return path
+
+
+def test_float_experts_are_refused_with_a_budget(tmp_path: Path) -> None:
+    """Guards against: a MoE node of the other kind overlooked, all its experts in memory."""
+    rng = np.random.default_rng(0)
+    weights = {"w1": (4, 32, 16), "w2": (4, 16, 32)}
+    arrays = [numpy_helper.from_array(rng.standard_normal(d).astype(np.float32), n) for n, d in weights.items()]
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["t", c]) for n, c in (("x", 16), ("r", 4), ("y", 16))
+    ]
+    node = helper.make_node("MoE", ["x", "r", "w1", "", "w2"], ["y"], "moe", domain="com.microsoft", k=2)
+    path = _save(helper.make_graph([node], "g", values[:2], values[2:], arrays), tmp_path / "model.onnx")
+    with pytest.raises(BackendError, match=r"node moe \(com\.microsoft::MoE\): experts that are not quantized"):
+        InferenceSession(path, memory="4GiB")
+
+
+def test_experts_inside_of_a_branch_are_refused_with_a_budget(tmp_path: Path) -> None:
+    """Guards against: a node of a subgraph left to stock kernels in silence."""
+    model = write_model(tmp_path / "model.onnx", Shape())
+    proto = onnx.load(model.path)
+    moe, add = proto.graph.node
+    then = helper.make_graph([moe], "then", [], [helper.make_tensor_value_info("q0", TensorProto.FLOAT, None)])
+    same = helper.make_node("Identity", ["x"], ["z"])
+    other = helper.make_graph([same], "else", [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])
+    branch = helper.make_node("If", ["c"], ["q0"], "branch", then_branch=then, else_branch=other)
+    condition = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
+    graph = helper.make_graph(
+        [branch, add], "g", [*proto.graph.input, condition], proto.graph.output, proto.graph.initializer
+    )
+    path = _save(graph, tmp_path / "branch.onnx")
+    with pytest.raises(BackendError, match="node moe0 .* inside of a Loop, If or Scan"):
+        InferenceSession(path, memory="4GiB")
+
+
+def test_two_threads_run_one_session(tmp_path: Path) -> None:
+    """Guards against: runs that write to each other's workspace."""
+    model = write_model(tmp_path / "model.onnx", Shape(n_layers=2, hidden=128, inter=256))
+    session = InferenceSession(model.path)
+    feeds = [model.feed(n, seed=n) for n in (1, 2, 7, 30)]
+    expected = [session.run(None, feed)[0] for feed in feeds]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = pool.map(lambda i: session.run(None, feeds[i % 4])[0], range(64))
+        for found, bits in zip(results, expected * 16, strict=True):
+            np.testing.assert_array_equal(found, bits)
+
+
+def test_providers_are_named(tmp_path: Path) -> None:
+    """Guards against: a provider that is not there left out in silence."""
+    model = write_model(tmp_path / "model.onnx", Shape())
+    session = InferenceSession(model.path, providers=["CPUExecutionProvider"])
+    assert session.get_providers() == ["EdgeMoEExecutionProvider", "CPUExecutionProvider"]
+    with pytest.raises(BackendError, match="no device for the execution provider QNNExecutionProvider"):
+        InferenceSession(model.path, providers=["QNNExecutionProvider"])
 
 
 def test_inputs_of_wrong_shape_are_errors(tmp_path: Path) -> None:
