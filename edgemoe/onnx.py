@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe import _native, host, topology
-from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ModelFormatError
+from edgemoe.errors import BackendError, BudgetError, ModelFormatError
 from edgemoe.formats.onnx_model import OnnxModel, OnnxMoeNode, read_model
 from edgemoe.runtime import N_IO_THREADS
 from edgemoe.sizes import format_size, parse_size
@@ -223,8 +223,6 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         try:
             # At an error onnxruntime would otherwise make a session without our provider, all experts in memory.
             super().__init__(str(path), sess_options=options, enable_fallback=0)
-        except EdgeMoeError:
-            raise
         except Exception as error:
             _native.take_ort_loaded()  # release what was opened before the failure
             raise BackendError(f"ONNX Runtime cannot load the model: {error} ({path})") from error

@@ -200,7 +200,7 @@ def test_experts_inside_of_a_branch_are_refused_with_a_budget(tmp_path: Path) ->
         [branch, add], "g", [*proto.graph.input, condition], proto.graph.output, proto.graph.initializer
     )
     path = _save(graph, tmp_path / "branch.onnx")
-    with pytest.raises(BackendError, match="node moe0 .* inside of a Loop, If or Scan"):
+    with pytest.raises(BackendError, match=r"node moe0 .* inside of a Loop, If or Scan"):
         InferenceSession(path, memory="4GiB")
 
 

@@ -23,7 +23,7 @@ CACHE = ROOT / "build" / "ort-headers"
 HEADER = "onnxruntime_c_api.h"
 DOWNLOAD_TIMEOUT_S = 120
 # Debian's releases in use have older headers, without execution providers; its rolling release has them.
-SOURCES = "deb [trusted=yes] http://deb.debian.org/debian sid main\n"
+SOURCES = "deb http://deb.debian.org/debian sid main\n"
 
 PRELUDE = """
 #include <cstddef>
