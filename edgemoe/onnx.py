@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,16 +313,30 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             _native.set_slots_bytes(self._runtime, max(slots, self._cycle_bytes))
         self._budget_bytes = budget_bytes
 
-    def _refit(self, input_feed: dict[str, Any]) -> None:
-        """After the largest input so far, give back slots for what ONNX Runtime's arena has grown by."""
-        n_bytes = sum(getattr(v, "nbytes", 0) for v in input_feed.values())
-        if self._runtime is None or not self._budget_bytes or n_bytes <= self._largest_input_bytes:
+    def _refit(self, n_input_bytes: int | None) -> None:
+        """After the largest input so far, or one of unknown size, give back slots for what arenas have grown by."""
+        if self._runtime is None or not self._budget_bytes:
             return
-        self._largest_input_bytes = n_bytes
+        if n_input_bytes is not None:
+            if n_input_bytes <= self._largest_input_bytes:
+                return
+            self._largest_input_bytes = n_input_bytes
         self._measure_others()
         slots = max(self._slots_for(self._budget_bytes), self._cycle_bytes)
         if slots + _REFIT_BYTES < self._runtime.stats().slots_bytes:
             _native.set_slots_bytes(self._runtime, slots)
+
+    def _watched(self, run: Callable[[], Any], n_input_bytes: int | None) -> Any:
+        try:
+            outputs = run()
+        except ValueError:  # of the arguments
+            raise
+        except Exception as error:
+            if self._runtime is not None:
+                _native.raise_error(self._runtime)
+            raise BackendError(f"ONNX Runtime cannot run the model: {error}") from error
+        self._refit(n_input_bytes)
+        return outputs
 
     def run(self, output_names: Any, input_feed: dict[str, Any], run_options: Any = None) -> Any:
         """As `onnxruntime.InferenceSession.run`.
@@ -331,16 +345,19 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             ExpertReadError: an expert could not be read from storage.
             BackendError: ONNX Runtime or an execution provider failed.
         """
-        try:
-            outputs = super().run(output_names, input_feed, run_options)
-        except ValueError:  # of the arguments
-            raise
-        except Exception as error:
-            if self._runtime is not None:
-                _native.raise_error(self._runtime)
-            raise BackendError(f"ONNX Runtime cannot run the model: {error}") from error
-        self._refit(input_feed)
-        return outputs
+        n_bytes = sum(getattr(v, "nbytes", 0) for v in input_feed.values())
+        return self._watched(lambda: super(InferenceSession, self).run(output_names, input_feed, run_options), n_bytes)
+
+    def run_with_ort_values(self, output_names: Any, input_dict_ort_values: Any, run_options: Any = None) -> Any:
+        """As `onnxruntime.InferenceSession.run_with_ort_values`; raises as `run`."""
+        return self._watched(
+            lambda: super(InferenceSession, self).run_with_ort_values(output_names, input_dict_ort_values, run_options),
+            None,
+        )
+
+    def run_with_iobinding(self, iobinding: Any, run_options: Any = None) -> None:
+        """As `onnxruntime.InferenceSession.run_with_iobinding`; raises as `run`."""
+        self._watched(lambda: super(InferenceSession, self).run_with_iobinding(iobinding, run_options), None)
 
     def stats(self) -> OnnxStats:
         """Counters since the session was made."""

@@ -246,8 +246,12 @@ def test_a_file_that_shrinks_is_an_error_and_the_session_goes_on(tmp_path: Path)
     with data.open("r+b") as file:
         file.truncate(8192)
     feed = model.feed(2)
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in feed.items()}
     with pytest.raises(ExpertReadError, match="expert"):
         session.run(None, feed)
+    with pytest.raises(ExpertReadError, match="expert"):
+        session.run_with_ort_values(None, values)
     with data.open("r+b") as file:
         file.write(whole)
+    np.testing.assert_array_equal(session.run_with_ort_values(None, values)[0].numpy(), session.run(None, feed)[0])
     assert relative_error(session.run(None, feed)[0], model.reference(feed)) < 1e-5
