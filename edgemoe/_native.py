@@ -270,6 +270,44 @@ def plugin() -> _core.GgmlPlugin:
     return native
 
 
+@dataclasses.dataclass(frozen=True)
+class OrtLoaded:
+    """What a session of ONNX Runtime streams: `n_layers` MoE nodes are ours, `n_refused` others are not.
+
+    `runtime` is None without a node of ours; `workspace_bytes` is the most that a run takes beside the slots, and
+    `kept_bytes` are the biases, scales and zero points of experts that stay in memory. `refusal` says why the first
+    node that is not ours is not.
+    """
+
+    runtime: Runtime | None
+    workspace_bytes: int
+    kept_bytes: int
+    n_layers: int
+    n_refused: int
+    refusal: str
+
+
+@functools.cache
+def ort_plugin_path() -> Path:
+    """The plug-in for ONNX Runtime, checked: for `onnxruntime.register_execution_provider_library`.
+
+    Raises:
+        BackendError: it cannot be loaded.
+    """
+    path = Path(_core.__file__).with_name("libedgemoe_ort.so")
+    with _translated():
+        native = _core.OrtPlugin(str(path))
+    if not native.shares_library():
+        raise BackendError(f"two copies of libedgemoe in one process ({path}); reinstall edgemoe")
+    return path
+
+
+def take_ort_loaded() -> OrtLoaded:
+    """What the session that this thread has made last, with the provider's option `publish`, has loaded."""
+    with _translated():
+        return OrtLoaded(*_core.OrtPlugin(str(ort_plugin_path())).take_loaded())
+
+
 def populate(path: Path, ranges: Sequence[tuple[int, int, int]], n_threads: int) -> None:
     """Fill mapped memory with a file's bytes: (file offset, length, address), all multiples of 4096."""
     with _translated():

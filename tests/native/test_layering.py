@@ -35,8 +35,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "benchmarks": ("simd/",),
     "tests": (PUBLIC_HEADER, SCHEDULER_HEADER, "core/", "simd/"),
 }
-# Plug-ins that may see a header of another one: the Python module loads the ggml plug-in through its C ABI.
-ALLOWED_BETWEEN_PLUGINS = {("python", "plugins/ggml/edgemoe_ggml.h")}
+# Plug-ins that may see a header of another one: the Python module loads the others through their C ABIs.
+ALLOWED_BETWEEN_PLUGINS = {("python", "plugins/ggml/edgemoe_ggml.h"), ("python", "plugins/ort/edgemoe_ort.h")}
 
 
 def sources(folder: Path) -> Iterator[Path]:

@@ -20,6 +20,7 @@
 #include "edgemoe/edgemoe.h"
 #include "edgemoe/scheduler.h"
 #include "plugins/ggml/edgemoe_ggml.h"
+#include "plugins/ort/edgemoe_ort.h"
 
 namespace nb = nanobind;
 
@@ -158,6 +159,8 @@ class Runtime {
     }
     Check(code, error);
   }
+  // Takes over a reference.
+  explicit Runtime(edgemoe_runtime* runtime) : runtime_(runtime) {}
   ~Runtime() { Close(); }
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
@@ -412,6 +415,37 @@ class GgmlPlugin {
   decltype(&edgemoe_ggml_instance_id) instance_id_ = nullptr;
 };
 
+// The ONNX Runtime plug-in, loaded; it stays so, as ONNX Runtime keeps it too.
+class OrtPlugin {
+ public:
+  explicit OrtPlugin(const std::string& path) {
+    void* const handle = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr)
+      throw CoreError{EDGEMOE_INTERNAL, std::string("cannot load the ONNX Runtime plug-in: ") + ::dlerror()};
+    void* const take = ::dlsym(handle, "edgemoe_ort_take_loaded");
+    void* const id = ::dlsym(handle, "edgemoe_ort_instance_id");
+    if (take == nullptr || id == nullptr)
+      throw CoreError{EDGEMOE_INTERNAL, "the ONNX Runtime plug-in lacks its functions; reinstall edgemoe"};
+    std::memcpy(&take_loaded_, &take, sizeof(take));
+    std::memcpy(&instance_id_, &id, sizeof(id));
+  }
+
+  // (runtime or None, workspace_bytes, kept_bytes, n_layers, n_refused, refusal)
+  nb::tuple TakeLoaded() {
+    edgemoe_ort_loaded loaded;
+    take_loaded_(&loaded);
+    const nb::object runtime =
+        loaded.runtime == nullptr ? nb::none() : nb::cast(new Runtime(loaded.runtime), nb::rv_policy::take_ownership);
+    return nb::make_tuple(runtime, loaded.workspace_bytes, loaded.kept_bytes, loaded.n_layers, loaded.n_refused,
+                          std::string(loaded.refusal));
+  }
+  bool SharesLibrary() const { return instance_id_() == edgemoe_instance_id(); }
+
+ private:
+  decltype(&edgemoe_ort_take_loaded) take_loaded_ = nullptr;
+  decltype(&edgemoe_ort_instance_id) instance_id_ = nullptr;
+};
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -570,4 +604,9 @@ NB_MODULE(_core, m) {
       .def("llama_cpp_python", &GgmlPlugin::LlamaCppPython)
       .def("loaded", &GgmlPlugin::Loaded)
       .def("shares_library", &GgmlPlugin::SharesLibrary);
+
+  nb::class_<OrtPlugin>(m, "OrtPlugin")
+      .def(nb::init<const std::string&>(), nb::arg("path"))
+      .def("take_loaded", &OrtPlugin::TakeLoaded)
+      .def("shares_library", &OrtPlugin::SharesLibrary);
 }

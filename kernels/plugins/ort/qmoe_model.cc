@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: MIT
+#include "plugins/ort/qmoe_model.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "plugins/ort/qmoe_math.h"
+
+namespace edgemoe_ort {
+namespace {
+
+// Bytes of activations that are computed at once: a prompt of OLMoE (hidden 2048, inter 1024, 8 experts a token) goes
+// through a layer in pieces of 100 tokens, which use nearly all of its 64 experts each.
+constexpr uint64_t kActivationBytes = uint64_t{16} << 20;
+
+uint64_t TokenBytes(const QmoeNode& n) {
+  // Results of fc1 and fc2, and libedgemoe's own copies of their inputs.
+  const int64_t floats = n.n_used * (n.fc1.n_rows + n.hidden + n.inter) + n.hidden;
+  return static_cast<uint64_t>(floats) * sizeof(float);
+}
+
+}  // namespace
+
+QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes,
+                     const ModelOptions& options)
+    : ort_(*ort), nodes_(std::move(nodes)), n_threads_(std::max(1, options.n_threads)) {
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    layers_.emplace_back();
+    layers_.back().max_tokens = std::max<int64_t>(1, static_cast<int64_t>(kActivationBytes / TokenBytes(nodes_[i])));
+    for (int p = 0; p < kNProducts; ++p) AddTensor(folder, i, p);
+    for (const Projection* p : {&nodes_[i].fc1, &nodes_[i].fc2}) {
+      kept_bytes_ += p->bias.size() * sizeof(float) + p->scales.bytes.size() + p->zero_points.bytes.size();
+    }
+  }
+  SizeWorkspace(n_threads_);
+  OpenRuntime(options);
+}
+
+QmoeModel::~QmoeModel() {
+  if (session_ != nullptr) edgemoe_session_destroy(session_);
+  if (runtime_ != nullptr) edgemoe_runtime_release(runtime_);
+}
+
+const ExpertBytes& QmoeModel::BytesOf(const QmoeNode& node, int product) {
+  const Projection& p = product < kWeights2 ? node.fc1 : node.fc2;
+  const int kind = product % kWeights2;
+  return kind == kWeights1 ? p.weights : kind == kScales1 ? p.scales : p.zero_points;
+}
+
+void QmoeModel::AddTensor(const std::string& folder, size_t node_idx, int product) {
+  const QmoeNode& node = nodes_[node_idx];
+  const ExpertBytes& bytes = BytesOf(node, product);
+  int32_t& tensor_idx = layers_[node_idx].tensor_idxs[product];
+  tensor_idx = -1;
+  if (!bytes.is_streamed) return;
+  const bool is_absolute = bytes.extent.path.front() == '/';
+  const std::string path = is_absolute || folder.empty() ? bytes.extent.path : folder + "/" + bytes.extent.path;
+  const auto found = std::find(paths_.begin(), paths_.end(), path);
+  const int file_idx = static_cast<int>(found - paths_.begin());
+  if (found == paths_.end()) paths_.push_back(path);
+  tensor_idx = static_cast<int32_t>(tensors_.size());
+  // Two nodes may share an initializer, so its name alone would not do.
+  tensor_names_.push_back(std::to_string(node_idx) + "." + bytes.name);
+  edgemoe_tensor t = {};
+  t.file_idx = file_idx;
+  t.layer = static_cast<int32_t>(node_idx);
+  t.n_experts = static_cast<int32_t>(node.n_experts);
+  t.n_experts_used = static_cast<int32_t>(node.n_used);
+  t.offset = bytes.extent.offset;
+  t.expert_bytes = bytes.expert_bytes;
+  tensors_.push_back(t);
+}
+
+void QmoeModel::OpenRuntime(const ModelOptions& options) {
+  std::vector<const char*> paths;
+  for (const std::string& path : paths_) paths.push_back(path.c_str());
+  for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].name = tensor_names_[i].c_str();
+  edgemoe_options o = {};
+  o.struct_size = sizeof(o);
+  o.n_files = static_cast<int32_t>(paths.size());
+  o.file_paths = paths.data();
+  o.n_tensors = static_cast<int32_t>(tensors_.size());
+  o.n_io_threads = options.n_io_threads;
+  o.tensors = tensors_.data();
+  o.slots_bytes = options.slots_bytes;
+  o.eviction = options.eviction;
+  o.arithmetic = EDGEMOE_ARITHMETIC_PLUGIN;
+  edgemoe_error error = {};
+  if (!options.has_slots_bytes) {
+    edgemoe_sizes sizes = {};
+    Check(edgemoe_measure(&o, &sizes, &error), error);
+    o.slots_bytes = sizes.bank_slot_bytes;
+  }
+  Check(edgemoe_runtime_open(&o, &runtime_, &error), error);
+  edgemoe_kernels kernels = {};
+  kernels.struct_size = sizeof(kernels);
+  kernels.context = this;
+  kernels.parallel = Parallel;
+  kernels.activation_row_bytes = [](void*, int32_t type, int64_t n_cols) -> uint64_t {
+    return type % kWeights2 == kWeights1 ? static_cast<uint64_t>(n_cols) * sizeof(float) : 0;
+  };
+  kernels.quantize_row = [](void* self, int32_t type, const float* x, void* y, int64_t n_cols) {
+    if (type % kWeights2 != kWeights1) return;
+    const QmoeNode& node = *static_cast<QmoeModel*>(self)->node_;
+    OrderColumns(type < kWeights2 ? node.fc1.bits : node.fc2.bits, n_cols, x, static_cast<float*>(y));
+  };
+  kernels.multiply = [](void* self, int32_t thread_idx, const edgemoe_product* product) {
+    static_cast<QmoeModel*>(self)->Multiply(thread_idx, *product);
+  };
+  const int32_t code = edgemoe_session_create(runtime_, &kernels, &session_, &error);
+  if (code != EDGEMOE_OK) {
+    edgemoe_runtime_release(runtime_);
+    runtime_ = nullptr;
+  }
+  Check(code, error);
+  edgemoe_session_set_threads(session_, n_threads_);
+}
+
+void QmoeModel::SizeWorkspace(int n_threads) {
+  uint64_t activations = 0, columns = 0, sides[kNProducts] = {};
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    const QmoeNode& n = nodes_[i];
+    activations = std::max(activations, TokenBytes(n) * static_cast<uint64_t>(layers_[i].max_tokens));
+    columns = std::max({columns, static_cast<uint64_t>(n.hidden), static_cast<uint64_t>(n.inter)});
+    for (int p = 0; p < kNProducts; ++p) {
+      if (p % kWeights2 == kWeights1 || layers_[i].tensor_idxs[p] < 0) continue;
+      sides[p] = std::max(sides[p], BytesOf(n, p).expert_bytes * static_cast<uint64_t>(n.n_experts));
+    }
+  }
+  workspace_bytes_ = activations + static_cast<uint64_t>(n_threads) * columns * sizeof(float);
+  for (const uint64_t bytes : sides) workspace_bytes_ += bytes;
+  dequantized_.assign(static_cast<size_t>(n_threads), std::vector<float>(columns));
+}
+
+void QmoeModel::Check(int32_t code, const edgemoe_error& error) const {
+  if (code != EDGEMOE_OK) throw Error(error.message);
+}
+
+void QmoeModel::Parallel(void* self, int32_t n_threads, void (*fn)(void*, int32_t, int32_t), void* arg) {
+  if (n_threads <= 1) {
+    fn(arg, 0, 1);
+    return;
+  }
+  struct Call {
+    void (*fn)(void*, int32_t, int32_t);
+    void* arg;
+    int32_t n_threads;
+  } call = {fn, arg, n_threads};
+  const auto run = [](void* data, size_t i) {
+    const Call& c = *static_cast<const Call*>(data);
+    c.fn(c.arg, static_cast<int32_t>(i), c.n_threads);
+  };
+  const QmoeModel& model = *static_cast<const QmoeModel*>(self);
+  OrtStatus* const status = api::KernelContext_ParallelFor::Call(model.ort_.table(), model.context_, run,
+                                                                 static_cast<size_t>(n_threads), 0, &call);
+  if (status == nullptr) return;
+  // ONNX Runtime has no threads to give: this one does all.
+  api::ReleaseStatus::Call(model.ort_.table(), status);
+  fn(arg, 0, 1);
+}
+
+template <typename Fn>
+void QmoeModel::ForEach(int64_t n, Fn fn) {
+  struct Range {
+    int64_t n;
+    Fn* fn;
+  } range = {n, &fn};
+  Parallel(
+      this, static_cast<int32_t>(std::min<int64_t>(n, n_threads_)),
+      [](void* arg, int32_t idx, int32_t n_threads) {
+        const Range& r = *static_cast<Range*>(arg);
+        for (int64_t i = r.n * idx / n_threads; i < r.n * (idx + 1) / n_threads; ++i) (*r.fn)(i);
+      },
+      &range);
+}
+
+uint64_t QmoeModel::SideRowBytes(int product) const {
+  const Projection& p = product < kWeights2 ? node_->fc1 : node_->fc2;
+  return product % kWeights2 == kScales1 ? p.scale_row_bytes() : p.zero_point_row_bytes();
+}
+
+edgemoe_matmul QmoeModel::Matmul(int product) const {
+  const bool is_first = product < kWeights2;
+  const Projection& p = is_first ? node_->fc1 : node_->fc2;
+  const bool is_weights = product % kWeights2 == kWeights1;
+  const uint64_t row1_bytes = static_cast<uint64_t>(node_->fc1.n_rows) * sizeof(float);
+  edgemoe_matmul m = {};
+  m.tensor_idx = layer_->tensor_idxs[product];
+  m.type = product;
+  m.n_cols = p.n_cols;
+  m.n_rows = p.n_rows;
+  m.row_bytes = is_weights ? p.row_bytes() : SideRowBytes(product);
+  m.x_n_used = 1;
+  if (is_weights && is_first) {
+    m.x = x_;
+    m.x_token_bytes = static_cast<uint64_t>(node_->hidden) * sizeof(float);
+  } else if (is_weights) {
+    m.x = rows1_.data();
+    m.x_n_used = node_->n_used;
+    m.x_used_bytes = row1_bytes;
+    m.x_token_bytes = row1_bytes * static_cast<uint64_t>(node_->n_used);
+  }
+  // Copies of scales write nothing here: the place tells Multiply which expert and row a piece of them is of.
+  m.y = const_cast<float*>(is_first ? rows1_.data() : rows2_.data());
+  m.y_used_bytes = static_cast<uint64_t>(p.n_rows) * sizeof(float);
+  m.y_token_bytes = m.y_used_bytes * static_cast<uint64_t>(node_->n_used);
+  return m;
+}
+
+void QmoeModel::Products(const int* products, int n_products) {
+  edgemoe_matmul matmuls[kNProducts];
+  int n = 0;
+  for (int i = 0; i < n_products; ++i) {
+    if (layer_->tensor_idxs[products[i]] >= 0) matmuls[n++] = Matmul(products[i]);
+  }
+  if (n == 0) return;
+  edgemoe_error error = {};
+  Check(edgemoe_session_matmul(session_, matmuls, n, &error), error);
+}
+
+void QmoeModel::Multiply(int thread_idx, const edgemoe_product& product) {
+  const bool is_first = product.type < kWeights2;
+  const Projection& p = is_first ? node_->fc1 : node_->fc2;
+  const int64_t at = product.y[0] - (is_first ? rows1_ : rows2_).data();
+  const int64_t first_row = at % p.n_rows;
+  const int32_t expert = experts_[static_cast<size_t>(at / p.n_rows)];
+  const auto place = static_cast<uint64_t>(place_[static_cast<size_t>(expert)]);
+  const auto* bytes = static_cast<const uint8_t*>(product.weights);
+  if (product.type % kWeights2 != kWeights1) {
+    uint8_t* const to = sides_[product.type].data() + place * BytesOf(*node_, product.type).expert_bytes;
+    std::memcpy(to + static_cast<uint64_t>(first_row) * product.row_bytes, bytes,
+                static_cast<uint64_t>(product.n_rows) * product.row_bytes);
+    return;
+  }
+  const auto side = [&](int which) -> const uint8_t* {
+    const ExpertBytes& b = BytesOf(*node_, which);
+    if (!b.exists) return nullptr;
+    return b.is_streamed ? sides_[which].data() + place * b.expert_bytes
+                         : b.bytes.data() + static_cast<uint64_t>(expert) * b.expert_bytes;
+  };
+  ExpertSides sides;
+  sides.scales = side(is_first ? kScales1 : kScales2);
+  sides.zero_points = side(is_first ? kZeroPoints1 : kZeroPoints2);
+  if (!p.bias.empty()) sides.bias = p.bias.data() + expert * p.n_rows;
+  float* const w = dequantized_[static_cast<size_t>(thread_idx)].data();
+  for (int64_t r = 0; r < product.n_rows; ++r, bytes += product.row_bytes) {
+    const int64_t row = first_row + r;
+    DequantizeRow(p, bytes, sides, row, w);
+    for (int32_t i = 0; i < product.n_x; ++i) {
+      const float dot = Dot(w, static_cast<const float*>(product.x[i]), p.n_cols);
+      product.y[i][r] = sides.bias != nullptr ? dot + sides.bias[row] : dot;
+    }
+  }
+}
+
+void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* context) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  node_ = &nodes_[node_idx];
+  layer_ = &layers_[node_idx];
+  context_ = context;
+  const auto input = [&](int idx, std::vector<int64_t>* dims) -> const float* {
+    const OrtValue* value = nullptr;
+    ort_.Check(api::KernelContext_GetInput::Call(ort_.table(), context, static_cast<size_t>(idx), &value));
+    *dims = ort_.Dims(value);
+    return static_cast<const float*>(ort_.Data(const_cast<OrtValue*>(value)));
+  };
+  std::vector<int64_t> x_dims, dims;
+  const float* const x = input(inputs.x, &x_dims);
+  if ((x_dims.size() != 2 && x_dims.size() != 3) || x_dims.back() != node_->hidden) {
+    throw Error("node " + node_->name + ": input " + node_->x + " has " + std::to_string(x_dims.size()) + " axes and " +
+                std::to_string(x_dims.empty() ? 0 : x_dims.back()) + " columns, expected 2 or 3 axes and " +
+                std::to_string(node_->hidden) + " columns");
+  }
+  int64_t n_tokens = 1;
+  for (size_t i = 0; i + 1 < x_dims.size(); ++i) n_tokens *= x_dims[i];
+  const auto scores_of = [&](int idx, const std::string& name) {
+    const float* const data = input(idx, &dims);
+    if (dims.size() != 2 || dims[0] != n_tokens || dims[1] != node_->n_experts) {
+      throw Error("node " + node_->name + ": input " + name + " has " + std::to_string(dims.size()) +
+                  " axes, expected [" + std::to_string(n_tokens) + ", " + std::to_string(node_->n_experts) + "]");
+    }
+    return data;
+  };
+  const float* const scores = scores_of(inputs.router, node_->router);
+  const float* const mixing =
+      inputs.router_weights < 0 ? nullptr : scores_of(inputs.router_weights, node_->router_weights);
+  OrtValue* output = nullptr;
+  ort_.Check(api::KernelContext_GetOutput::Call(ort_.table(), context, 0, x_dims.data(), x_dims.size(), &output));
+  auto* const out = static_cast<float*>(ort_.Data(output));
+  for (int64_t token = 0; token < n_tokens; token += layer_->max_tokens) {
+    RunTokens(x + token * node_->hidden, scores + token * node_->n_experts,
+              mixing == nullptr ? nullptr : mixing + token * node_->n_experts,
+              std::min(layer_->max_tokens, n_tokens - token), out + token * node_->hidden);
+  }
+}
+
+void QmoeModel::RunTokens(const float* x, const float* scores, const float* router_weights, int64_t n_tokens,
+                          float* out) {
+  const auto grow = [](auto* v, int64_t n) {
+    if (v->size() < static_cast<size_t>(n)) v->resize(static_cast<size_t>(n));
+  };
+  const int64_t n_pairs = n_tokens * node_->n_used;
+  x_ = x;
+  grow(&experts_, n_pairs);
+  grow(&weights_, n_pairs);
+  grow(&rows1_, n_pairs * node_->fc1.n_rows);
+  grow(&rows2_, n_pairs * node_->hidden);
+  for (int64_t t = 0; t < n_tokens; ++t) {
+    Route(*node_, scores + t * node_->n_experts,
+          router_weights == nullptr ? nullptr : router_weights + t * node_->n_experts, &order_,
+          experts_.data() + t * node_->n_used, weights_.data() + t * node_->n_used);
+  }
+  place_.assign(static_cast<size_t>(node_->n_experts), -1);
+  int32_t n_places = 0;
+  for (int64_t i = 0; i < n_pairs; ++i) {
+    int32_t& place = place_[static_cast<size_t>(experts_[static_cast<size_t>(i)])];
+    if (place < 0) place = n_places++;
+  }
+  for (int p = 0; p < kNProducts; ++p) {
+    if (p % kWeights2 == kWeights1 || layer_->tensor_idxs[p] < 0) continue;
+    grow(&sides_[p], n_places * static_cast<int64_t>(BytesOf(*node_, p).expert_bytes));
+  }
+
+  // In the order of use, which is that of reading.
+  static constexpr int kOrder[] = {kScales1, kZeroPoints1, kWeights1, kScales2, kZeroPoints2, kWeights2};
+  int32_t tensor_idxs[kNProducts];
+  int n_tensors = 0;
+  for (const int p : kOrder) {
+    if (layer_->tensor_idxs[p] >= 0) tensor_idxs[n_tensors++] = layer_->tensor_idxs[p];
+  }
+  edgemoe_error error = {};
+  Check(edgemoe_session_begin_layer(session_, experts_.data(), n_tokens, node_->n_used,
+                                    static_cast<uint64_t>(node_->n_used) * sizeof(int32_t), tensor_idxs, n_tensors,
+                                    &error),
+        error);
+  struct EndLayer {
+    edgemoe_session* session;
+    ~EndLayer() { edgemoe_session_end_layer(session); }
+  } const end_layer{session_};
+  Products(kOrder, 2);
+  Products(kOrder + 2, 3);
+  ForEach(n_pairs, [this](int64_t pair) { Activate(*node_, rows1_.data() + pair * node_->fc1.n_rows); });
+  Products(kOrder + 5, 1);
+  ForEach(n_tokens, [this, out](int64_t token) {
+    float* const y = out + token * node_->hidden;
+    std::fill(y, y + node_->hidden, 0.0f);
+    for (int64_t u = 0; u < node_->n_used; ++u) {
+      const int64_t pair = token * node_->n_used + u;
+      const float weight = weights_[static_cast<size_t>(pair)];
+      const float* const row = rows2_.data() + pair * node_->hidden;
+      for (int64_t i = 0; i < node_->hidden; ++i) y[i] += weight * row[i];
+    }
+  });
+}
+
+}  // namespace edgemoe_ort
