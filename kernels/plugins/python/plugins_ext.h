@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MIT
+// plugins_ext.h: what Python calls besides the runtime: the biased choice of experts, and the plug-ins for llama.cpp
+// and ONNX Runtime, whose functions are looked up after llama_cpp or onnxruntime has been imported.
+#ifndef EDGEMOE_PLUGINS_PYTHON_PLUGINS_EXT_H_
+#define EDGEMOE_PLUGINS_PYTHON_PLUGINS_EXT_H_
+
+#include <dlfcn.h>
+
+#include <cstring>
+#include <string>
+
+#include "plugins/ggml/edgemoe_ggml.h"
+#include "plugins/ort/edgemoe_ort.h"
+#include "plugins/python/runtime_ext.h"
+
+namespace edgemoe_python {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Order = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Chooses experts with an advantage for those that are resident.
+class ReuseBias {
+ public:
+  ReuseBias(int method, int n_layers, int n_experts, int top_j, double strength, double max_mass_moved, double max_kl) {
+    const edgemoe_reuse_options options = {
+        sizeof(edgemoe_reuse_options), method, n_layers, n_experts, top_j, 0, strength, max_mass_moved, max_kl};
+    edgemoe_error error = {};
+    Check(edgemoe_reuse_open(&options, &reuse_, &error), error);
+  }
+  ~ReuseBias() { edgemoe_reuse_close(reuse_); }
+  ReuseBias(const ReuseBias&) = delete;
+  ReuseBias& operator=(const ReuseBias&) = delete;
+
+  // order: experts by falling score; written, the n_used chosen first.
+  void Select(int layer, int n_used, const Floats& scores, const Floats& masses, const Bytes& resident,
+              const Order& order, bool are_probabilities, bool are_logits) {
+    const size_t n_experts = scores.shape(0);
+    if (masses.shape(0) != n_experts || resident.shape(0) != n_experts || order.shape(0) != n_experts) {
+      throw CoreError{EDGEMOE_INVALID_ARGUMENT, "selection: arrays of different lengths"};
+    }
+    const edgemoe_selection selection = {layer,           static_cast<int32_t>(n_experts),
+                                         n_used,          are_probabilities,
+                                         are_logits,      0,
+                                         scores.data(),   masses.data(),
+                                         resident.data(), order.data()};
+    edgemoe_error error = {};
+    Check(edgemoe_reuse_select(reuse_, &selection, &error), error);
+  }
+  edgemoe_reuse_stats Stats() const {
+    edgemoe_reuse_stats stats;
+    edgemoe_reuse_read_stats(reuse_, &stats);
+    return stats;
+  }
+  void ResetStats() { edgemoe_reuse_reset_stats(reuse_); }
+  edgemoe_reuse* get() const { return reuse_; }
+
+ private:
+  edgemoe_reuse* reuse_ = nullptr;
+};
+
+// The loaded ggml plug-in. It stays loaded: ggml keeps pointers into it for the life of the process.
+class GgmlPlugin {
+ public:
+  explicit GgmlPlugin(const std::string& path) {
+    handle_ = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle_ == nullptr)
+      throw CoreError{EDGEMOE_INTERNAL, std::string("cannot load the ggml plug-in: ") + ::dlerror()};
+    Find("edgemoe_ggml_begin_load", &begin_load_);
+    Find("edgemoe_ggml_end_load", &end_load_);
+    Find("edgemoe_ggml_populate", &populate_);
+    Find("edgemoe_ggml_set_lone_rows", &set_lone_rows_);
+    Find("edgemoe_ggml_set_profiled", &set_profiled_);
+    Find("edgemoe_ggml_set_reuse", &set_reuse_);
+    Find("edgemoe_ggml_built_against", &built_against_);
+    Find("edgemoe_ggml_llama_cpp_python", &llama_cpp_python_);
+    Find("edgemoe_ggml_loaded", &loaded_);
+    Find("edgemoe_ggml_instance_id", &instance_id_);
+  }
+
+  bool BeginLoad(Runtime& runtime) { return begin_load_(runtime.get()) != 0; }
+  int EndLoad() { return end_load_(); }
+  void SetLoneRows(int64_t n_tokens) { set_lone_rows_(n_tokens); }
+  void SetProfiled(Runtime* runtime, int n_experts) {
+    set_profiled_(runtime == nullptr ? nullptr : runtime->get(), n_experts);
+  }
+  void SetReuse(Runtime* runtime, ReuseBias* reuse, int n_experts) {
+    if (runtime == nullptr || reuse == nullptr) {
+      set_reuse_(nullptr, nullptr, 0);
+    } else {
+      set_reuse_(runtime->get(), reuse->get(), n_experts);
+    }
+  }
+  // ranges: (file offset, length, address)
+  void Populate(const std::string& path, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& ranges,
+                int n_threads) {
+    std::vector<edgemoe_range> native;
+    for (const auto& [offset, length, address] : ranges)
+      native.push_back({offset, length, reinterpret_cast<void*>(address)});
+    edgemoe_error error = {};
+    int32_t code;
+    {
+      nb::gil_scoped_release release;
+      code = populate_(path.c_str(), native.data(), static_cast<int32_t>(native.size()), n_threads, &error);
+    }
+    Check(code, error);
+  }
+  std::string BuiltAgainst() const { return built_against_(); }
+  std::string LlamaCppPython() const { return llama_cpp_python_(); }
+  std::string Loaded() const { return loaded_(); }
+  bool SharesLibrary() const { return instance_id_() == edgemoe_instance_id(); }
+
+ private:
+  template <typename Function>
+  void Find(const char* name, Function* function) {
+    void* const symbol = ::dlsym(handle_, name);
+    if (symbol == nullptr) throw CoreError{EDGEMOE_INTERNAL, std::string("the ggml plug-in lacks ") + name};
+    std::memcpy(function, &symbol, sizeof(symbol));
+  }
+
+  void* handle_ = nullptr;
+  decltype(&edgemoe_ggml_begin_load) begin_load_ = nullptr;
+  decltype(&edgemoe_ggml_end_load) end_load_ = nullptr;
+  decltype(&edgemoe_ggml_populate) populate_ = nullptr;
+  decltype(&edgemoe_ggml_set_lone_rows) set_lone_rows_ = nullptr;
+  decltype(&edgemoe_ggml_set_profiled) set_profiled_ = nullptr;
+  decltype(&edgemoe_ggml_set_reuse) set_reuse_ = nullptr;
+  decltype(&edgemoe_ggml_built_against) built_against_ = nullptr;
+  decltype(&edgemoe_ggml_llama_cpp_python) llama_cpp_python_ = nullptr;
+  decltype(&edgemoe_ggml_loaded) loaded_ = nullptr;
+  decltype(&edgemoe_ggml_instance_id) instance_id_ = nullptr;
+};
+
+// The ONNX Runtime plug-in, loaded; it stays so, as ONNX Runtime keeps it too.
+class OrtPlugin {
+ public:
+  explicit OrtPlugin(const std::string& path) {
+    void* const handle = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr)
+      throw CoreError{EDGEMOE_INTERNAL, std::string("cannot load the ONNX Runtime plug-in: ") + ::dlerror()};
+    void* const take = ::dlsym(handle, "edgemoe_ort_take_loaded");
+    void* const id = ::dlsym(handle, "edgemoe_ort_instance_id");
+    if (take == nullptr || id == nullptr)
+      throw CoreError{EDGEMOE_INTERNAL, "the ONNX Runtime plug-in lacks its functions; reinstall edgemoe"};
+    std::memcpy(&take_loaded_, &take, sizeof(take));
+    std::memcpy(&instance_id_, &id, sizeof(id));
+  }
+
+  // (runtime or None, workspace_bytes, kept_bytes, n_layers, n_refused, refusal)
+  nb::tuple TakeLoaded() {
+    edgemoe_ort_loaded loaded;
+    take_loaded_(&loaded);
+    const nb::object runtime =
+        loaded.runtime == nullptr ? nb::none() : nb::cast(new Runtime(loaded.runtime), nb::rv_policy::take_ownership);
+    return nb::make_tuple(runtime, loaded.workspace_bytes, loaded.kept_bytes, loaded.n_layers, loaded.n_refused,
+                          std::string(loaded.refusal));
+  }
+  bool SharesLibrary() const { return instance_id_() == edgemoe_instance_id(); }
+
+ private:
+  decltype(&edgemoe_ort_take_loaded) take_loaded_ = nullptr;
+  decltype(&edgemoe_ort_instance_id) instance_id_ = nullptr;
+};
+
+}  // namespace edgemoe_python
+#endif  // EDGEMOE_PLUGINS_PYTHON_PLUGINS_EXT_H_
