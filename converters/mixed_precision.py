@@ -164,7 +164,9 @@ def score(
 def choose(scores: Scores, bits_per_weight: float) -> tuple[Allocation, Allocation]:
     """The mixed allocation, and the uniform one of least cost, that fit into `bits_per_weight` of the experts.
 
-    Uniform is the same number of bits for all: of each projection's types with so many or less, the best.
+    Uniform is the same number of bits for all: of each projection's types with so many or less, the best. A projection
+    that has none, because its rows are too short for the blocks of such types, gets its smallest, as in llama.cpp's
+    presets.
 
     Raises:
         ConversionError: nothing fits.
@@ -173,14 +175,9 @@ def choose(scores: Scores, bits_per_weight: float) -> tuple[Allocation, Allocati
     budget_bytes = int(bits_per_weight * sum(group.n_weights for group in groups) / 8)
     mixed = allocate(groups, budget_bytes)
     widths = {_bits(group, option) for group in groups for option in group.options}
-    uniforms = [found for width_bits in sorted(widths) if (found := _uniform(groups, width_bits)) is not None]
+    uniforms = [_uniform(groups, width_bits) for width_bits in sorted(widths)]
+    # One fits if `mixed` does: with the smallest width, all groups have their smallest types.
     fitting = [allocation for allocation in uniforms if allocation.n_bytes <= budget_bytes]
-    if not fitting:
-        smallest = min(allocation.bits_per_weight for allocation in uniforms)
-        raise ConversionError(
-            f"cannot compare with one width for all: found none of {bits_per_weight:g} bits per weight or less, the "
-            f"smallest has {smallest:.3f}; ask for more bits per weight"
-        )
     return mixed, min(fitting, key=lambda allocation: (allocation.cost, allocation.n_bytes))
 
 
@@ -310,13 +307,12 @@ def _group(tensor: GgufTensor, errors: dict[GgmlType, float], weight: float) -> 
     )
 
 
-def _uniform(groups: tuple[Group, ...], width_bits: float) -> Allocation | None:
-    """For each group the best of `width_bits` per weight or less; None if a group has none."""
+def _uniform(groups: tuple[Group, ...], width_bits: float) -> Allocation:
+    """For each group the best of `width_bits` per weight or less, or of its smallest types if all have more."""
     chosen = []
     for group in groups:
-        within = [option for option in group.options if _bits(group, option) <= width_bits]
-        if not within:
-            return None
+        most_bits = max(width_bits, min(_bits(group, option) for option in group.options))
+        within = [option for option in group.options if _bits(group, option) <= most_bits]
         chosen.append(min(within, key=lambda option: (option.cost, option.n_bytes)))
     return Allocation(groups, tuple(chosen))
 

@@ -166,6 +166,7 @@ class Family:
                 values[key] = value
         values |= self.fixed
         values |= self.computed(hparams)
+        values |= _expert_groups(values, hparams)
         arch = gguf.MODEL_ARCH_NAMES[self.arch]
         return {key.format(arch=arch): _as_written(key, value) for key, value in values.items()}
 
@@ -188,6 +189,31 @@ _FLOAT_KEYS = frozenset(
         _Keys.Rope.SCALING_YARN_BETA_SLOW,
     }
 )
+
+
+def _expert_groups(values: Metadata, hparams: Hparams) -> Metadata:
+    """Groups of experts as llama.cpp takes them: where none is left out, as none, since it stops the process at them.
+
+    Raises:
+        ConversionError: experts cannot be divided so.
+    """
+    n_groups, n_used = values.get(_Keys.LLM.EXPERT_GROUP_COUNT), values.get(_Keys.LLM.EXPERT_GROUP_USED_COUNT)
+    if n_groups is None or n_groups == 1:
+        return {}
+    n_experts = hparams.n_experts
+    if not (isinstance(n_groups, int) and isinstance(n_used, int) and 1 <= n_used <= n_groups) or n_experts % n_groups:
+        raise ConversionError(
+            f"cannot convert the checkpoint: {n_experts} experts in {n_groups} groups of which {n_used} are used, "
+            f"expected groups of one size ({hparams.path}); download it again"
+        )
+    if n_used == n_groups:
+        return {_Keys.LLM.EXPERT_GROUP_COUNT: 1, _Keys.LLM.EXPERT_GROUP_USED_COUNT: 1}
+    if n_groups == n_experts:
+        raise ConversionError(
+            f"cannot convert the checkpoint: each of {n_experts} experts is a group, llama.cpp ranks groups by their "
+            f"two best experts ({hparams.path}); the result would not load, so there is none"
+        )
+    return {}
 
 
 def _as_written(key: str, value: MetadataValue) -> MetadataValue:

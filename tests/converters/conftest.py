@@ -49,6 +49,25 @@ class Workshop:
             ),
         )
 
+    def deepseek_v2_with_groups(self, routing: dict[str, Any]) -> tuple[Any, npt.NDArray[np.float32]]:
+        """A checkpoint in the layout of DeepSeek-V2, the large one, with its numbers of experts, and its logits."""
+        config = {
+            "num_hidden_layers": 3,
+            "q_lora_rank": 48,
+            "n_routed_experts": 160,
+            "n_group": 8,
+            "num_experts_per_tok": 6,
+            "routed_scaling_factor": 16.0,
+            **routing,
+        }
+
+        def make() -> tuple[Any, npt.NDArray[np.float32]]:
+            folder = self._folder / f"deepseek-v2-{routing['topk_method']}-{routing['topk_group']}"
+            checkpoint = self._checkpoints.write_checkpoint(folder, "deepseek-v2-lite", **config)
+            return checkpoint, self._checkpoints.reference_logits(checkpoint, self.sequences(), is_as_published=True)
+
+        return self._once(("deepseek-v2", tuple(routing.items())), make)
+
     def gguf(self, family: str, preset: str) -> Path:
         """The checkpoint, converted."""
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from edgemoe.converters import to_gguf
 from tests.converters.conftest import N_TOKENS, Workshop
 from tests.converters.families import FAMILIES
 from tests.integration.support import sampled, set_residency, stock, streamed
@@ -101,6 +102,31 @@ def test_where_llama_cpp_differs_it_differs_little(workshop: Workshop, family: s
     found = all_logits(llm, workshop.sequences())
     llm.close()
     assert mean_kl(found, workshop.reference(family, is_as_published=True)) <= most
+
+
+@pytest.mark.parametrize(
+    "routing, most_error, most_kl",
+    [
+        pytest.param({"topk_method": "group_limited_greedy", "topk_group": 3}, 0.1, 5e-4, id="as-published"),
+        pytest.param({"topk_method": "group_limited_greedy", "topk_group": 8}, 1e-3, 1e-6, id="all-groups"),
+        pytest.param({"topk_method": "greedy", "topk_group": 3}, 1e-3, 1e-6, id="greedy"),
+    ],
+)
+def test_groups_of_deepseek_v2_differ_little(
+    workshop: Workshop, tmp_path: Path, routing: dict[str, Any], most_error: float, most_kl: float
+) -> None:
+    """Guards against groups that llama.cpp stops the process at (all of them used), groups where the model has none,
+    and a ranking of groups further from DeepSeek-V2's than docs/converting.md says. Its routing as published (160
+    experts, 8 groups); where no group is left out, the ranking does not matter and logits have to be the same."""
+    checkpoint, expected = workshop.deepseek_v2_with_groups(routing)
+    recipe = to_gguf.Recipe(preset="F32", pre_tokenizer=checkpoint.family.pre_tokenizer)
+    path = tmp_path / "model.gguf"
+    to_gguf.convert(to_gguf.plan_conversion(checkpoint.path, recipe), path)
+    llm = stock(path, **SMALL)
+    found = all_logits(llm, workshop.sequences())
+    llm.close()
+    assert relative_error(found, expected) <= most_error
+    assert mean_kl(found, expected) <= most_kl
 
 
 @pytest.mark.parametrize("preset, most", [("BF16", 1e-3), ("F16", 1e-4)])

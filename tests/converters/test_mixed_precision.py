@@ -21,6 +21,7 @@ from edgemoe.converters import gemq, mixed_precision  # noqa: E402
 from edgemoe.converters.calibrate import calibrate  # noqa: E402
 from edgemoe.converters.cross_entropy import compare, negative_log_likelihoods  # noqa: E402
 from edgemoe.converters.quantize import alphaq, blocks  # noqa: E402
+from edgemoe.converters.quantize.allocation import Group, Option  # noqa: E402
 from edgemoe.converters.quantize.distortion import Sample, distortions, spread  # noqa: E402
 from edgemoe.converters.quantize.importance import read_importance  # noqa: E402
 from edgemoe.errors import ConversionError  # noqa: E402
@@ -184,6 +185,18 @@ def test_what_cannot_be_allocated_is_an_error(write_model: ModelWriter, tmp_path
     mixed, uniform = mixed_precision.choose(scores, 2.7)
     assert {option.ggml_type for option in uniform.chosen} == {GgmlType.Q2_K}
     assert mixed.n_bytes >= uniform.n_bytes
+
+
+def test_short_rows_get_the_smallest_type_they_can_have() -> None:
+    """Guards against a budget that has no comparison because one projection's rows are too short for narrow types."""
+    costs = {GgmlType.Q2_K: (21, 9.0), GgmlType.Q3_K: (28, 5.0), GgmlType.Q8_0: (68, 0.1)}  # bytes of 64 weights
+    wide = Group("up", 64, tuple(Option(t, *found) for t, found in costs.items()))
+    short = Group("down", 64, (Option(GgmlType.MXFP4, 34, 3.0), Option(GgmlType.Q8_0, 68, 0.1)))
+    scores = mixed_precision.Scores((wide, short), {})
+    _, uniform = mixed_precision.choose(scores, (28 + 34) * 8 / 128)
+    assert [option.ggml_type for option in uniform.chosen] == [GgmlType.Q3_K, GgmlType.MXFP4]
+    _, uniform = mixed_precision.choose(scores, (28 + 34) * 8 / 128 - 0.1)
+    assert [option.ggml_type for option in uniform.chosen] == [GgmlType.Q2_K, GgmlType.MXFP4]
 
 
 def test_the_command_quantizes(write_model: ModelWriter, tmp_path: Path) -> None:

@@ -77,8 +77,16 @@ _MLA_KEYS = {
 _MLA_RULES = (Rule(r"(.*\.self_attn)\.kv_b_proj\.weight", _split_kv_b), *FUSED_EXPERT_RULES)
 
 
+def _v2_metadata(hparams: Hparams) -> Metadata:
+    values = _mla_metadata(hparams, "softmax")
+    if hparams.get("topk_method") == "greedy":  # transformers chooses among all experts, whatever n_group says
+        values |= {_Keys.LLM.EXPERT_GROUP_COUNT: 1, _Keys.LLM.EXPERT_GROUP_USED_COUNT: 1}
+    return values
+
+
 def _v2_caveats(hparams: Hparams) -> list[str]:
-    if int(hparams.get("n_group") or 1) > 1:
+    n_groups = int(hparams.get("n_group") or 1)
+    if n_groups > int(hparams.get("topk_group") or 1) and hparams.get("topk_method") != "greedy":
         return [
             "llama.cpp ranks groups of experts by the sum of their two best, DeepSeek-V2 by the best one: some tokens "
             "go to other experts than in transformers"
@@ -91,7 +99,7 @@ DEEPSEEK_V2 = Family(
     architectures=("DeepseekV2ForCausalLM",),
     arch=gguf.MODEL_ARCH.DEEPSEEK2,
     keys=_MLA_KEYS,
-    computed=functools.partial(_mla_metadata, scoring="softmax"),
+    computed=_v2_metadata,
     requires={"scoring_func": ("softmax", "sigmoid", None), "moe_layer_freq": (1, None)},
     rules=_MLA_RULES,
     caveats=_v2_caveats,
