@@ -151,5 +151,5 @@ def test_full_disks_are_noticed_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against hours of an exact pass whose logits then do not fit."""
     usage = prices.shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(prices.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(EdgeMoeError, match=r"cannot keep the exact logits: 1000 B are free, expected 1008 KiB"):
+    with pytest.raises(EdgeMoeError, match=r"cannot keep the exact logits: 1000 B are free, expected 0\.984 MiB"):
         prices.price(MODEL, TEXTS, [Lever(0.1)], experts=0.25, **SHORT)
