@@ -30,7 +30,7 @@ def test_version() -> None:
     assert run("--version").stdout == f"edgemoe {edgemoe.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["chat", "generate", "plan", "inspect", "doctor", "convert", "bench"])
+@pytest.mark.parametrize("command", ["chat", "generate", "plan", "inspect", "doctor", "convert", "bench", "price"])
 def test_every_command_has_help(command: str) -> None:
     """Guards against a command that is not registered or whose options clash."""
     result = run(command, "--help")

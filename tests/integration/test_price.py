@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""The price of a reuse bias on the tiny trained model: exact rows are llama.cpp's, biased ones read less and cost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import synthetic
+from edgemoe import price as prices
+from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ModelFormatError
+from edgemoe.price import Lever
+from tests.integration.support import stock
+from tests.unit.fakes import error_lines, run
+
+DATA = Path(__file__).parents[1] / "data"
+MODEL = DATA / "tiny_moe.gguf"
+TEXTS = [DATA / "tiny_moe" / f"{domain}-1.txt" for domain in ("english", "python")]
+SHORT = {"n_prompt_tokens": 16, "n_tokens": 80, "n_threads": 1, "n_threads_batch": 1}
+
+
+def _stock_losses(path: Path, n_prompt_tokens: int, n_tokens: int) -> list[float]:
+    """Nats of each token behind a decoded one, from stock llama.cpp's logits."""
+    losses = []
+    with contextlib.closing(stock(MODEL, n_threads=1, n_threads_batch=1)) as llm:
+        tokens = llm.tokenize(path.read_bytes(), add_bos=True, special=False)[:n_tokens]
+        llm.eval(tokens[:n_prompt_tokens])
+        for i in range(n_prompt_tokens, n_tokens - 1):
+            llm.eval([tokens[i]])
+            row = llm.scores[i].astype(np.longdouble)
+            losses.append(float(np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[i + 1]]))
+    return losses
+
+
+def test_without_bias_the_price_is_nothing_and_perplexity_is_stock_llama_cpps() -> None:
+    """Guards against a perplexity of other positions, texts that see each other, and a price where nothing changes."""
+    found = prices.price(MODEL, TEXTS, [Lever(0.0)], experts=0.25, kernels="ggml", **SHORT)
+    off, zero = found.rows
+    assert (off.lever.reuse_bias, zero.lever.reuse_bias) == (None, 0.0)
+    for i, path in enumerate(TEXTS):
+        expected = _stock_losses(path, SHORT["n_prompt_tokens"], SHORT["n_tokens"])
+        for row in (off, zero):
+            assert row.texts[i].n_tokens == len(expected) == 63
+            # The logits are equal bit for bit; only numpy's sums differ.
+            assert row.texts[i].cross_entropy == pytest.approx(np.mean(expected), rel=1e-12)
+    assert (zero.kl, zero.agreement, zero.selections_changed, zero.gate_mass_moved) == (0.0, 1.0, 0.0, 0.0)
+    assert found.change(zero) == prices.Change(0.0, 0.0)
+    assert zero.bytes_per_token == pytest.approx(off.bytes_per_token, rel=0.02)
+    assert 0 < off.hit_rate < 1
+    assert 0.2 < found.resident_share <= 0.25
+
+
+@pytest.mark.parametrize("method", ["cache-prior", "max-rank", "cumulative"])
+def test_a_bias_changes_choices_saves_bytes_and_has_a_price(method: str) -> None:
+    """Guards against a lever that the rows do not turn, and exact logits that are read at other positions."""
+    strength = 0.3 if method != "cumulative" else 0.95
+    found = prices.price(MODEL, TEXTS, [Lever(strength, method)], experts=0.25, **SHORT)
+    off, biased = found.rows
+    assert off.selections_changed == off.gate_mass_moved == off.kl == 0
+    assert biased.selections_changed > 0.02
+    assert 0 < biased.gate_mass_moved <= 0.2
+    assert biased.bytes_per_token < off.bytes_per_token
+    assert biased.hit_rate > off.hit_rate
+    # Logits of other positions would differ by nats, and agree by chance only.
+    assert 0 < biased.kl < 0.5
+    assert 0.5 < biased.agreement < 1
+    fields = json.loads(json.dumps(found.to_dict()))["rows"][1]
+    assert fields["reuse_method"] == method
+    assert fields["bytes_per_token_ratio"] == pytest.approx(biased.bytes_per_token / off.bytes_per_token)
+
+
+def test_the_command_prints_a_table_draws_and_takes_many_texts(tmp_path: Path) -> None:
+    """Guards against texts behind --text that are dropped, rows without their lever, and a budget that is ignored."""
+    plot = tmp_path / "price.png"
+    options = ["--tokens", "40", "--threads", "1", "--reuse-bias", "0.1,0.3", "--plot", str(plot)]
+    result = run("price", str(MODEL), *options, "--experts", "0.5", "--text", *map(str, TEXTS))
+    assert result.exit_code == 0, result.stderr
+    head, columns, *rows = result.stdout.splitlines()
+    assert "14 tokens of 2 texts" in head and "50% of them" in head
+    assert [row.split()[:2] for row in rows] == [["exact", "off"], ["cache-prior", "0.1"], ["cache-prior", "0.3"]]
+    n_columns = len(
+        columns.replace(" %", "").replace(" s.e.", "").replace(" nats", "").replace("of exact", "of").split()
+    )
+    assert {len(row.split()) for row in rows} == {n_columns}
+    assert plot.stat().st_size > 1000
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against prices of nothing, of half a text, or of a model that has no experts."""
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    with pytest.raises(EdgeMoeError, match="found no text, expected at least one"):
+        prices.price(MODEL, [], [Lever(0.1)])
+    for path in (short, empty):
+        with pytest.raises(
+            EdgeMoeError, match=rf"the text is too short: found \d+ tokens, expected at least 18 \({path}"
+        ):
+            prices.price(MODEL, [path], [Lever(0.1)], experts=0.25, **SHORT)
+    with pytest.raises(EdgeMoeError, match=r"cannot read the text .*missing\.txt"):
+        prices.price(MODEL, [tmp_path / "missing.txt"], [Lever(0.1)])
+    with pytest.raises(BudgetError, match=r"cannot keep 0\.05 of the experts: .* use --experts 0\.12"):
+        prices.price(MODEL, TEXTS, [Lever(0.1)], experts=0.05)
+    monkeypatch.setattr(synthetic, "_check_shape", lambda shape: None)  # it wants a layer with experts
+    dense = synthetic.write_model(tmp_path / "dense.gguf", "deepseek2", n_dense_layers=3)
+    with pytest.raises(ModelFormatError, match="has no routed experts"):
+        prices.price(dense, TEXTS, [Lever(0.1)])
+    with pytest.raises(BackendError, match="cannot keep the best 9 experts"):
+        prices.price(MODEL, TEXTS, [Lever(0.1, top_j=9)])
+    for lever in (Lever(-0.1), Lever(math.nan), Lever(1.5)):
+        with pytest.raises(ValueError, match="reuse_bias is"):
+            prices.price(MODEL, TEXTS, [lever])
+    with pytest.raises(ValueError, match="unknown reuse_method 'best'"):
+        prices.price(MODEL, TEXTS, [Lever(0.1, "best")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--reuse-bias", "-0.1"], "-0.1 is not from 0 (exact) to 1"),
+        (["--reuse-bias", "0.1,nan"], "nan is not from 0"),
+        (["--reuse-bias", "0.1,"], "'' is not a number"),
+        (["--reuse-method", "best"], "'best' is not one of"),
+        (["--experts", "0"], "0"),
+        (["--experts", "0.5", "--memory", "1GiB"], "at most one of --experts and --memory"),
+        (["--tokens", "20"], "leaves nothing to decode behind --prompt-tokens 32"),
+    ],
+)
+def test_bad_options_are_refused(options: list[str], message: str) -> None:
+    """Guards against settings that would fail after a long pass, or be measured as something else."""
+    result = run("price", str(MODEL), "--text", str(TEXTS[0]), *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_missing_text_is_an_error() -> None:
+    """Guards against a traceback, and a command that measures some other text."""
+    assert run("price", str(MODEL)).exit_code == 2
+    result = run("price", str(MODEL), "--text", "/nowhere.txt")
+    assert result.exit_code == 1
+    assert "cannot read the text /nowhere.txt" in error_lines(result)[0]
+
+
+def test_full_disks_are_noticed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against hours of an exact pass whose logits then do not fit."""
+    usage = prices.shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(prices.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(EdgeMoeError, match=r"cannot keep the exact logits: 1000 B are free, expected 0\.984 MiB"):
+        prices.price(MODEL, TEXTS, [Lever(0.1)], experts=0.25, **SHORT)
