@@ -54,8 +54,8 @@ def parse(reuse_bias: str | float, reuse_method: str = "cache-prior", top_j: int
         return None
     if reuse_bias == "auto":
         raise ValueError(
-            "reuse_bias 'auto' is not available: it needs the price of each bias measured with this model on text, "
-            "which edgemoe cannot do yet; give a number from 0 to 1, and see what it costs in stats()"
+            "reuse_bias 'auto' is not available: nothing remembers what each bias costs this model; give a number from "
+            "0 to 1, and measure its price with `edgemoe price`"
         )
     try:
         strength = float(reuse_bias)

@@ -90,6 +90,18 @@ def test_the_command_prints_a_table_draws_and_takes_many_texts(tmp_path: Path) -
     assert plot.stat().st_size > 1000
 
 
+def test_a_budget_gives_all_rows_the_same_slots() -> None:
+    """Guards against a budget that is not heeded, and rows that differ because one load found more memory than another."""
+    found = prices.price(MODEL, TEXTS[:1], [Lever(0.3)], memory="1GiB", **SHORT)
+    assert found.resident_share == 1.0
+    off, biased = found.rows
+    assert biased.selections_changed < 0.5
+    assert found.change(biased).standard_error is None
+    assert off.bytes_per_token > 0  # from an empty cache
+    with pytest.raises(BudgetError, match="below the floor"):
+        prices.price(MODEL, TEXTS[:1], [Lever(0.3)], memory="1MiB", **SHORT)
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against prices of nothing, of half a text, or of a model that has no experts."""
     short = tmp_path / "short.txt"
@@ -151,5 +163,5 @@ def test_full_disks_are_noticed_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against hours of an exact pass whose logits then do not fit."""
     usage = prices.shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(prices.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(EdgeMoeError, match=r"cannot keep the exact logits: 1000 B are free, expected 0\.984 MiB"):
+    with pytest.raises(EdgeMoeError, match=r"cannot keep the exact logits: 0\.977 KiB are free, expected 0\.984 MiB"):
         prices.price(MODEL, TEXTS, [Lever(0.1)], experts=0.25, **SHORT)
