@@ -91,7 +91,7 @@ def test_the_command_prints_a_table_draws_and_takes_many_texts(tmp_path: Path) -
 
 
 def test_a_budget_gives_all_rows_the_same_slots() -> None:
-    """Guards against a budget that is not heeded, and rows that differ as one load found more memory than another."""
+    """Guards against a budget that is not heeded, and rows whose loads found more memory than others."""
     found = prices.price(MODEL, TEXTS[:1], [Lever(0.3)], memory="1GiB", **SHORT)
     assert found.resident_share == 1.0
     off, biased = found.rows

@@ -270,7 +270,7 @@ def test_hit_rate_rises_with_the_bias_on_a_fixed_trace(method: str) -> None:
         ({"reuse_bias": "high"}, "reuse_bias is 'high'"),
         ({"reuse_bias": True}, "reuse_bias is True"),
         ({"reuse_bias": None}, "reuse_bias is None"),
-        ({"reuse_bias": "auto"}, "cannot do yet; give a number"),
+        ({"reuse_bias": "auto"}, "not available: .* give a number .* `edgemoe price`"),
         ({"reuse_bias": 0.5, "reuse_method": "remoe"}, "expected one of cache-prior, max-rank, cumulative"),
         ({"reuse_bias": "off", "reuse_method": "remoe"}, "unknown reuse_method"),
         ({"reuse_bias": 0.5, "top_j": 0}, "top_j is 0: expected a whole number of at least 1"),
@@ -341,7 +341,7 @@ def test_command_line_takes_and_refuses_a_bias(llama: type[FakeLlama], model: st
     assert llama.options["reuse_bias"] == "0.3"
     assert (llama.options["reuse_method"], llama.options["top_j"]) == ("max-rank", 2)
     for options, message in (
-        (("--reuse-bias", "auto"), "cannot do yet"),
+        (("--reuse-bias", "auto"), "measure its price"),
         (("--reuse-bias", "-1"), "expected off or a number from 0"),
         (("--reuse-bias", "nan"), "expected off or a number from 0"),
         (("--reuse-bias", "0.5", "--top-j", "0"), "0 is not in the range"),
