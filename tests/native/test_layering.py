@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "tests": (PUBLIC_HEADER, SCHEDULER_HEADER, "core/", "simd/"),
 }
 # Plug-ins that may see a header of another one: the Python module loads the others through their C ABIs.
-ALLOWED_BETWEEN_PLUGINS = {("python", "plugins/ggml/edgemoe_ggml.h"), ("python", "plugins/ort/edgemoe_ort.h")}
+ALLOWED_BETWEEN_PLUGINS = {("python", "plugins/ggml/edgemoe_ggml.h"), ("python", "plugins/onnxruntime/edgemoe_ort.h")}
 
 
 def sources(folder: Path) -> Iterator[Path]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""kernels/plugins/ort/ort_abi.h restates a part of ONNX Runtime's C API: it must be what ONNX Runtime's header says.
+"""plugins/onnxruntime/ort_abi.h restates a part of ONNX Runtime's C API: it must be what ONNX Runtime's header says.
 
 One file is compiled against the real header, which Debian packages: it asserts the index and the signature of every
 function that we call, and the place of every field of the structs that we fill. The header is looked for where the
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ABI_HEADER = ROOT / "kernels" / "plugins" / "ort" / "ort_abi.h"
+ABI_HEADER = ROOT / "kernels" / "plugins" / "onnxruntime" / "ort_abi.h"
 VARIABLE = "EDGEMOE_ORT_INCLUDE"
 CACHE = ROOT / "build" / "ort-headers"
 HEADER = "onnxruntime_c_api.h"

@@ -10,7 +10,7 @@
 #include <string>
 
 #include "plugins/ggml/edgemoe_ggml.h"
-#include "plugins/ort/edgemoe_ort.h"
+#include "plugins/onnxruntime/edgemoe_ort.h"
 #include "plugins/python/runtime_ext.h"
 
 namespace edgemoe_python {

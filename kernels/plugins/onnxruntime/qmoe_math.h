@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
 // qmoe_math.h: the arithmetic of QMoE in float: rows of weights become floats and are multiplied, whatever the number
 // of activation rows, so an element's bits depend on its operands alone. Pure functions, thread-safe.
-#ifndef EDGEMOE_PLUGINS_ORT_QMOE_MATH_H_
-#define EDGEMOE_PLUGINS_ORT_QMOE_MATH_H_
+#ifndef EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MATH_H_
+#define EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MATH_H_
 
 #include <cstdint>
 #include <utility>
 #include <vector>
 
-#include "plugins/ort/qmoe_node.h"
+#include "plugins/onnxruntime/qmoe_node.h"
 
 namespace edgemoe_ort {
 
@@ -32,4 +32,4 @@ void Route(const QmoeNode& node, const float* scores, const float* router_weight
            std::vector<std::pair<float, int32_t>>* order, int32_t* experts, float* weights);
 
 }  // namespace edgemoe_ort
-#endif  // EDGEMOE_PLUGINS_ORT_QMOE_MATH_H_
+#endif  // EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MATH_H_

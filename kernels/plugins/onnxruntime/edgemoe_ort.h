@@ -7,8 +7,8 @@
  *   n_threads, n_io_threads
  *   eviction      edgemoe_eviction, a number
  *   publish       1: the runtime of the model waits for edgemoe_ort_take_loaded */
-#ifndef EDGEMOE_PLUGINS_ORT_EDGEMOE_ORT_H_
-#define EDGEMOE_PLUGINS_ORT_EDGEMOE_ORT_H_
+#ifndef EDGEMOE_PLUGINS_ONNXRUNTIME_EDGEMOE_ORT_H_
+#define EDGEMOE_PLUGINS_ONNXRUNTIME_EDGEMOE_ORT_H_
 
 #include <stdint.h>
 
@@ -37,4 +37,4 @@ EDGEMOE_API const void* edgemoe_ort_instance_id(void);
 #ifdef __cplusplus
 }
 #endif
-#endif /* EDGEMOE_PLUGINS_ORT_EDGEMOE_ORT_H_ */
+#endif /* EDGEMOE_PLUGINS_ONNXRUNTIME_EDGEMOE_ORT_H_ */

@@ -3,8 +3,8 @@
 // Scales and zero points are tensors of their own in an ONNX file. Those of the experts that a layer has chosen are
 // copied out of their slots as they arrive, so the products with the weights, whose slots come and go, find them.
 // Thread promise: Run may be called by several threads; they take turns, and so share one workspace.
-#ifndef EDGEMOE_PLUGINS_ORT_QMOE_MODEL_H_
-#define EDGEMOE_PLUGINS_ORT_QMOE_MODEL_H_
+#ifndef EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MODEL_H_
+#define EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MODEL_H_
 
 #include <cstdint>
 #include <mutex>
@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "edgemoe/edgemoe.h"
-#include "plugins/ort/ort_api.h"
-#include "plugins/ort/qmoe_node.h"
+#include "plugins/onnxruntime/ort_api.h"
+#include "plugins/onnxruntime/qmoe_node.h"
 
 namespace edgemoe_ort {
 
@@ -98,4 +98,4 @@ class QmoeModel {
 };
 
 }  // namespace edgemoe_ort
-#endif  // EDGEMOE_PLUGINS_ORT_QMOE_MODEL_H_
+#endif  // EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MODEL_H_

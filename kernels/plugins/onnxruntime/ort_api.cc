@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "plugins/ort/ort_api.h"
+#include "plugins/onnxruntime/ort_api.h"
 
 namespace edgemoe_ort {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "plugins/ort/qmoe_node.h"
+#include "plugins/onnxruntime/qmoe_node.h"
 
 #include <cstring>
 

@@ -4,8 +4,8 @@
 // index for ever, so an index and a signature are all there is to know. The structs below are filled by a plug-in and
 // end where version 1.23 ended; ONNX Runtime reads of them what `ort_version_supported` says.
 // tests/native/test_ort_abi.py compares indices, signatures and structs with ONNX Runtime's own header.
-#ifndef EDGEMOE_PLUGINS_ORT_ORT_ABI_H_
-#define EDGEMOE_PLUGINS_ORT_ORT_ABI_H_
+#ifndef EDGEMOE_PLUGINS_ONNXRUNTIME_ORT_ABI_H_
+#define EDGEMOE_PLUGINS_ONNXRUNTIME_ORT_ABI_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -170,4 +170,4 @@ constexpr int32_t kOrtFloat = 1, kOrtUint8 = 2;                            // ON
 constexpr int32_t kOrtAttrInt = 1, kOrtAttrFloat = 3, kOrtAttrString = 5;  // OrtOpAttrType
 
 }  // namespace edgemoe_ort
-#endif  // EDGEMOE_PLUGINS_ORT_ORT_ABI_H_
+#endif  // EDGEMOE_PLUGINS_ONNXRUNTIME_ORT_ABI_H_

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "plugins/ort/qmoe_math.h"
+#include "plugins/onnxruntime/qmoe_math.h"
 
 #include <algorithm>
 #include <cmath>

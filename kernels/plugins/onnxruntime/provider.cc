@@ -8,8 +8,8 @@
 #include <mutex>
 #include <thread>
 
-#include "plugins/ort/edgemoe_ort.h"
-#include "plugins/ort/qmoe_model.h"
+#include "plugins/onnxruntime/edgemoe_ort.h"
+#include "plugins/onnxruntime/qmoe_model.h"
 
 namespace edgemoe_ort {
 namespace {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-#include "plugins/ort/qmoe_model.h"
+#include "plugins/onnxruntime/qmoe_model.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
-#include "plugins/ort/qmoe_math.h"
+#include "plugins/onnxruntime/qmoe_math.h"
 
 namespace edgemoe_ort {
 namespace {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT
 // qmoe_node.h: a com.microsoft::QMoE node, read from the graph and checked: which of its attributes and inputs we
 // implement, and where the bytes of its experts lie. Whatever we do not implement is named, never ignored.
-#ifndef EDGEMOE_PLUGINS_ORT_QMOE_NODE_H_
-#define EDGEMOE_PLUGINS_ORT_QMOE_NODE_H_
+#ifndef EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_NODE_H_
+#define EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_NODE_H_
 
 #include <cstdint>
 #include <limits>
 #include <string>
 #include <vector>
 
-#include "plugins/ort/ort_api.h"
+#include "plugins/onnxruntime/ort_api.h"
 
 namespace edgemoe_ort {
 
@@ -59,4 +59,4 @@ struct QmoeNode {
 std::string ReadQmoe(const Ort& ort, const OrtGraph* graph, const OrtNode* ort_node, bool with_data, QmoeNode* node);
 
 }  // namespace edgemoe_ort
-#endif  // EDGEMOE_PLUGINS_ORT_QMOE_NODE_H_
+#endif  // EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_NODE_H_

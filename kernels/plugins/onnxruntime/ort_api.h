@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // ort_api.h: ONNX Runtime's graph and tensors as C++ values. Failures are exceptions inside the plug-in and become an
 // OrtStatus where ONNX Runtime called us (Guard). Thread-safe: it only holds the two tables of functions.
-#ifndef EDGEMOE_PLUGINS_ORT_ORT_API_H_
-#define EDGEMOE_PLUGINS_ORT_ORT_API_H_
+#ifndef EDGEMOE_PLUGINS_ONNXRUNTIME_ORT_API_H_
+#define EDGEMOE_PLUGINS_ONNXRUNTIME_ORT_API_H_
 
 #include <cstdint>
 #include <exception>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "plugins/ort/ort_abi.h"
+#include "plugins/onnxruntime/ort_abi.h"
 
 namespace edgemoe_ort {
 
@@ -87,4 +87,4 @@ class Ort {
 };
 
 }  // namespace edgemoe_ort
-#endif  // EDGEMOE_PLUGINS_ORT_ORT_API_H_
+#endif  // EDGEMOE_PLUGINS_ONNXRUNTIME_ORT_API_H_
