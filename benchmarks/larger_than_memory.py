@@ -361,15 +361,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 0 done, 1 a run failed or the engines disagree, 2 it cannot run here."""
     options = parse_options(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwind, so that mounts go
-    from benchmarks import synthetic
-
     records: list[Record] = []
     try:
         cgroup.MemoryCgroup(f"edgemoe-bench-{os.getpid()}", 64 * MIB).close()  # fail before gigabytes are written
-        model = options.model or options.work_dir / "olmoe.gguf"
         options.work_dir.mkdir(parents=True, exist_ok=True)
-        if options.model is None and not model.exists():
-            synthetic.write_preset(model, "olmoe")
+        model = session.find_model(options)
         sizes = measure_sizes(model)
         scenarios = make_scenarios(model, sizes, options)
         image = loopdev.image_with(model, options.work_dir)

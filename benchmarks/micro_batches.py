@@ -108,12 +108,7 @@ def print_table(records: Sequence[Record], sizes: Sequence[int]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 done, 2 it cannot run here."""
     options = parse_options(arguments)
-    if options.model is None:
-        options.model = options.work_dir / "olmoe.gguf"
-        options.work_dir.mkdir(parents=True, exist_ok=True)
-        if not options.model.exists():
-            synthetic.write_preset(options.model, "olmoe")
-    model = options.model.resolve()
+    model = options.model = session.find_model(options).resolve()
     sizes = larger_than_memory.measure_sizes(model)
     n_ctx = -(-(options.prompt_tokens + options.decode_tokens) // 256) * 256
     # The limit is of a plan for micro-batches of 512 without flash attention: other sizes get the same bytes.

@@ -163,12 +163,7 @@ def report(hits: Sequence[Record], prompts: Sequence[Record]) -> list[Record]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 done."""
     options = parse_options(arguments)
-    if options.model is None:
-        options.model = options.work_dir / "olmoe.gguf"
-        options.work_dir.mkdir(parents=True, exist_ok=True)
-        if not options.model.exists():
-            synthetic.write_preset(options.model, "olmoe")
-    options.model = options.model.resolve()
+    options.model = session.find_model(options).resolve()
     import edgemoe
     from edgemoe import _native, runtime
 

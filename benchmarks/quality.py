@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from benchmarks import kernels, session
 from benchmarks.session import Record
+from edgemoe.converters.cross_entropy import log_softmax
 
 LIMIT = 1.05
 FORMATS = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "MXFP4", "IQ4_XS")
@@ -111,13 +112,6 @@ def recast_experts(source: Path, target: Path, type_of: Callable[[int], str]) ->
         writer.write_tensor_data(data)
     writer.close()
     return target
-
-
-def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
-    """Logarithms of the probabilities, row by row."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
 
 
 def kl_divergences(reference: Logits, found: Logits) -> npt.NDArray[np.float64]:

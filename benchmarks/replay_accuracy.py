@@ -157,12 +157,7 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "edgemoe-bench")
     parser.add_argument("--json", type=Path, help="also write the JSON line to this file")
     options = parser.parse_args()
-    if options.model is None:
-        options.model = options.work_dir / "olmoe.gguf"
-        options.work_dir.mkdir(parents=True, exist_ok=True)
-        if not options.model.exists():
-            synthetic.write_preset(options.model, "olmoe")
-    options.model = options.model.resolve()
+    options.model = session.find_model(options).resolve()
     make_tokens = synthetic.local_tokens if options.routing == "local" else synthetic.uniform_tokens
     n_vocab = measure_sizes(options.model).n_vocab
     tokens = make_tokens(PROMPT_TOKENS + options.decode_tokens, n_vocab, options.seed)

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import cgroup, larger_than_memory, loopdev, micro_batches, prompts, session, synthetic, warm_start
+from benchmarks import cgroup, larger_than_memory, loopdev, micro_batches, prompts, session, warm_start
 from benchmarks.larger_than_memory import MIB, RESIDENT, Options, Record, Scenario
 
 BASELINE = "ours:eviction=lru,prefetch=off"
@@ -206,14 +206,6 @@ def run_table(options: Options, model: Path, table: Table, tables: Iterable[Tabl
                 session.save("scheduler", options, tables=[one.to_dict() for one in tables])
 
 
-def find_model(options: Options, preset: str) -> Path:
-    """The file of a preset, written if it is not there."""
-    path: Path = options.work_dir / f"{preset}.gguf"
-    if not path.exists():
-        synthetic.write_preset(path, preset)
-    return path
-
-
 def main(arguments: list[str]) -> int:
     """Run the benchmark; 0 done, 1 a run failed or methods chose different tokens, 2 it cannot run here."""
     parts = {"restart": warm_start.main, "prompts": prompts.main, "batches": micro_batches.main}
@@ -224,7 +216,7 @@ def main(arguments: list[str]) -> int:
     try:
         cgroup.MemoryCgroup(f"edgemoe-bench-{os.getpid()}", 64 * MIB).close()  # fail before gigabytes are written
         options.work_dir.mkdir(parents=True, exist_ok=True)
-        models = [options.model] if options.model else [find_model(options, name) for name in options.presets]
+        models = [options.model] if options.model else [session.find_model(options, p) for p in options.presets]
         tables = load(options.json, {name: value for name, value in session.settings(options).items() if name in ASKED})
         for model in models:
             described = larger_than_memory.describe_model(model)

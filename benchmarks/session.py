@@ -43,6 +43,19 @@ class Watch:
         return {"steal_share": steal, "other_cpu_share": others, "disturbed": disturbed}
 
 
+def find_model(options: argparse.Namespace, preset: str = "olmoe") -> Path:
+    """`options.model`, or where that is None the file of a preset in `options.work_dir`, written if it is not there."""
+    if options.model is not None:
+        return Path(options.model)
+    from benchmarks import synthetic
+
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    path = Path(options.work_dir) / f"{preset}.gguf"
+    if not path.exists():
+        synthetic.write_preset(path, preset)
+    return path
+
+
 def describe() -> Record:
     """Machine, commit, versions and the environment that changes timings."""
     cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()

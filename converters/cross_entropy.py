@@ -54,7 +54,7 @@ def negative_log_likelihoods(
         for tokens in chunks:
             evaluate.decode(model, context, tokens)
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(len(tokens), n_vocab))
-            parts.append(_of_logits(logits[:-1], np.array(tokens[1:])))
+            parts.append(-log_softmax(logits[:-1])[np.arange(len(tokens) - 1), tokens[1:]])
             n_done += len(tokens)
             if progress is not None:
                 progress("evaluate", n_done, n_total)
@@ -74,10 +74,10 @@ def compare(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> 
     return Difference(float(difference.mean()), spread / len(difference) ** 0.5)
 
 
-def _of_logits(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """-log softmax(logits [T, V])[tokens [T]]."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    found: npt.NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(tokens)), tokens]
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Logarithms of the probabilities, along the last axis."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    found: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return found
 
 

@@ -33,6 +33,7 @@ from gguf import GGMLQuantizationType as GgmlType
 from edgemoe.errors import ConversionError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
 
+from .cross_entropy import log_softmax
 from .hf.sources import Mxfp4Rows, Piece
 from .quantize.blocks import NEEDS_IMPORTANCE, dequantize, quantize, row_bytes
 from .to_gguf import Plan, Progress, Recipe, plan_conversion
@@ -331,7 +332,7 @@ def _compare_logits(path: Path, checkpoint: Path) -> LogitsError:
             f"cannot compare logits: {path} has {found.shape[-1]} tokens, transformers {expected.shape[-1]}; are they "
             "of the same model?"
         )
-    p, q = _log_softmax(expected), _log_softmax(found)
+    p, q = log_softmax(expected), log_softmax(found)
     return LogitsError(
         n_positions=found.shape[0] * found.shape[1],
         max_rel_error=float(np.abs(found - expected).max() / np.abs(expected).max()),
@@ -397,13 +398,6 @@ def _transformers_logits(checkpoint: Path, sequences: list[list[int]]) -> Floats
         transformers.logging.set_verbosity(verbosity)
     with torch.no_grad():
         result: Floats = model.float().eval()(torch.tensor(sequences)).logits.float().numpy()
-    return result
-
-
-def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    result: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
     return result
 
 

@@ -19,6 +19,13 @@ _PAGE_BYTES = 4096
 _NO_LIMIT_BYTES = 1 << 60
 # Of what is free now, the share that a default budget takes: the rest is for what other programs do meanwhile.
 _DEFAULT_SHARE = 0.9
+# Of a budget, for what no line of a plan names: allocator fragmentation, page tables (1/512 of what is mapped), the CPU
+# backend's work buffers, Python modules imported later. Not yet tight: see docs/experiments.md, Slack.
+SLACK_BYTES = 32 << 20
+SLACK_SHARE = 1 / 128
+# A process's resident set, measured twice, differs by up to 1.1 MiB. What one measurement finds to be the floor must
+# run after the next one: a budget that is short by no more than this is served from the slack.
+TOLERANCE_BYTES = 4 << 20
 
 
 def _read_int(path: Path) -> int | None:
@@ -81,9 +88,19 @@ def available_memory_bytes() -> int:
     return max(0, min(available))
 
 
+def spare_bytes() -> int:
+    """Most of what is free: what a process may take when no budget is given."""
+    return int(_DEFAULT_SHARE * available_memory_bytes())
+
+
 def default_budget_bytes() -> int:
-    """The budget when none is given: most of what is free, and what this process holds already."""
-    return int(_DEFAULT_SHARE * available_memory_bytes()) + process_rss_bytes()
+    """The budget when none is given: what is spare, and what this process holds already."""
+    return spare_bytes() + process_rss_bytes()
+
+
+def slack_bytes(budget_bytes: int) -> int:
+    """Set aside of a budget for what cannot be counted."""
+    return SLACK_BYTES + int(budget_bytes * SLACK_SHARE)
 
 
 def process_rss_bytes() -> int:

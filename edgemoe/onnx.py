@@ -29,16 +29,10 @@ PROVIDER = "EdgeMoEExecutionProvider"
 _OPTION_PREFIX = f"ep.{PROVIDER.lower()}."
 # Positions of QMoE's inputs: weights of fc1 and fc2; scales and zero points, streamed where they are blockwise.
 _WEIGHTS, _SIDES = (2, 5), (3, 6, 11, 12)
-# Activations that the plug-in computes at once; kernels/plugins/ort/qmoe_model.cc, kActivationBytes.
+# Activations that the plug-in computes at once; kernels/plugins/onnxruntime/qmoe_model.cc, kActivationBytes.
 _ACTIVATION_BYTES = 16 << 20
 # What a session takes beside its weights: 10 MiB with onnxruntime 1.32.0 on x86-64, for the first one of a process.
 _SESSION_BYTES = 16 << 20
-# As planner.py: for what no line of the plan names.
-_SLACK_BYTES = 32 << 20
-_SLACK_SHARE = 1 / 128
-# Two measurements of one process differ by up to 1.1 MiB, so a change of less is not worth moving slots.
-_REFIT_BYTES = 4 << 20
-_DEFAULT_SHARE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +94,7 @@ class OnnxPlan:
     @property
     def floor_bytes(self) -> int:
         """The smallest budget that runs."""
-        return int((self.fixed_bytes + self.token_cycle_bytes + _SLACK_BYTES) / (1 - _SLACK_SHARE)) + 1
-
-
-def _slack_bytes(budget_bytes: int) -> int:
-    return _SLACK_BYTES + int(budget_bytes * _SLACK_SHARE)
+        return int((self.fixed_bytes + self.token_cycle_bytes + host.SLACK_BYTES) / (1 - host.SLACK_SHARE)) + 1
 
 
 def _streamed(model: OnnxModel, node: OnnxMoeNode) -> dict[int, str]:
@@ -242,8 +232,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
 
     def _first_slots_bytes(self, planned: OnnxPlan, budget_bytes: int | None) -> int:
         if budget_bytes is None:
-            free = host.available_memory_bytes() * _DEFAULT_SHARE
-            slots = int(free) - planned.dense_bytes - planned.workspace_bytes
+            slots = host.spare_bytes() - planned.dense_bytes - planned.workspace_bytes
             return min(self._bank_bytes, max(slots, self._cycle_bytes))
         if budget_bytes < planned.floor_bytes:
             raise BudgetError(
@@ -253,7 +242,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
                 f"one token {format_size(planned.token_cycle_bytes)}, and slack; give at least {planned.floor_bytes} "
                 "bytes"
             )
-        slots = budget_bytes - planned.fixed_bytes - _slack_bytes(budget_bytes)
+        slots = budget_bytes - planned.fixed_bytes - host.slack_bytes(budget_bytes)
         return min(self._bank_bytes, max(slots, self._cycle_bytes))
 
     @staticmethod
@@ -279,7 +268,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
 
     def _slots_for(self, budget_bytes: int) -> int:
         """Slots beside what the process holds now, or held at most since loading."""
-        slots = budget_bytes - self._other_bytes - self._workspace_bytes - _slack_bytes(budget_bytes)
+        slots = budget_bytes - self._other_bytes - self._workspace_bytes - host.slack_bytes(budget_bytes)
         return min(slots, self._bank_bytes)
 
     def _measure_others(self) -> None:
@@ -302,7 +291,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         if self._runtime is not None:
             self._measure_others()
             slots = self._slots_for(budget_bytes)
-            if slots + _REFIT_BYTES < self._cycle_bytes:
+            if slots + host.TOLERANCE_BYTES < self._cycle_bytes:
                 floor = budget_bytes - slots + self._cycle_bytes
                 raise BudgetError(
                     f"memory {format_size(budget_bytes)} is below the floor of {format_size(floor)}: this process "
@@ -323,7 +312,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             self._largest_input_bytes = n_input_bytes
         self._measure_others()
         slots = max(self._slots_for(self._budget_bytes), self._cycle_bytes)
-        if slots + _REFIT_BYTES < self._runtime.stats().slots_bytes:
+        if slots + host.TOLERANCE_BYTES < self._runtime.stats().slots_bytes:
             _native.set_slots_bytes(self._runtime, slots)
 
     def _watched(self, run: Callable[[], Any], n_input_bytes: int | None) -> Any:

@@ -21,13 +21,6 @@ from edgemoe.types import Plan
 
 # llama.cpp rounds a context up to a multiple of this, and llama_cpp sizes its arrays by what was asked for.
 _CONTEXT_MULTIPLE = 256
-# For what no line of the plan names: allocator fragmentation, page tables (1/512 of what is mapped), the CPU
-# backend's work buffers, Python modules imported later. Not yet tight: see docs/experiments.md, Slack.
-_SLACK_BYTES = 32 << 20
-_SLACK_SHARE = 1 / 128
-# A process's resident set, measured twice, differs by up to 1.1 MiB. What one measurement finds to be the floor must
-# run after the next one: a budget that is short by no more than this is served from the slack.
-_TOLERANCE_BYTES = 4 << 20
 # Beside the elements of an activation row: alignment to a cache line, and pointers to the row.
 _ROW_EXTRA_BYTES = 64
 # The most rows that our kernels interleave into one group, over all instruction sets (AVX-512: one in each lane).
@@ -117,27 +110,23 @@ class Footprint:
         """What a draft model takes: weights, cache, compute buffers."""
         return self.draft.total_bytes if self.draft is not None else 0
 
-    def slack_bytes(self, budget_bytes: int) -> int:
-        """Set aside for what cannot be counted."""
-        return _SLACK_BYTES + int(budget_bytes * _SLACK_SHARE)
-
     def slots_bytes(self, budget_bytes: int, fixed_bytes: int) -> int | None:
         """Memory for expert slots beside `fixed_bytes` and the slack; None when it cannot hold a token's experts."""
         cycle_bytes = int(runtime.slot_sizes(self.model, 0).cycle_slot_bytes)
-        slots = budget_bytes - fixed_bytes - self.slack_bytes(budget_bytes)
-        return max(slots, cycle_bytes) if slots + _TOLERANCE_BYTES >= cycle_bytes else None
+        slots = budget_bytes - fixed_bytes - host.slack_bytes(budget_bytes)
+        return max(slots, cycle_bytes) if slots + host.TOLERANCE_BYTES >= cycle_bytes else None
 
     def plan(self, budget_bytes: int | None) -> Plan:
         """Divide a budget; None: what this machine has, and no more than the model can use."""
         model = self.model
-        fixed = model.dense_bytes + self.kv_bytes + self.buffers_bytes + self.draft_bytes + _SLACK_BYTES
+        fixed = model.dense_bytes + self.kv_bytes + self.buffers_bytes + self.draft_bytes + host.SLACK_BYTES
         sizes = runtime.slot_sizes(model, 0)
-        floor = int((fixed + sizes.cycle_slot_bytes) / (1 - _SLACK_SHARE))
+        floor = int((fixed + sizes.cycle_slot_bytes) / (1 - host.SLACK_SHARE))
         if budget_bytes is None:
-            everything = int((fixed + sizes.bank_slot_bytes) / (1 - _SLACK_SHARE)) + _SLACK_BYTES
+            everything = int((fixed + sizes.bank_slot_bytes) / (1 - host.SLACK_SHARE)) + host.SLACK_BYTES
             budget_bytes = min(everything, host.default_budget_bytes())
-        slack = self.slack_bytes(budget_bytes)
-        slots = self.slots_bytes(budget_bytes, fixed - _SLACK_BYTES)
+        slack = host.slack_bytes(budget_bytes)
+        slots = self.slots_bytes(budget_bytes, fixed - host.SLACK_BYTES)
         sizes = runtime.slot_sizes(model, slots if slots is not None else 0)
         return Plan(
             fits=slots is not None,

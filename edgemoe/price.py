@@ -21,6 +21,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native, reuse, runtime
+from edgemoe.converters.cross_entropy import log_softmax
 from edgemoe.errors import BudgetError, EdgeMoeError, ModelFormatError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.llama import Llama
@@ -161,6 +162,10 @@ class Price:
         squares = sum((w * (d - mean)) ** 2 for w, d in zip(weights, differences, strict=True))
         return Change(mean, math.sqrt(squares * n / (n - 1)))
 
+    def bytes_ratio(self, row: Row) -> float | None:
+        """Bytes per token, divided by the exact row's; None where that reads nothing."""
+        return row.bytes_per_token / self.exact.bytes_per_token if self.exact.bytes_per_token else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         fields = dataclasses.asdict(self)
@@ -175,7 +180,7 @@ class Price:
                 agreement=row.agreement,
                 perplexity_change=change.perplexity,
                 perplexity_change_error=change.perplexity_error,
-                bytes_per_token_ratio=_ratio(row.bytes_per_token, self.exact.bytes_per_token),
+                bytes_per_token_ratio=self.bytes_ratio(row),
             )
         return fields
 
@@ -385,15 +390,6 @@ def _step(llm: Llama, tokens: Sequence[int], n_prompt_tokens: int, kept: BinaryI
 def compare(exact: Logits, found: Logits, target: int) -> tuple[float, float, bool]:
     """Of two rows of logits, [vocabulary]: the second's loss of `target` and KL(exact || found), both in nats, and
     whether they find the same token likeliest."""
-    log_p, log_q = _log_softmax(exact), _log_softmax(found)
+    log_p, log_q = log_softmax(exact), log_softmax(found)
     kl = float(np.exp(log_p) @ (log_p - log_q))
     return -float(log_q[target]), max(kl, 0.0), bool(exact.argmax() == found.argmax())
-
-
-def _log_softmax(logits: Logits) -> npt.NDArray[np.double]:
-    shifted = logits.astype(np.double) - float(logits.max())
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
-
-
-def _ratio(value: float, of: float) -> float | None:
-    return value / of if of else None

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.tiny_moe.corpus import DOMAINS
+from edgemoe.converters.cross_entropy import log_softmax
 
 CONTEXT_TOKENS = 512
 N_SEQUENCES = 16  # of each domain, evenly spaced
@@ -54,10 +55,7 @@ def losses_of(llm: Any, tokens: Ids) -> npt.NDArray[np.float64]:
     """Cross-entropy in nats of each token but the first, [token]; as many tokens as the context has."""
     llm.reset()
     llm.eval(tokens.tolist())
-    logits = llm.scores[: len(tokens) - 1].astype(np.float64)
-    top = logits.max(axis=1, keepdims=True)
-    log_sums = np.log(np.exp(logits - top).sum(axis=1)) + top[:, 0]
-    return np.asarray(log_sums - logits[np.arange(len(logits)), tokens[1:]])
+    return -log_softmax(llm.scores[: len(tokens) - 1])[np.arange(len(tokens) - 1), tokens[1:]]
 
 
 def continue_text(llm: Any, tokens: Ids) -> str:

@@ -116,6 +116,10 @@ n_tokens_option = click.option(
     metavar="N",
     help="Most tokens to generate; -1: until the context is full.",
 )
+EVICTIONS = click.Choice(["auto", "lru", "lfu", "least-stale", "utility"])
+PREFETCH_DEPTHS = click.Choice(["off", "auto", "1", "2"])
+REUSE_METHODS = click.Choice(["cache-prior", "max-rank", "cumulative"])
+plot_option = click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: PNG, SVG or PDF.")
 # By the names of `Llama`'s keywords.
 _LOAD_OPTIONS = {
     "n_ctx": ctx_option,
@@ -124,14 +128,14 @@ _LOAD_OPTIONS = {
     "kernels": kernels_option,
     "eviction": click.option(
         "--eviction",
-        type=click.Choice(["auto", "lru", "lfu", "least-stale", "utility"]),
+        type=EVICTIONS,
         default="auto",
         show_default=True,
         help="Which expert leaves first: the least recently or frequently used (auto: either), or by two papers.",
     ),
     "prefetch": click.option(
         "--prefetch",
-        type=click.Choice(["off", "auto", "1", "2"]),
+        type=PREFETCH_DEPTHS,
         default="auto",
         show_default=True,
         help="How many layers ahead experts are predicted, kept and read; auto: as many as pays by the clock.",
@@ -156,7 +160,7 @@ _LOAD_OPTIONS = {
     ),
     "reuse_method": click.option(
         "--reuse-method",
-        type=click.Choice(["cache-prior", "max-rank", "cumulative"]),
+        type=REUSE_METHODS,
         default="cache-prior",
         show_default=True,
         help="How they are preferred: higher scores, or first among the best ranks, or among most of the mass.",

@@ -4,18 +4,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from edgemoe.cli.console import Progress, Settings, find_model, print_json
-from edgemoe.cli.options import json_option, kernels_option, memory_option, model_argument, threads_option
+from edgemoe.cli.options import (
+    EVICTIONS,
+    PREFETCH_DEPTHS,
+    REUSE_METHODS,
+    json_option,
+    kernels_option,
+    memory_option,
+    model_argument,
+    plot_option,
+    threads_option,
+)
 from edgemoe.sizes import format_size
 
 if TYPE_CHECKING:
     from edgemoe.price import Price
-
-METHODS = ("cache-prior", "max-rank", "cumulative")
 
 
 class StrengthsType(click.ParamType[tuple[float, ...]]):
@@ -61,7 +69,7 @@ class StrengthsType(click.ParamType[tuple[float, ...]]):
 @click.option(
     "--reuse-method",
     "methods",
-    type=click.Choice(METHODS),
+    type=REUSE_METHODS,
     multiple=True,
     default=("cache-prior",),
     help="As for generate; may be repeated.  [default: cache-prior]",
@@ -85,21 +93,21 @@ class StrengthsType(click.ParamType[tuple[float, ...]]):
 )
 @click.option(
     "--eviction",
-    type=click.Choice(["auto", "lru", "lfu", "least-stale", "utility"]),
+    type=EVICTIONS,
     default="auto",
     show_default=True,
     help="As for generate.",
 )
 @click.option(
     "--prefetch",
-    type=click.Choice(["off", "auto", "1", "2"]),
+    type=PREFETCH_DEPTHS,
     default="off",
     show_default=True,
     help="As for generate. Unless off, what is read and what is resident depends on timing.",
 )
 @kernels_option
 @threads_option
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: PNG, SVG or PDF.")
+@plot_option
 @json_option
 @click.pass_obj
 def price(
@@ -149,7 +157,7 @@ def price(
             kernels=kernels,
             progress=progress,
             verbose=settings.verbose,
-            **_threads(n_threads),
+            n_threads=n_threads,
         )
     if plot is not None:
         from edgemoe.cli.price_plot import draw
@@ -165,10 +173,6 @@ def price(
     click.echo(table(found))
 
 
-def _threads(n_threads: int | None) -> dict[str, Any]:
-    return {} if n_threads is None else {"n_threads": n_threads, "n_threads_batch": n_threads}
-
-
 def table(found: Price) -> str:
     """One line for each row; the change of perplexity is in percent, with its standard error."""
     lines = [
@@ -179,14 +183,15 @@ def table(found: Price) -> str:
         change = found.change(row)
         is_exact = row.lever.reuse_bias is None
         error = change.perplexity_error
-        of_exact = row.bytes_per_token / found.exact.bytes_per_token if found.exact.bytes_per_token else 1.0
+        ratio = found.bytes_ratio(row)
+        of_exact = "-" if ratio is None else f"{ratio:.3f}"
         lines.append(
             f"{'exact' if is_exact else row.lever.reuse_method:<11}"
             f"{'off' if is_exact else format(row.lever.reuse_bias, '.3g'):>6}"
             f"{row.perplexity:>12.4f}{100 * change.perplexity:>+10.2f}"
             f"{'-' if error is None else format(100 * error, '.2f'):>9}"
             f"{row.kl:>9.4f}{100 * row.agreement:>9.1f}{100 * row.selections_changed:>11.1f}"
-            f"{100 * row.gate_mass_moved:>8.1f}{row.bytes_per_token / 1024:>11.1f}{of_exact:>10.3f}"
+            f"{100 * row.gate_mass_moved:>8.1f}{row.bytes_per_token / 1024:>11.1f}{of_exact:>10}"
             f"{100 * row.hit_rate:>7.1f}{row.tokens_per_s:>8.1f}"
         )
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.errors import BackendError
+from edgemoe.cli.plots import new_figure
 
 if TYPE_CHECKING:
     from edgemoe.price import Price
@@ -20,13 +20,7 @@ def draw(found: Price, path: Path) -> None:
         ValueError: it has no such format.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BackendError(
-            "cannot draw: matplotlib is not installed; install it with `pip install edgemoe[plot]`"
-        ) from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     lossless = found.exact
     for method in dict.fromkeys(row.lever.reuse_method for row in found.rows[1:]):

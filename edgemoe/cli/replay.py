@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemoe.cli.console import print_json
-from edgemoe.cli.options import json_option
+from edgemoe.cli.options import EVICTIONS, PREFETCH_DEPTHS, json_option, plot_option
 from edgemoe.errors import BudgetError
 from edgemoe.sizes import format_size, parse_size
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgemoe.replay import ReplayResult
 
 MIB = 1 << 20
-POLICIES = ("auto", "lru", "lfu", "least-stale", "utility", "belady")
+POLICIES = (*EVICTIONS.choices, "belady")
 
 
 class ShareOrSizeType(click.ParamType[str]):
@@ -61,7 +61,7 @@ class ShareOrSizeType(click.ParamType[str]):
 )
 @click.option(
     "--prefetch",
-    type=click.Choice(["off", "auto", "1", "2"]),
+    type=PREFETCH_DEPTHS,
     default="off",
     show_default=True,
     help="Layers to read ahead, by predictions as good as --recall says; auto: as many as pay.",
@@ -73,7 +73,7 @@ class ShareOrSizeType(click.ParamType[str]):
 @click.option("--dense-us", type=click.FloatRange(min=0), help="A layer without its routed experts.  [default: 760]")
 @click.option("--expert-us", type=click.FloatRange(min=0), help="One expert.  [default: its bytes at 26 GB/s]")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the predictions.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: PNG, SVG or PDF.")
+@plot_option
 @json_option
 def replay(
     trace: Path,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.errors import BackendError
+from edgemoe.cli.plots import new_figure
 
 if TYPE_CHECKING:
     from edgemoe.replay import ReplayResult
@@ -21,13 +21,7 @@ def draw(results: Sequence[ReplayResult], bank_bytes: int, title: str, path: Pat
         ValueError: it has no such format.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BackendError(
-            "cannot draw: matplotlib is not installed; install it with `pip install edgemoe[plot]`"
-        ) from None
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     hits, rates = figure.subplots(1, 2)
     for policy in dict.fromkeys(r.policy for r in results):
         mine = sorted((r for r in results if r.policy == policy), key=lambda r: r.slots_bytes)

@@ -26,6 +26,7 @@ from tests.converters.conftest import Workshop
 from tests.converters.test_to_gguf import (
     RECIPE,
     fuse,
+    interrupt,
     random_tensors,
     run_cli,
     tensor,
@@ -40,12 +41,7 @@ def test_inputs_that_change_meanwhile_are_told(tmp_path: Path) -> None:
     out, plan = tmp_path / "out.gguf", plan_conversion(copy, RECIPE)
     shard = copy / "model-00002-of-00002.safetensors"
 
-    def stop_late(stage: str, done: int, total: int) -> None:
-        if stage == "convert" and done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(plan, out, progress=stop_late)
+    interrupt(plan, out)
     data = bytearray(shard.read_bytes())
     data[-400:] = bytes(400)  # another tensor of the same length
     shard.write_bytes(data)

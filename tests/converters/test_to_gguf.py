@@ -369,10 +369,8 @@ def test_kill_at_any_moment_then_again_gives_the_same_file(source: Path, tmp_pat
     assert n_resumed >= 5  # those that had a complete tensor
 
 
-def test_what_changed_behind_the_journal_is_written_again(source: Path, tmp_path: Path) -> None:
-    """Guards against trusting a journal after a power failure, when data that it speaks of never reached the disk."""
-    out, plan = tmp_path / "out.gguf", plan_conversion(source, RECIPE)
-    partial = tmp_path / ".out.gguf.partial"
+def interrupt(plan: Plan, out: Path) -> None:
+    """Convert more than half of it."""
 
     def stop_late(stage: str, done: int, total: int) -> None:
         if stage == "convert" and done > total // 2:
@@ -380,6 +378,14 @@ def test_what_changed_behind_the_journal_is_written_again(source: Path, tmp_path
 
     with pytest.raises(KeyboardInterrupt):
         convert(plan, out, progress=stop_late)
+
+
+def test_what_changed_behind_the_journal_is_written_again(source: Path, tmp_path: Path) -> None:
+    """Guards against trusting a journal after a power failure, when data that it speaks of never reached the disk."""
+    out, plan = tmp_path / "out.gguf", plan_conversion(source, RECIPE)
+    partial = tmp_path / ".out.gguf.partial"
+
+    interrupt(plan, out)
     with partial.open("r+b") as file:
         file.seek(plan.n_bytes // 4)
         file.write(bytes(20000))
@@ -392,12 +398,7 @@ def test_another_recipe_does_not_go_on_with_the_old_file(source: Path, tmp_path:
     """Guards against a file of two halves when options change between attempts; F16 and BF16 have the same lengths."""
     out = tmp_path / "out.gguf"
 
-    def stop_late(stage: str, done: int, total: int) -> None:
-        if stage == "convert" and done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(plan_conversion(source, Recipe("F16", "qwen2")), out, progress=stop_late)
+    interrupt(plan_conversion(source, Recipe("F16", "qwen2")), out)
     plan = plan_conversion(source, Recipe("BF16", "qwen2"))
     convert(plan, out)
     convert(plan, tmp_path / "whole.gguf")

@@ -19,6 +19,7 @@ from llama_cpp import llama_cpp as low_level
 import edgemoe
 from benchmarks import synthetic
 from edgemoe import reuse, trace
+from edgemoe.converters.evaluate import GgmlTensor
 from edgemoe.errors import BackendError
 from tests.conftest import ModelWriter
 from tests.integration.support import N_VOCAB, logits, set_residency, set_threads, stock, streamed
@@ -107,26 +108,6 @@ def test_prompts_stay_exact(write_model: ModelWriter) -> None:
         assert _native(llm).stats().n_selections == 4 * llm._gguf.n_moe_layers
 
 
-class _Tensor(ctypes.Structure):
-    """ggml_tensor as ggml.h declares it."""
-
-
-_Tensor._fields_ = [
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.POINTER(_Tensor)),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-]
-
-
 def _values(tensor: Any, dtype: type) -> Any:
     n = int(np.prod(tensor.ne[:]))
     return np.frombuffer(ctypes.string_at(tensor.data, 4 * n), dtype).copy()
@@ -153,7 +134,7 @@ def test_weights_are_the_models_own(
     before, behind = SEEN_NODES[arch]
 
     def look(address: int, ask: bool, _user_data: Any) -> bool:
-        node = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
+        node = ctypes.cast(address, ctypes.POINTER(GgmlTensor)).contents
         name = node.name.decode()
         if ask:
             return bool(re.fullmatch(before, name) or re.fullmatch(behind, name))
