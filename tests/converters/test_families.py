@@ -107,7 +107,7 @@ def test_where_llama_cpp_differs_it_differs_little(workshop: Workshop, family: s
 @pytest.mark.parametrize(
     "routing, most_error, most_kl",
     [
-        pytest.param({"topk_method": "group_limited_greedy", "topk_group": 3}, 0.1, 5e-4, id="as-published"),
+        pytest.param({"topk_method": "group_limited_greedy", "topk_group": 3}, 0.1, 2e-4, id="as-published"),
         pytest.param({"topk_method": "group_limited_greedy", "topk_group": 8}, 1e-3, 1e-6, id="all-groups"),
         pytest.param({"topk_method": "greedy", "topk_group": 3}, 1e-3, 1e-6, id="greedy"),
     ],
@@ -117,7 +117,8 @@ def test_groups_of_deepseek_v2_differ_little(
 ) -> None:
     """Guards against groups that llama.cpp stops the process at (all of them used), groups where the model has none,
     and a ranking of groups further from DeepSeek-V2's than docs/converting.md says. Its routing as published (160
-    experts, 8 groups); where no group is left out, the ranking does not matter and logits have to be the same."""
+    experts, 8 groups), a file without groups, whose KL divergence is 2.8e-4; where no group is left out, the ranking
+    does not matter and logits have to be the same."""
     checkpoint, expected = workshop.deepseek_v2_with_groups(routing)
     recipe = to_gguf.Recipe(preset="F32", pre_tokenizer=checkpoint.family.pre_tokenizer)
     path = tmp_path / "model.gguf"
