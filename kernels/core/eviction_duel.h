@@ -2,7 +2,7 @@
 // eviction_duel.h: which of two rules suits the text, found by keeping two directories without contents. The experts of
 // a few sampled layers pass through one small cache by recency and one by decayed frequency, each with as many places
 // as its layer has slots; the rule whose directory misses less is the one for all layers. Which rule wins depends on
-// the text: in replay of five families fitted to published locality frequency gives up to 21 % more tokens/s, where
+// the text: in replay of five families fitted to published locality frequency gives up to 22 % more tokens/s, where
 // routing only drifts recency does (docs/experiments.md). Sampling a few sets to choose a rule for all is set dueling
 // (Qureshi et al., ISCA 2007); here the layers take the place of the sets.
 // A use costs one comparison per expert of the layer and directory that misses. Thread-compatible.

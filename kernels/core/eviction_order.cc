@@ -32,7 +32,10 @@ void EvictionOrder::Start(edgemoe_eviction rule, const std::vector<ExpertTensor>
         n_slices_of_heap.push_back(0);
       }
       n_slices_of_heap[static_cast<size_t>(heap)] += static_cast<size_t>(t.n_experts);
-      for (int e = 0; e < t.n_experts; ++e) At(t.first_slice + e).heap = heap;
+      for (int e = 0; e < t.n_experts; ++e) {
+        At(t.first_slice + e).heap = heap;
+        At(t.first_slice + e).expert = e;
+      }
     }
     first_heap_.push_back(heaps_.size());
   }

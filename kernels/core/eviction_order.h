@@ -6,7 +6,7 @@
 // behind. Within a layer all slices share a clock, so their order never changes by itself: a binary heap for each slot
 // class and layer, by the rule's keys. Between layers, what the rule's clock has added since is taken off the coldest
 // of each heap when a slot is needed: one comparison per layer. Of equals, what the layer that began last holds goes
-// first, for that layer comes again last.
+// first, for that layer comes again last; within a layer they go expert by expert.
 // What a layer in progress has asked for goes after all else, whatever its key. What a scan has passed goes first.
 // Thread-compatible: ExpertCache locks.
 #ifndef EDGEMOE_CORE_EVICTION_ORDER_H_
@@ -62,6 +62,7 @@ class EvictionOrder {
     Heat heat;
     int32_t heap = 0;  // of heaps_
     int32_t heap_idx = -1;
+    int32_t expert = 0;
     bool passed = false;  // by the scan in progress
   };
   struct LayerClock {
@@ -82,10 +83,13 @@ class EvictionOrder {
   const LayerClock& ClockOf(int64_t slice) const {
     return clocks_[static_cast<size_t>(heaps_[static_cast<size_t>(At(slice).heap)].layer)];
   }
-  // Of one heap.
+  // Of one heap. Equals, which all experts of a token are with some rules, go expert by expert and not in the order in
+  // which they came, that is, in which their reads ended.
   bool Colder(int64_t a, int64_t b) const {
     const Place &x = At(a), &y = At(b);
-    return x.passed != y.passed ? x.passed : x.heat.key < y.heat.key;
+    if (x.passed != y.passed) return x.passed;
+    if (x.heat.key != y.heat.key) return x.heat.key < y.heat.key;
+    return x.expert != y.expert ? x.expert < y.expert : a < b;
   }
   // Of two heaps.
   bool GoesBefore(int64_t a, int64_t b) const;

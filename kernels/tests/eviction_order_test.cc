@@ -65,6 +65,27 @@ INSTANTIATE_TEST_SUITE_P(Rules, EvictionOrderTest,
                          testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY, EDGEMOE_EVICT_LEAST_STALE,
                                          EDGEMOE_EVICT_UTILITY));
 
+// Guards against: victims that depend on the order in which reads happened to end, where several slices have one age.
+TEST_P(EvictionOrderTest, EqualsGoExpertByExpertHoweverTheyCame) {
+  Start({});
+  const double time = order_.BeginPass(1, false);
+  std::vector<int64_t> slices, expected;
+  for (int expert : {1, 3, 6, 9}) {
+    for (const ExpertTensor& t : tensors_) {
+      if (t.layer == 1 && pool_.ClassOfTensor(static_cast<int>(&t - tensors_.data())) == 0) {
+        expected.push_back(t.first_slice + expert);
+      }
+    }
+  }
+  slices = expected;
+  std::mt19937 rng(1);
+  for (int round = 0; round < 20; ++round) {
+    std::shuffle(slices.begin(), slices.end(), rng);
+    RunLayer(1, time, slices);
+    EXPECT_EQ(Drain(), expected);
+  }
+}
+
 // Guards against: ages by the token, which call what a layer used a token ago old just before that layer comes again.
 TEST_P(EvictionOrderTest, WhatComesNextOutlivesWhatWasJustPassed) {
   Start({});
