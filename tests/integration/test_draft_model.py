@@ -246,7 +246,8 @@ def test_chooser_at_work(drafts: dict[str, Path], write_model: ModelWriter) -> N
     with streamed(path, draft=drafts["itself"], **OPTIONS) as llm:
         chooser, proposer = llm._chooser, llm._draft_proposer
         assert chooser is not None and proposer is not None and proposer.seconds(3) > 0
-        # As if drafts were always right and cost nothing but what the draft model takes, of far slower steps.
+        # As if drafts were always right and cost nothing but what the draft model takes, of steps of a second each: a
+        # neighbour's work in a measured one would empty the account that drafts are paid from.
         chooser.acceptance = lambda _kind, _position: 1.0  # type: ignore[method-assign]
         chooser.time_ratio = lambda _n_drafted: 1.0  # type: ignore[method-assign]
         observe = chooser.observe_step
@@ -254,7 +255,7 @@ def test_chooser_at_work(drafts: dict[str, Path], write_model: ModelWriter) -> N
 
         def spy(step: Step, n_tokens: int) -> None:
             steps.append(step)
-            observe(dataclasses.replace(step, seconds=100 * step.seconds), n_tokens)
+            observe(dataclasses.replace(step, seconds=1.0), n_tokens)
 
         chooser.observe_step = spy  # type: ignore[method-assign]
         list(itertools.islice(llm.generate(TOKENS, temp=0.9), 60))
