@@ -38,6 +38,7 @@ ReplayOptions = _core.ReplayOptions
 ReplayPhase = _core.ReplayPhase
 ReplayResult = _core.ReplayResult
 ReuseBias = _core.ReuseBias
+ExpertCount = _core.ExpertCount
 Runtime = _core.Runtime
 Sizes = _core.Sizes
 

@@ -23,6 +23,7 @@ from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.profile import ProfiledLlama
 from edgemoe.routers import Embedding, check_prefetch, find_embedding
+from edgemoe.selection import Selection
 from edgemoe.sizes import parse_size
 from edgemoe.speculate import SpeculativeLlama
 from edgemoe.types import Plan, Stats
@@ -136,7 +137,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._draft = draft
         self._draft_model: DraftModel | None = None
         self._reuse_kwargs = {"reuse_bias": reuse_bias, "reuse_method": reuse_method, "top_j": top_j}
-        self._reuse: reuse.ReuseBias | None = None
+        self._selection: Selection | None = None
         self._is_in_prompt = False
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         reuse.check(reuse_settings, model)
@@ -281,7 +282,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 "cannot bias routing: llama.cpp's CPU backend cannot be told to leave the choice to edgemoe; "
                 "use reuse_bias='off'"
             )
-        self._reuse = reuse.ReuseBias(settings, self._runtime, self._gguf)
+        bias = reuse.ReuseBias(settings, self._gguf)
+        self._selection = Selection(self._runtime, self._gguf, reuse_bias=bias)
 
     def set_memory(self, memory: int | str) -> None:
         """Change the budget now: experts are dropped, coldest first, or get more room.
@@ -333,7 +335,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         if len(tokens) == n_drafted + 1:
             self._foresee(tokens)
         try:
-            with self._read_errors(), self._reuse.applied() if self._reuse and is_decode else contextlib.nullcontext():
+            chosen = self._selection.applied() if self._selection and is_decode else contextlib.nullcontext()
+            with self._read_errors(), chosen:
                 if n_drafted:
                     self._eval_draft(tokens)
                 else:
@@ -451,14 +454,14 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             kernels=self._kernels_used,
             drafted_tokens=c.drafted_tokens,
             accepted_tokens=c.accepted_tokens,
-            **(self._reuse.stats() if self._reuse is not None else {}),
+            **(self._selection.stats() if self._selection is not None else {}),
         )
 
     def reset_stats(self) -> None:
         """Start the counters again; load time and peak memory stay."""
         self._counters = _Counters()
-        if self._reuse is not None:
-            self._reuse.reset_stats()
+        if self._selection is not None:
+            self._selection.reset_stats()
         if self._runtime is not None:
             self._runtime.reset_stats()
 

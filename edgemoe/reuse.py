@@ -6,11 +6,9 @@ The choice itself is native (`kernels/core/reuse_bias.h`). Here is what may be a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
 
 from edgemoe import _native, runtime
 from edgemoe.errors import BackendError
@@ -97,47 +95,11 @@ def default_top_j(n_experts: int, n_experts_used: int) -> int:
 class ReuseBias:
     """The biased choice of one model's experts."""
 
-    def __init__(self, settings: Settings, native: _native.Runtime, model: GgufModel) -> None:
-        self._runtime = native
-        self._model = model
+    def __init__(self, settings: Settings, model: GgufModel) -> None:
         n_layers = 1 + max(t.layer for t in runtime.extents(model))
         top_j = settings.top_j or default_top_j(model.n_experts, model.n_experts_used)
         if top_j >= model.n_experts_used:
             _log.warning("top_j %d keeps all experts that a token chooses: nothing is biased", top_j)
-        self._native = _native.ReuseBias(
+        self.native = _native.ReuseBias(
             METHODS[settings.method], n_layers, model.n_experts, top_j, settings.strength, MAX_MASS_MOVED, MAX_KL
         )
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within: what this thread evaluates is biased.
-
-        Raises:
-            BackendError: behind the first evaluation, if no choice of experts was recognized in it.
-        """
-        plugin = _native.plugin()
-        plugin.set_reuse(self._runtime, self._native, self._model.n_experts)
-        try:
-            yield
-        finally:
-            plugin.set_reuse(None, None, 0)
-        if self._native.stats().n_selections == 0:
-            raise BackendError(
-                f"cannot bias routing: in llama.cpp's graph of {self._model.path} ({self._model.architecture}) "
-                "no choice of experts was recognized; use reuse_bias='off'"
-            )
-
-    def stats(self) -> dict[str, float]:
-        """The fields of `Stats` that say what it costs."""
-        found = self._native.stats()
-        n_selections, n_chosen = max(found.n_selections, 1), max(found.n_chosen, 1)
-        return {
-            "reuse_bias": found.mean_strength,
-            "selections_changed": found.n_changed / n_chosen,
-            "gate_mass_moved": found.mass_moved / n_selections,
-            "kl_estimate": found.kl / n_selections,
-        }
-
-    def reset_stats(self) -> None:
-        """Start the counters again; what the guard has learned stays."""
-        self._native.reset_stats()

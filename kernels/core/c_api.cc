@@ -8,6 +8,7 @@
 #include <new>
 
 #include "core/arithmetic.h"
+#include "core/expert_count.h"
 #include "core/replay.h"
 #include "core/reuse_bias.h"
 #include "core/runtime.h"
@@ -318,6 +319,24 @@ int32_t edgemoe_reuse_select(edgemoe_reuse* reuse, const edgemoe_selection* sele
 
 void edgemoe_reuse_read_stats(const edgemoe_reuse* reuse, edgemoe_reuse_stats* stats) { *stats = reuse->bias.Stats(); }
 void edgemoe_reuse_reset_stats(edgemoe_reuse* reuse) { reuse->bias.ResetStats(); }
+
+int32_t edgemoe_count_open(const edgemoe_count_options* options, edgemoe_count** count, edgemoe_error* error) {
+  return Guard(error, [&] {
+    if (Status s = edgemoe::ExpertCount::Check(*options); !s.ok()) return s;
+    *count = new edgemoe_count{edgemoe::ExpertCount(*options)};
+    return Status();
+  });
+}
+
+void edgemoe_count_close(edgemoe_count* count) { delete count; }
+
+int32_t edgemoe_count_select(edgemoe_count* count, const edgemoe_selection* selection, int32_t* n_used,
+                             edgemoe_error* error) {
+  return Guard(error, [&] { return count->count.Select(*selection, n_used); });
+}
+
+void edgemoe_count_read_stats(const edgemoe_count* count, edgemoe_count_stats* stats) { *stats = count->count.stats(); }
+void edgemoe_count_reset_stats(edgemoe_count* count) { count->count.ResetStats(); }
 
 int32_t edgemoe_runtime_residents(edgemoe_runtime* runtime, int32_t layer, uint8_t* resident, int32_t n_experts) {
   return runtime->cache.Residents(layer, resident, n_experts);

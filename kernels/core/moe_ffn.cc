@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/moe_layer.h"
+#include "edgemoe/selection.h"
 
 namespace edgemoe {
 namespace {
@@ -47,6 +48,7 @@ Status MoeLayer::Ffn(const edgemoe_ffn& ffn) {
   for (size_t p = 0; p < n_pairs; ++p) {
     x_rows_[p] = hidden_.data() + hidden_rows_.offset + p * hidden_rows_.row_bytes;
   }
+  if (ffn.out == nullptr) ZeroResultsOfNoExpert(ffn.down);
   if (status = RunTasks(); !status.ok()) return status;
   if (ffn.out != nullptr) CombineAll(ffn);
   trace_.SetWeights(ffn);
@@ -156,17 +158,23 @@ void MoeLayer::CombineAll(const edgemoe_ffn& ffn) {
 
 void MoeLayer::Combine(const edgemoe_ffn& ffn, int thread_idx, int64_t token) {
   CombineRows& c = combine_[static_cast<size_t>(thread_idx)];
+  float* const out = At(ffn.out, static_cast<uint64_t>(token) * ffn.out_token_bytes);
+  size_t n = 0;
   for (int64_t u = 0; u < n_used_; ++u) {
-    const size_t i = static_cast<size_t>(u);
+    const int32_t expert = expert_of_[static_cast<size_t>(token * n_used_ + u)];
+    if (expert == EDGEMOE_NO_EXPERT) continue;
+    const size_t i = n++;
     c.rows[i] = ResultsOf(ffn.down, token, u);
-    c.biases[i] =
-        BiasOf(ffn.down_bias, ffn.down_bias_expert_bytes, expert_of_[static_cast<size_t>(token * n_used_ + u)]);
+    c.biases[i] = BiasOf(ffn.down_bias, ffn.down_bias_expert_bytes, expert);
     c.weights[i] = *At(ffn.weights, static_cast<uint64_t>(token) * ffn.weights_token_bytes +
                                         static_cast<uint64_t>(u) * ffn.weights_used_bytes);
   }
+  if (n == 0) {
+    std::fill_n(out, ffn.down.n_rows, 0.0f);
+    return;
+  }
   arithmetic_.table().combine(c.rows.data(), ffn.down_bias != nullptr ? c.biases.data() : nullptr, c.weights.data(),
-                              static_cast<int>(n_used_),
-                              At(ffn.out, static_cast<uint64_t>(token) * ffn.out_token_bytes), ffn.down.n_rows);
+                              static_cast<int>(n), out, ffn.down.n_rows);
 }
 
 }  // namespace edgemoe

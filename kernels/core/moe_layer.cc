@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "edgemoe/selection.h"
+
 namespace edgemoe {
 
 Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes,
@@ -54,8 +56,7 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
   chosen_of_expert_.assign(static_cast<size_t>(n_experts), -1);
   chosen_.clear();
   n_used_ = n_used;
-  n_pairs_ = n_tokens * n_used;
-  const size_t n_pairs = static_cast<size_t>(n_pairs_);
+  const size_t n_pairs = static_cast<size_t>(n_tokens * n_used);
   if (pairs_.size() < n_pairs) pairs_.resize(n_pairs);
   if (expert_of_.size() < n_pairs) expert_of_.resize(n_pairs);
   const auto id_at = [&](int64_t token, int64_t used) {
@@ -65,6 +66,8 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
   for (int64_t token = 0; token < n_tokens; ++token) {
     for (int64_t used = 0; used < n_used; ++used) {
       const int32_t expert = id_at(token, used);
+      expert_of_[static_cast<size_t>(token * n_used + used)] = expert;
+      if (expert == EDGEMOE_NO_EXPERT) continue;
       if (expert < 0 || expert >= n_experts) {
         return Status(EDGEMOE_INVALID_ARGUMENT, Format("token %lld selects expert %d, expected 0..%d",
                                                        static_cast<long long>(token), expert, n_experts - 1));
@@ -75,7 +78,6 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
         chosen_.emplace_back();
         chosen_.back().expert = expert;
       }
-      expert_of_[static_cast<size_t>(token * n_used + used)] = expert;
       ++chosen_[static_cast<size_t>(idx)].n_pairs;
       chosen_[static_cast<size_t>(idx)].last_time = static_cast<double>(token);
     }
@@ -95,9 +97,11 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
     max_pairs_ = std::max<int64_t>(max_pairs_, c.n_pairs);
     c.n_pairs = 0;
   }
+  n_pairs_ = first_pair;
   for (int64_t token = 0; token < n_tokens; ++token) {
     for (int64_t used = 0; used < n_used; ++used) {
       const int32_t expert = expert_of_[static_cast<size_t>(token * n_used + used)];
+      if (expert == EDGEMOE_NO_EXPERT) continue;
       ChosenExpert& c = chosen_[static_cast<size_t>(chosen_of_expert_[static_cast<size_t>(expert)])];
       pairs_[static_cast<size_t>(c.first_pair + c.n_pairs++)] = {static_cast<int32_t>(token),
                                                                  static_cast<int32_t>(used)};

@@ -72,6 +72,7 @@ class MoeLayer {
   void Promise();
   Status SetProducts(const edgemoe_matmul* matmuls, int n_matmuls);
   void QuantizeInputs();
+  void ZeroResultsOfNoExpert(const edgemoe_matmul& m);
   Status RunTasks();
   void PrepareTasks();
   void PushReady(int32_t task);
@@ -165,7 +166,7 @@ class MoeLayer {
   std::vector<char> hidden_;  // [pair] what act gave, as down's activation rows
   InputRows hidden_rows_ = {};
   std::vector<float> act_;          // [thread][n_ff]
-  std::vector<int32_t> expert_of_;  // [token][used]
+  std::vector<int32_t> expert_of_;  // [token][used], or EDGEMOE_NO_EXPERT
   struct CombineRows {
     std::vector<const float*> rows, biases;
     std::vector<float> weights;

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "core/moe_layer.h"
+#include "edgemoe/selection.h"
 
 namespace edgemoe {
 namespace {
@@ -36,7 +37,19 @@ inline void Relax() {
 Status MoeLayer::Multiply(const edgemoe_matmul* matmuls, int n_matmuls) {
   if (Status s = SetProducts(matmuls, n_matmuls); !s.ok()) return s;
   QuantizeInputs();
+  for (int i = 0; i < n_matmuls; ++i) ZeroResultsOfNoExpert(matmuls[i]);
   return RunTasks();
+}
+
+// After inputs were read, which results may overlap.
+void MoeLayer::ZeroResultsOfNoExpert(const edgemoe_matmul& m) {
+  if (n_pairs_ == last_n_tokens_ * n_used_) return;
+  for (int64_t token = 0; token < last_n_tokens_; ++token) {
+    for (int64_t used = 0; used < n_used_; ++used) {
+      if (expert_of_[static_cast<size_t>(token * n_used_ + used)] != EDGEMOE_NO_EXPERT) continue;
+      std::fill_n(ResultsOf(m, token, used), m.n_rows, 0.0f);
+    }
+  }
 }
 
 Status MoeLayer::SetProducts(const edgemoe_matmul* matmuls, int n_matmuls) {

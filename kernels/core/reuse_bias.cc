@@ -75,7 +75,7 @@ Status ReuseBias::Select(const edgemoe_selection& s) {
   stats_.n_chosen += static_cast<uint64_t>(s.n_used);
   if (n_eligible_ <= s.n_used || layer->strength == 0.0) return Status();
   ObserveRange(s, layer);
-  ReadMasses(s);
+  ReadMasses(s, n_eligible_, masses_.data());
   for (Account* a : {&layer->mass_moved, &layer->kl}) {
     a->balance = std::min(a->balance + a->bound, kSavedSelections * a->bound);
   }
@@ -104,12 +104,7 @@ Status ReuseBias::Select(const edgemoe_selection& s) {
 }
 
 Status ReuseBias::CheckOrder(const edgemoe_selection& s) {
-  if (s.layer < 0 || s.layer >= options_.n_layers || s.n_experts < 1 || s.n_experts > options_.n_experts ||
-      s.n_used < 1 || s.n_used > s.n_experts) {
-    return Status(EDGEMOE_INVALID_ARGUMENT,
-                  Format("selection of %d of %d experts in layer %d, expected up to %d experts and layers below %d",
-                         s.n_used, s.n_experts, s.layer, options_.n_experts, options_.n_layers));
-  }
+  if (Status status = CheckShape(s, options_.n_layers, options_.n_experts); !status.ok()) return status;
   std::fill_n(chosen_.begin(), s.n_experts, uint8_t{0});
   for (int i = 0; i < s.n_experts; ++i) {
     const int32_t expert = s.order[i];
@@ -132,17 +127,6 @@ void ReuseBias::ObserveRange(const edgemoe_selection& s, Layer* layer) const {
                                                 : static_cast<double>(highest) - static_cast<double>(lowest);
   layer->n_ranges = std::min(layer->n_ranges + 1, kRangeTokens);
   layer->mean_range += (range - layer->mean_range) / static_cast<double>(layer->n_ranges);
-}
-
-void ReuseBias::ReadMasses(const edgemoe_selection& s) {
-  double highest = -INFINITY;
-  if (s.are_logits != 0) {
-    for (int i = 0; i < n_eligible_; ++i) highest = std::max(highest, static_cast<double>(s.masses[s.order[i]]));
-  }
-  for (int i = 0; i < n_eligible_; ++i) {
-    const double mass = static_cast<double>(s.masses[s.order[i]]);
-    masses_[static_cast<size_t>(i)] = s.are_logits != 0 ? std::exp(mass - highest) : std::max(mass, 0.0);
-  }
 }
 
 void ReuseBias::Choose(const edgemoe_selection& s, const Layer& layer, double strength) {
@@ -211,15 +195,7 @@ ReuseBias::Loss ReuseBias::Lost(const edgemoe_selection& s) const {
     }
     if (i >= s.n_used && chosen_[static_cast<size_t>(i)] != 0) taken += mass;
   }
-  if (loss.n_changed == 0) return loss;
-  // Weights that are zero or no numbers say nothing of what is lost: count experts.
-  if (!(exact > 0.0) || !std::isfinite(exact + taken)) {
-    loss.mass_moved = static_cast<double>(loss.n_changed) / static_cast<double>(s.n_used);
-    return loss;
-  }
-  loss.mass_moved = std::min(dropped / exact, 1.0);
-  const double biased = std::max(exact - dropped + taken, exact * FLT_MIN);
-  loss.kl = std::max(std::log(exact / biased), 0.0);
+  static_cast<RoutingLoss&>(loss) = LossOf(exact, dropped, taken, loss.n_changed, s.n_used);
   return loss;
 }
 

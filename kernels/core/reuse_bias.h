@@ -10,8 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/status.h"
-#include "edgemoe/scheduler.h"
+#include "core/selection.h"
 
 namespace edgemoe {
 
@@ -38,14 +37,11 @@ class ReuseBias {
     int64_t n_ranges = 0;
     Account mass_moved, kl;
   };
-  struct Loss {
-    double mass_moved = 0.0;
-    double kl = 0.0;
+  struct Loss : RoutingLoss {
     int n_changed = 0;
   };
 
   Status CheckOrder(const edgemoe_selection& selection);
-  void ReadMasses(const edgemoe_selection& selection);
   void ObserveRange(const edgemoe_selection& selection, Layer* layer) const;
   void Choose(const edgemoe_selection& selection, const Layer& layer, double strength);
   void ChooseByKey(const edgemoe_selection& selection, double strength, double mean_range);

@@ -234,7 +234,7 @@ EDGEMOE_API int32_t edgemoe_session_create(edgemoe_runtime* runtime, const edgem
 EDGEMOE_API void edgemoe_session_destroy(edgemoe_session* session);
 EDGEMOE_API void edgemoe_session_set_threads(edgemoe_session* session, int32_t n_threads);
 /* One layer of one batch: which experts the router chose, and the tensors that will multiply, in the order of use.
- * ids: [n_tokens][n_used], a token's row `ids_token_bytes` after the one before. Reads begin with the first product. */
+ * ids: [n_tokens][n_used] or -1 (selection.h), rows `ids_token_bytes` apart. Reads begin with the first product. */
 EDGEMOE_API int32_t edgemoe_session_begin_layer(edgemoe_session* session, const int32_t* ids, int64_t n_tokens,
                                                 int64_t n_used, uint64_t ids_token_bytes, const int32_t* tensor_idxs,
                                                 int32_t n_tensors, edgemoe_error* error);

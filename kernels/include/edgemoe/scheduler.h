@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* scheduler.h: the part of libedgemoe's C ABI that foresees and remembers which experts are needed; edgemoe.h is the
- * rest. Nothing here changes a result, it decides what is read early and what is kept; but for the reuse bias.
+ * rest, with selection.h. Nothing here changes a result, it decides what is read early and what is kept.
  * Thread promise: as edgemoe.h; what configures a runtime is called before its first layer. */
 #ifndef EDGEMOE_SCHEDULER_H_
 #define EDGEMOE_SCHEDULER_H_
@@ -107,62 +107,6 @@ EDGEMOE_API int32_t edgemoe_runtime_start_clock(edgemoe_runtime* runtime, int32_
 EDGEMOE_API int32_t edgemoe_runtime_enter_phase(edgemoe_runtime* runtime, int32_t phase);
 /* Write the nanoseconds of each phase, ns[EDGEMOE_N_PHASES]; zeros when the clock is not this thread's. */
 EDGEMOE_API void edgemoe_runtime_stop_clock(edgemoe_runtime* runtime, uint64_t* ns);
-
-/* --- reuse bias: experts that need not be read are preferred, which changes results --- */
-
-typedef enum edgemoe_reuse_method {
-  EDGEMOE_REUSE_CACHE_PRIOR = 0, /* their scores are higher by strength * the mean range of the layer's scores */
-  EDGEMOE_REUSE_MAX_RANK = 1,    /* of the n_used + strength * (n_experts - n_used) best, they come first */
-  EDGEMOE_REUSE_CUMULATIVE = 2   /* the same of the best that hold `strength` of all mass */
-} edgemoe_reuse_method;
-
-typedef struct edgemoe_reuse_options {
-  uint32_t struct_size;
-  int32_t method; /* edgemoe_reuse_method */
-  int32_t n_layers;
-  int32_t n_experts; /* the most in a layer */
-  int32_t top_j;     /* the best are chosen whatever is resident; at least 1 */
-  int32_t reserved;
-  double strength;       /* 0 to 1; 0 is exact */
-  double max_mass_moved; /* per selection on average, see docs/routing.md: above, a layer's strength is lowered */
-  double max_kl;         /* the same; nats */
-} edgemoe_reuse_options;
-
-/* One token in one layer. Scores that are not finite mark experts that may not be chosen. */
-typedef struct edgemoe_selection {
-  int32_t layer, n_experts, n_used;
-  int32_t are_probabilities; /* the scores are a softmax: what is added to is their logarithm */
-  int32_t are_logits;        /* the masses are logits of a softmax over the chosen */
-  int32_t reserved;
-  const float* scores;     /* [n_experts] the model selects the n_used highest */
-  const float* masses;     /* [n_experts] mixing weights, before those of the chosen are normalized */
-  const uint8_t* resident; /* [n_experts] 1: need not be read */
-  int32_t* order;          /* [n_experts] by falling score; on return the chosen first */
-} edgemoe_selection;
-
-typedef struct edgemoe_reuse_stats {
-  uint64_t n_selections;
-  uint64_t n_chosen;  /* experts */
-  uint64_t n_changed; /* of them, those that the model would not have chosen */
-  double mass_moved;  /* sums over selections */
-  double kl;
-  double mean_strength; /* of all layers, now */
-} edgemoe_reuse_stats;
-
-typedef struct edgemoe_reuse edgemoe_reuse;
-
-/* For one thread at a time. Selecting allocates nothing. */
-EDGEMOE_API int32_t edgemoe_reuse_open(const edgemoe_reuse_options* options, edgemoe_reuse** reuse,
-                                       edgemoe_error* error);
-EDGEMOE_API void edgemoe_reuse_close(edgemoe_reuse* reuse);
-EDGEMOE_API int32_t edgemoe_reuse_select(edgemoe_reuse* reuse, const edgemoe_selection* selection,
-                                         edgemoe_error* error);
-EDGEMOE_API void edgemoe_reuse_read_stats(const edgemoe_reuse* reuse, edgemoe_reuse_stats* stats);
-EDGEMOE_API void edgemoe_reuse_reset_stats(edgemoe_reuse* reuse);
-/* Write resident[n_experts]: 1 where all of an expert is resident or being read. Returns how many experts the layer
- * has; nothing is written when that is not n_experts. */
-EDGEMOE_API int32_t edgemoe_runtime_residents(edgemoe_runtime* runtime, int32_t layer, uint8_t* resident,
-                                              int32_t n_experts);
 
 /* --- replay: the real cache over a simulated disk, by the selections of a trace --- */
 

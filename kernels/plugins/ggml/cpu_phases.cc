@@ -62,13 +62,13 @@ RouterNodes NextRouter(const ggml_cgraph* graph, int begin) {
 bool IsProfiled() { return t_profiled.runtime != nullptr; }
 
 ggml_status ComputeInPhases(GraphCompute compute, ggml_backend_t cpu, ggml_cgraph* graph) {
-  if (!IsProfiled()) return ComputeBiased(compute, cpu, graph);
+  if (!IsProfiled()) return ComputeChosen(compute, cpu, graph);
   const auto compute_nodes = [&](edgemoe_phase phase, int begin, int end) {
     if (begin == end) return GGML_STATUS_SUCCESS;
     const ProfiledPhase scope(phase);
-    if (begin == 0 && end == graph->n_nodes) return ComputeBiased(compute, cpu, graph);
+    if (begin == 0 && end == graph->n_nodes) return ComputeChosen(compute, cpu, graph);
     ggml_cgraph view = ggml_graph_view(graph, begin, end);
-    return ComputeBiased(compute, cpu, &view);
+    return ComputeChosen(compute, cpu, &view);
   };
   ggml_status status = GGML_STATUS_SUCCESS;
   for (int done = 0; done < graph->n_nodes && status == GGML_STATUS_SUCCESS;) {

@@ -13,6 +13,7 @@
 
 #include "edgemoe/edgemoe.h"
 #include "edgemoe/scheduler.h"
+#include "edgemoe/selection.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -41,9 +42,16 @@ EDGEMOE_API void edgemoe_ggml_set_lone_rows(int64_t n_tokens);
 /* From now on, graphs that this thread evaluates in such contexts enter the phases of the runtime's clock, if it runs;
  * NULL: no more. n_experts: the most in a layer, by which routers are told from other products. */
 EDGEMOE_API void edgemoe_ggml_set_profiled(edgemoe_runtime* runtime, int32_t n_experts);
-/* From now on, tokens that this thread evaluates in such contexts get the experts that `reuse` chooses, given what the
- * runtime has resident; NULL: the model's choice again. n_experts: the most in a layer. */
-EDGEMOE_API void edgemoe_ggml_set_reuse(edgemoe_runtime* runtime, edgemoe_reuse* reuse, int32_t n_experts);
+/* Who has a say in which experts a token gets, in this order; NULL: nobody. See edgemoe/selection.h. */
+typedef struct edgemoe_ggml_choosers {
+  edgemoe_count* count;
+  edgemoe_reuse* reuse;
+} edgemoe_ggml_choosers;
+/* From now on, tokens that this thread evaluates in such contexts get the experts that the choosers select, given what
+ * the runtime has resident; runtime NULL: the model's choice again. n_experts: the most in a layer. Returns how many
+ * selections were made since the last call. */
+EDGEMOE_API uint64_t edgemoe_ggml_set_choosers(edgemoe_runtime* runtime, const edgemoe_ggml_choosers* choosers,
+                                               int32_t n_experts);
 
 #ifdef __cplusplus
 }

@@ -134,7 +134,7 @@ ggml_status ComputeLoneRows(ggml_backend_t cpu, ggml_cgraph* graph) {
 
 void SetCpuThreads(ggml_backend_t cpu, int n_threads) {
   ggml_backend_cpu_set_n_threads(cpu, n_threads);
-  if ((t_rows.n_tokens < 2 && !IsProfiled() && !IsBiased()) || cpu->iface.graph_compute == ComputeLoneRows) return;
+  if ((t_rows.n_tokens < 2 && !IsProfiled() && !HasChoosers()) || cpu->iface.graph_compute == ComputeLoneRows) return;
   Original().store(cpu->iface.graph_compute);
   cpu->iface.graph_compute = ComputeLoneRows;
 }

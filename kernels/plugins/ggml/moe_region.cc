@@ -5,6 +5,7 @@
 #include "plugins/ggml/buffers.h"
 #include "plugins/ggml/cpu_phases.h"
 #include "plugins/ggml/nodes.h"
+#include "plugins/ggml/selection.h"
 
 namespace edgemoe_ggml {
 namespace {
@@ -89,9 +90,15 @@ bool MoeRegion::BeginLayer(ggml_cgraph* graph, int first) {
   layer_session_ = SessionOf(runtime);
   if (layer_session_ == nullptr) return false;
   layer_ids_ = ids;
-  return edgemoe_session_begin_layer(layer_session_, static_cast<const int32_t*>(ids->data), ids->ne[1], ids->ne[0],
-                                     ids->nb[1], tensor_idxs_.data(), static_cast<int32_t>(tensor_idxs_.size()),
-                                     nullptr) == EDGEMOE_OK;
+  const int32_t* rows = static_cast<const int32_t*>(ids->data);
+  uint64_t row_bytes = ids->nb[1];
+  const int32_t layer = LayerOf(graph->nodes[first]->src[0]);
+  if (const int32_t* chosen = TakeChosen(runtime, layer, ids->ne[1], ids->ne[0]); chosen != nullptr) {
+    rows = chosen;
+    row_bytes = static_cast<uint64_t>(ids->ne[0]) * sizeof(int32_t);
+  }
+  return edgemoe_session_begin_layer(layer_session_, rows, ids->ne[1], ids->ne[0], row_bytes, tensor_idxs_.data(),
+                                     static_cast<int32_t>(tensor_idxs_.size()), nullptr) == EDGEMOE_OK;
 }
 
 void MoeRegion::EndLayer() {

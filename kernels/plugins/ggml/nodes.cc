@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "plugins/ggml/nodes.h"
 
+#include <cstdio>
 #include <initializer_list>
 
 #include "plugins/ggml/buffers.h"
@@ -77,6 +78,11 @@ int UseCount(const ggml_cgraph* graph, const ggml_tensor* t) {
     i = (i + 1) % set.size;
   } while (i != begin);
   return -1;
+}
+
+int32_t LayerOf(const ggml_tensor* weights) {
+  int layer = -1;
+  return std::sscanf(weights->name, "blk.%d.", &layer) == 1 ? layer : -1;
 }
 
 const ggml_tensor* FindRouter(const ggml_tensor* scores, int64_t n_experts) {

@@ -24,6 +24,9 @@ bool Overlap(const ggml_tensor* a, const ggml_tensor* b);
 bool Independent(const ggml_tensor* node, const ggml_tensor* other);
 // How many nodes of the whole graph, not only of this split, take `t` as a source; -1 when the graph does not say.
 int UseCount(const ggml_cgraph* graph, const ggml_tensor* t);
+// The layer that weights belong to by their name, blk.LAYER.ffn_gate_inp.weight, which is the same for every
+// architecture in llama.cpp; -1: none.
+int32_t LayerOf(const ggml_tensor* weights);
 // The product with a router's weights, of at most n_experts rows, that scores come from; null where they come from
 // none.
 const ggml_tensor* FindRouter(const ggml_tensor* scores, int64_t n_experts);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "plugins/ggml/selection.h"
 
-#include <cstdio>
+#include <cmath>
 #include <vector>
 
 #include "plugins/ggml/edgemoe_ggml.h"
@@ -9,12 +9,22 @@
 namespace edgemoe_ggml {
 namespace {
 
-struct Biased {
+struct Choosers {
   edgemoe_runtime* runtime = nullptr;
-  edgemoe_reuse* reuse = nullptr;
+  edgemoe_ggml_choosers who = {};
+  uint64_t n_selections = 0;
   std::vector<uint8_t> resident;  // [expert], as many as the largest layer has
 };
-thread_local Biased t_biased;
+thread_local Choosers t_choosers;
+
+// The last choice, until the layer's products have taken it.
+struct Chosen {
+  int32_t layer = -1;
+  int64_t n_tokens = 0;
+  int64_t n_used = 0;
+  std::vector<int32_t> ids;  // [n_tokens][n_used]
+};
+thread_local Chosen t_chosen;
 
 // A sorted list of experts for each token, and where the mixing weights are gathered by it.
 struct Choice {
@@ -22,6 +32,7 @@ struct Choice {
   int32_t n_used = 0;
   const ggml_tensor* order = nullptr;   // [n_experts, n_tokens] i32
   const ggml_tensor* masses = nullptr;  // [1, n_experts, n_tokens] f32
+  bool are_masses_free = false;         // read by nobody but for the mixing weights
   bool are_probabilities = false;
   bool are_logits = false;
 };
@@ -46,6 +57,19 @@ bool IsRows(const ggml_tensor* t, ggml_type type) {
   return t->type == type && ggml_is_contiguous(t) && t->ne[2] == 1 && t->ne[3] == 1;
 }
 
+// Whether from `begin` on nothing but `reader` reads the memory of `t`.
+bool IsReadOnlyBy(const ggml_cgraph* graph, int begin, const ggml_tensor* t, const ggml_tensor* reader) {
+  const ggml_tensor* const memory = SkipViews(t);
+  for (int i = begin; i < graph->n_nodes; ++i) {
+    const ggml_tensor* node = graph->nodes[i];
+    if (node == reader || IsView(node)) continue;
+    for (int k = 0; k < GGML_MAX_SRC && node->src[k] != nullptr; ++k) {
+      if (SkipViews(node->src[k]) == memory) return false;
+    }
+  }
+  return true;
+}
+
 // Scores of groups are sorted as well: no mixing weights are gathered by those.
 bool FindWeights(const ggml_cgraph* graph, int begin, Choice* choice) {
   const int64_t n_experts = choice->order->ne[0], n_tokens = choice->order->ne[1];
@@ -61,6 +85,7 @@ bool FindWeights(const ggml_cgraph* graph, int begin, Choice* choice) {
       return false;
     }
     choice->masses = masses;
+    choice->are_masses_free = IsReadOnlyBy(graph, begin, masses, node);
     choice->n_used = static_cast<int32_t>(ids->ne[0]);
     for (int k = i + 1; k < graph->n_nodes && !choice->are_logits; ++k) {
       choice->are_logits = graph->nodes[k]->op == GGML_OP_SOFT_MAX && SkipViews(graph->nodes[k]->src[0]) == node;
@@ -74,41 +99,68 @@ bool FindChoice(const ggml_cgraph* graph, int i, Choice* choice) {
   const ggml_tensor* node = graph->nodes[i];
   if (node->op != GGML_OP_ARGSORT || node->op_params[0] != GGML_SORT_ORDER_DESC) return false;
   if (!IsRows(node, GGML_TYPE_I32) || !IsRows(node->src[0], GGML_TYPE_F32)) return false;
-  const ggml_tensor* router = FindRouter(node->src[0], static_cast<int64_t>(t_biased.resident.size()));
-  // The same name for every architecture in llama.cpp: blk.LAYER.ffn_gate_inp.weight.
+  const ggml_tensor* router = FindRouter(node->src[0], static_cast<int64_t>(t_choosers.resident.size()));
   if (router == nullptr || router->ne[0] != node->ne[0]) return false;
-  if (std::sscanf(router->src[0]->name, "blk.%d.", &choice->layer) != 1) return false;
+  choice->layer = LayerOf(router->src[0]);
+  if (choice->layer < 0) return false;
   choice->order = node;
   choice->are_probabilities = AreProbabilities(node->src[0]);
   return FindWeights(graph, i + 1, choice);
 }
 
+// Give the places from n_kept on no mixing weight.
+void Empty(const Choice& choice, const edgemoe_selection& selection, int32_t n_kept) {
+  float* const masses = const_cast<float*>(selection.masses);
+  for (int32_t i = n_kept; i < choice.n_used; ++i) masses[selection.order[i]] = choice.are_logits ? -INFINITY : 0.0f;
+}
+
+bool SelectFor(const Choice& choice, int64_t token, int32_t* ids) {
+  const int32_t n_experts = static_cast<int32_t>(choice.order->ne[0]);
+  edgemoe_selection selection = {};
+  selection.layer = choice.layer;
+  selection.n_experts = n_experts;
+  selection.n_used = choice.n_used;
+  selection.are_probabilities = choice.are_probabilities ? 1 : 0;
+  selection.are_logits = choice.are_logits ? 1 : 0;
+  selection.scores = static_cast<const float*>(choice.order->src[0]->data) + token * n_experts;
+  selection.masses = static_cast<const float*>(choice.masses->data) + token * n_experts;
+  selection.resident = t_choosers.resident.data();
+  selection.order = static_cast<int32_t*>(choice.order->data) + token * n_experts;
+  int32_t n_kept = choice.n_used;
+  if (t_choosers.who.count != nullptr) {
+    if (edgemoe_count_select(t_choosers.who.count, &selection, &n_kept, nullptr) != EDGEMOE_OK) return false;
+    selection.n_used = n_kept;
+  }
+  if (t_choosers.who.reuse != nullptr) {
+    if (edgemoe_reuse_select(t_choosers.who.reuse, &selection, nullptr) != EDGEMOE_OK) return false;
+  }
+  for (int32_t i = 0; i < choice.n_used; ++i) ids[i] = i < n_kept ? selection.order[i] : EDGEMOE_NO_EXPERT;
+  Empty(choice, selection, n_kept);
+  ++t_choosers.n_selections;
+  return true;
+}
+
 bool Apply(const Choice& choice) {
   const int32_t n_experts = static_cast<int32_t>(choice.order->ne[0]);
-  uint8_t* const resident = t_biased.resident.data();
-  if (edgemoe_runtime_residents(t_biased.runtime, choice.layer, resident, n_experts) != n_experts) return true;
-  for (int64_t token = 0; token < choice.order->ne[1]; ++token) {
-    edgemoe_selection selection = {};
-    selection.layer = choice.layer;
-    selection.n_experts = n_experts;
-    selection.n_used = choice.n_used;
-    selection.are_probabilities = choice.are_probabilities ? 1 : 0;
-    selection.are_logits = choice.are_logits ? 1 : 0;
-    selection.scores = static_cast<const float*>(choice.order->src[0]->data) + token * n_experts;
-    selection.masses = static_cast<const float*>(choice.masses->data) + token * n_experts;
-    selection.resident = resident;
-    selection.order = static_cast<int32_t*>(choice.order->data) + token * n_experts;
-    if (edgemoe_reuse_select(t_biased.reuse, &selection, nullptr) != EDGEMOE_OK) return false;
+  uint8_t* const resident = t_choosers.resident.data();
+  if (edgemoe_runtime_residents(t_choosers.runtime, choice.layer, resident, n_experts) != n_experts) return true;
+  if (t_choosers.who.count != nullptr && !choice.are_masses_free) return true;
+  t_chosen.layer = choice.layer;
+  t_chosen.n_tokens = choice.order->ne[1];
+  t_chosen.n_used = choice.n_used;
+  t_chosen.ids.resize(static_cast<size_t>(t_chosen.n_tokens * t_chosen.n_used));
+  for (int64_t token = 0; token < t_chosen.n_tokens; ++token) {
+    if (!SelectFor(choice, token, t_chosen.ids.data() + token * t_chosen.n_used)) return false;
   }
   return true;
 }
 
 }  // namespace
 
-bool IsBiased() { return t_biased.reuse != nullptr; }
+bool HasChoosers() { return t_choosers.runtime != nullptr; }
 
-ggml_status ComputeBiased(GraphCompute compute, ggml_backend_t cpu, ggml_cgraph* graph) {
-  if (!IsBiased()) return compute(cpu, graph);
+ggml_status ComputeChosen(GraphCompute compute, ggml_backend_t cpu, ggml_cgraph* graph) {
+  if (!HasChoosers()) return compute(cpu, graph);
   int begin = 0;
   for (int i = 0; i < graph->n_nodes; ++i) {
     Choice choice;
@@ -124,10 +176,22 @@ ggml_status ComputeBiased(GraphCompute compute, ggml_backend_t cpu, ggml_cgraph*
   return compute(cpu, &view);
 }
 
+const int32_t* TakeChosen(const edgemoe_runtime* runtime, int32_t layer, int64_t n_tokens, int64_t n_used) {
+  const bool is_it = runtime == t_choosers.runtime && layer == t_chosen.layer && n_tokens == t_chosen.n_tokens &&
+                     n_used == t_chosen.n_used;
+  t_chosen.layer = -1;
+  return is_it ? t_chosen.ids.data() : nullptr;
+}
+
 }  // namespace edgemoe_ggml
 
-void edgemoe_ggml_set_reuse(edgemoe_runtime* runtime, edgemoe_reuse* reuse, int32_t n_experts) {
-  edgemoe_ggml::t_biased.runtime = runtime;
-  edgemoe_ggml::t_biased.reuse = reuse;
-  edgemoe_ggml::t_biased.resident.resize(static_cast<size_t>(n_experts));
+uint64_t edgemoe_ggml_set_choosers(edgemoe_runtime* runtime, const edgemoe_ggml_choosers* choosers, int32_t n_experts) {
+  edgemoe_ggml::Choosers& mine = edgemoe_ggml::t_choosers;
+  const uint64_t n_selections = mine.n_selections;
+  mine.runtime = runtime;
+  mine.who = runtime != nullptr ? *choosers : edgemoe_ggml_choosers{};
+  mine.n_selections = 0;
+  mine.resident.resize(static_cast<size_t>(n_experts));
+  edgemoe_ggml::t_chosen.layer = -1;
+  return n_selections;
 }

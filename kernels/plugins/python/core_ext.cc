@@ -149,13 +149,29 @@ NB_MODULE(_core, m) {
       .def("stats", &ReuseBias::Stats)
       .def("reset_stats", &ReuseBias::ResetStats);
 
+  nb::class_<edgemoe_count_stats>(m, "CountStats")
+      .def_ro("n_selections", &edgemoe_count_stats::n_selections)
+      .def_ro("n_chosen", &edgemoe_count_stats::n_chosen)
+      .def_ro("n_dropped", &edgemoe_count_stats::n_dropped)
+      .def_ro("mass_moved", &edgemoe_count_stats::mass_moved)
+      .def_ro("kl", &edgemoe_count_stats::kl);
+
+  nb::class_<ExpertCount>(m, "ExpertCount")
+      .def(nb::init<int, int, int, const std::vector<int32_t>&, double>(), nb::arg("rule"), nb::arg("n_layers"),
+           nb::arg("n_experts"), nb::arg("n_of_layer"), nb::arg("top_p"))
+      .def("select", &ExpertCount::Select, nb::arg("layer"), nb::arg("n_used"), nb::arg("scores"), nb::arg("masses"),
+           nb::arg("order"), nb::arg("are_logits") = false)
+      .def("stats", &ExpertCount::Stats)
+      .def("reset_stats", &ExpertCount::ResetStats);
+
   nb::class_<GgmlPlugin>(m, "GgmlPlugin")
       .def(nb::init<const std::string&>(), nb::arg("path"))
       .def("begin_load", &GgmlPlugin::BeginLoad, nb::arg("runtime"))
       .def("end_load", &GgmlPlugin::EndLoad)
       .def("set_lone_rows", &GgmlPlugin::SetLoneRows, nb::arg("n_tokens"))
       .def("set_profiled", &GgmlPlugin::SetProfiled, nb::arg("runtime").none(), nb::arg("n_experts"))
-      .def("set_reuse", &GgmlPlugin::SetReuse, nb::arg("runtime").none(), nb::arg("reuse").none(), nb::arg("n_experts"))
+      .def("set_choosers", &GgmlPlugin::SetChoosers, nb::arg("runtime").none(), nb::arg("count").none(),
+           nb::arg("reuse").none(), nb::arg("n_experts"))
       .def("populate", &GgmlPlugin::Populate, nb::arg("path"), nb::arg("ranges"), nb::arg("n_threads"))
       .def("built_against", &GgmlPlugin::BuiltAgainst)
       .def("llama_cpp_python", &GgmlPlugin::LlamaCppPython)

@@ -58,6 +58,53 @@ class ReuseBias {
   edgemoe_reuse* reuse_ = nullptr;
 };
 
+// Chooses how many experts a token gets.
+class ExpertCount {
+ public:
+  // n_of_layer: empty where the rule is another one.
+  ExpertCount(int rule, int n_layers, int n_experts, const std::vector<int32_t>& n_of_layer, double top_p) {
+    if (!n_of_layer.empty() && n_of_layer.size() != static_cast<size_t>(n_layers)) {
+      throw CoreError{EDGEMOE_INVALID_ARGUMENT, "number of experts: expected one for each layer"};
+    }
+    const edgemoe_count_options options = {sizeof(edgemoe_count_options),
+                                           rule,
+                                           n_layers,
+                                           n_experts,
+                                           n_of_layer.empty() ? nullptr : n_of_layer.data(),
+                                           top_p};
+    edgemoe_error error = {};
+    Check(edgemoe_count_open(&options, &count_, &error), error);
+  }
+  ~ExpertCount() { edgemoe_count_close(count_); }
+  ExpertCount(const ExpertCount&) = delete;
+  ExpertCount& operator=(const ExpertCount&) = delete;
+
+  // order: experts by falling score.
+  int Select(int layer, int n_used, const Floats& scores, const Floats& masses, const Order& order, bool are_logits) {
+    const size_t n_experts = scores.shape(0);
+    if (masses.shape(0) != n_experts || order.shape(0) != n_experts) {
+      throw CoreError{EDGEMOE_INVALID_ARGUMENT, "selection: arrays of different lengths"};
+    }
+    const edgemoe_selection selection = {
+        layer,       static_cast<int32_t>(n_experts), n_used, 0, are_logits, 0, scores.data(), masses.data(), nullptr,
+        order.data()};
+    edgemoe_error error = {};
+    int32_t n = 0;
+    Check(edgemoe_count_select(count_, &selection, &n, &error), error);
+    return n;
+  }
+  edgemoe_count_stats Stats() const {
+    edgemoe_count_stats stats;
+    edgemoe_count_read_stats(count_, &stats);
+    return stats;
+  }
+  void ResetStats() { edgemoe_count_reset_stats(count_); }
+  edgemoe_count* get() const { return count_; }
+
+ private:
+  edgemoe_count* count_ = nullptr;
+};
+
 // The loaded ggml plug-in. It stays loaded: ggml keeps pointers into it for the life of the process.
 class GgmlPlugin {
  public:
@@ -70,7 +117,7 @@ class GgmlPlugin {
     Find("edgemoe_ggml_populate", &populate_);
     Find("edgemoe_ggml_set_lone_rows", &set_lone_rows_);
     Find("edgemoe_ggml_set_profiled", &set_profiled_);
-    Find("edgemoe_ggml_set_reuse", &set_reuse_);
+    Find("edgemoe_ggml_set_choosers", &set_choosers_);
     Find("edgemoe_ggml_built_against", &built_against_);
     Find("edgemoe_ggml_llama_cpp_python", &llama_cpp_python_);
     Find("edgemoe_ggml_loaded", &loaded_);
@@ -83,12 +130,10 @@ class GgmlPlugin {
   void SetProfiled(Runtime* runtime, int n_experts) {
     set_profiled_(runtime == nullptr ? nullptr : runtime->get(), n_experts);
   }
-  void SetReuse(Runtime* runtime, ReuseBias* reuse, int n_experts) {
-    if (runtime == nullptr || reuse == nullptr) {
-      set_reuse_(nullptr, nullptr, 0);
-    } else {
-      set_reuse_(runtime->get(), reuse->get(), n_experts);
-    }
+  uint64_t SetChoosers(Runtime* runtime, ExpertCount* count, ReuseBias* reuse, int n_experts) {
+    const edgemoe_ggml_choosers choosers = {count == nullptr ? nullptr : count->get(),
+                                            reuse == nullptr ? nullptr : reuse->get()};
+    return set_choosers_(runtime == nullptr ? nullptr : runtime->get(), &choosers, n_experts);
   }
   // ranges: (file offset, length, address)
   void Populate(const std::string& path, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& ranges,
@@ -123,7 +168,7 @@ class GgmlPlugin {
   decltype(&edgemoe_ggml_populate) populate_ = nullptr;
   decltype(&edgemoe_ggml_set_lone_rows) set_lone_rows_ = nullptr;
   decltype(&edgemoe_ggml_set_profiled) set_profiled_ = nullptr;
-  decltype(&edgemoe_ggml_set_reuse) set_reuse_ = nullptr;
+  decltype(&edgemoe_ggml_set_choosers) set_choosers_ = nullptr;
   decltype(&edgemoe_ggml_built_against) built_against_ = nullptr;
   decltype(&edgemoe_ggml_llama_cpp_python) llama_cpp_python_ = nullptr;
   decltype(&edgemoe_ggml_loaded) loaded_ = nullptr;

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""Which experts decoded tokens get where that is not left to the model: who has a say, and what it costs together.
+
+The choices are native (`kernels/include/edgemoe/selection.h`); prompts and embeddings are never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from edgemoe import _native, reuse
+from edgemoe.errors import BackendError
+from edgemoe.formats.gguf import GgufModel
+
+
+class Selection:
+    """Those who choose the experts of one model's decoded tokens: how many, and which. None: the model."""
+
+    def __init__(
+        self,
+        native: _native.Runtime,
+        model: GgufModel,
+        count: _native.ExpertCount | None = None,
+        reuse_bias: reuse.ReuseBias | None = None,
+    ) -> None:
+        self._runtime = native
+        self._model = model
+        self._count = count
+        self._reuse = reuse_bias
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within: the experts of what this thread evaluates are chosen so.
+
+        Raises:
+            BackendError: behind the first evaluation, if no choice of experts was recognized in it.
+        """
+        plugin = _native.plugin()
+        reuse_bias = self._reuse.native if self._reuse is not None else None
+        plugin.set_choosers(self._runtime, self._count, reuse_bias, self._model.n_experts)
+        n_selections = 0
+        try:
+            yield
+        finally:
+            n_selections = plugin.set_choosers(None, None, None, 0)
+        if n_selections == 0:
+            raise BackendError(
+                f"cannot change routing: in llama.cpp's graph of {self._model.path} ({self._model.architecture}) "
+                "no choice of experts was recognized; use reuse_bias='off' and expert_top_k='off'"
+            )
+
+    def stats(self) -> dict[str, Any]:
+        """The fields of `Stats` that say what it costs."""
+        n_selections = n_chosen = n_changed = 0
+        mass_moved = kl = 0.0
+        found: dict[str, Any] = {}
+        if self._reuse is not None:
+            biased = self._reuse.native.stats()
+            n_selections, n_chosen, n_changed = biased.n_selections, biased.n_chosen, biased.n_changed
+            mass_moved, kl = biased.mass_moved, biased.kl
+            found["reuse_bias"] = biased.mean_strength
+        if self._count is not None:
+            # All that the model would have chosen, of which a bias sees only those that are left.
+            counted = self._count.stats()
+            n_selections, n_chosen = counted.n_selections, counted.n_chosen
+            n_changed += counted.n_dropped
+            mass_moved += counted.mass_moved
+            kl += counted.kl
+        return found | {
+            "selections_changed": n_changed / max(n_chosen, 1),
+            "gate_mass_moved": mass_moved / max(n_selections, 1),
+            "kl_estimate": kl / max(n_selections, 1),
+        }
+
+    def reset_stats(self) -> None:
+        """Start the counters again; what a guard has learned stays."""
+        if self._reuse is not None:
+            self._reuse.native.reset_stats()
+        if self._count is not None:
+            self._count.reset_stats()

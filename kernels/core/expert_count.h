@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT
+// expert_count.h: how many experts a token gets, at most as many as the model has it use: a number for each layer, or
+// as many as hold a share of the mass. Who is left out has the least mixing weight. Arithmetic only; allocates when it
+// is opened.
+#ifndef EDGEMOE_CORE_EXPERT_COUNT_H_
+#define EDGEMOE_CORE_EXPERT_COUNT_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "core/selection.h"
+
+namespace edgemoe {
+
+class ExpertCount {
+ public:
+  static Status Check(const edgemoe_count_options& options);
+  explicit ExpertCount(const edgemoe_count_options& options);
+
+  // As edgemoe_count_select.
+  Status Select(const edgemoe_selection& selection, int32_t* n_used);
+  const edgemoe_count_stats& stats() const { return stats_; }
+  void ResetStats() { stats_ = {}; }
+
+ private:
+  int Count(const edgemoe_selection& selection) const;
+
+  const edgemoe_count_rule rule_;
+  const int n_experts_;
+  const double top_p_;
+  std::vector<int32_t> n_of_layer_;
+  std::vector<double> masses_;  // [place in the order], of the selection in progress
+  edgemoe_count_stats stats_ = {};
+};
+
+}  // namespace edgemoe
+
+struct edgemoe_count {
+  edgemoe::ExpertCount count;
+};
+#endif  // EDGEMOE_CORE_EXPERT_COUNT_H_

@@ -1,0 +1,114 @@
+/* SPDX-License-Identifier: MIT */
+/* selection.h: the part of libedgemoe's C ABI that changes which experts a token gets, and so changes results;
+ * edgemoe.h is the rest, with scheduler.h. All is arithmetic on one token's scores in one layer, for whoever has a
+ * router's scores at hand. An engine asks in this order: how many experts (edgemoe_count), then which (edgemoe_reuse);
+ * places beyond the count get EDGEMOE_NO_EXPERT in the ids of edgemoe_session_begin_layer, and no mixing weight. Thread
+ * promise: each object for one thread at a time. Selecting allocates nothing. */
+#ifndef EDGEMOE_SELECTION_H_
+#define EDGEMOE_SELECTION_H_
+
+#include "edgemoe/edgemoe.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* An id for edgemoe_session_begin_layer: no expert. Its results are zeros, it is no part of a sum, and nothing is read.
+ */
+#define EDGEMOE_NO_EXPERT (-1)
+
+/* One token in one layer. Scores that are not finite mark experts that may not be chosen. */
+typedef struct edgemoe_selection {
+  int32_t layer, n_experts, n_used;
+  int32_t are_probabilities; /* the scores are a softmax: what is added to is their logarithm */
+  int32_t are_logits;        /* the masses are logits of a softmax over the chosen */
+  int32_t reserved;
+  const float* scores;     /* [n_experts] the model selects the n_used highest */
+  const float* masses;     /* [n_experts] mixing weights, before those of the chosen are normalized */
+  const uint8_t* resident; /* [n_experts] 1: need not be read */
+  int32_t* order;          /* [n_experts] by falling score; on return the chosen first */
+} edgemoe_selection;
+
+/* Write resident[n_experts]: 1 where all of an expert is resident or being read. Returns how many experts the layer
+ * has; nothing is written when that is not n_experts. */
+EDGEMOE_API int32_t edgemoe_runtime_residents(edgemoe_runtime* runtime, int32_t layer, uint8_t* resident,
+                                              int32_t n_experts);
+
+/* --- count: fewer experts for tokens or layers that lose little by it --- */
+
+typedef enum edgemoe_count_rule {
+  EDGEMOE_COUNT_OF_LAYER = 0, /* as many as n_of_layer says */
+  EDGEMOE_COUNT_TOP_P = 1     /* the fewest of the best that hold top_p of the mass of the n_used best */
+} edgemoe_count_rule;
+
+typedef struct edgemoe_count_options {
+  uint32_t struct_size;
+  int32_t rule; /* edgemoe_count_rule */
+  int32_t n_layers;
+  int32_t n_experts;         /* the most in a layer */
+  const int32_t* n_of_layer; /* [n_layers], copied; 0: as many as the model has; NULL: the rule is another one */
+  double top_p;              /* 0 to 1; 1 is exact */
+} edgemoe_count_options;
+
+typedef struct edgemoe_count_stats {
+  uint64_t n_selections;
+  uint64_t n_chosen;  /* experts that the model would have used */
+  uint64_t n_dropped; /* of them, those that were left out */
+  double mass_moved;  /* sums over selections: the share of the chosen's mass that was left out */
+  double kl;          /* the same in nats */
+} edgemoe_count_stats;
+
+typedef struct edgemoe_count edgemoe_count;
+
+EDGEMOE_API int32_t edgemoe_count_open(const edgemoe_count_options* options, edgemoe_count** count,
+                                       edgemoe_error* error);
+EDGEMOE_API void edgemoe_count_close(edgemoe_count* count);
+/* Write how many of the selection's n_used best are to be used: 1 to n_used. */
+EDGEMOE_API int32_t edgemoe_count_select(edgemoe_count* count, const edgemoe_selection* selection, int32_t* n_used,
+                                         edgemoe_error* error);
+EDGEMOE_API void edgemoe_count_read_stats(const edgemoe_count* count, edgemoe_count_stats* stats);
+EDGEMOE_API void edgemoe_count_reset_stats(edgemoe_count* count);
+
+/* --- reuse bias: experts that need not be read are preferred --- */
+
+typedef enum edgemoe_reuse_method {
+  EDGEMOE_REUSE_CACHE_PRIOR = 0, /* their scores are higher by strength * the mean range of the layer's scores */
+  EDGEMOE_REUSE_MAX_RANK = 1,    /* of the n_used + strength * (n_experts - n_used) best, they come first */
+  EDGEMOE_REUSE_CUMULATIVE = 2   /* the same of the best that hold `strength` of all mass */
+} edgemoe_reuse_method;
+
+typedef struct edgemoe_reuse_options {
+  uint32_t struct_size;
+  int32_t method; /* edgemoe_reuse_method */
+  int32_t n_layers;
+  int32_t n_experts; /* the most in a layer */
+  int32_t top_j;     /* the best are chosen whatever is resident; at least 1 */
+  int32_t reserved;
+  double strength;       /* 0 to 1; 0 is exact */
+  double max_mass_moved; /* per selection on average, see docs/routing.md: above, a layer's strength is lowered */
+  double max_kl;         /* the same; nats */
+} edgemoe_reuse_options;
+
+typedef struct edgemoe_reuse_stats {
+  uint64_t n_selections;
+  uint64_t n_chosen;  /* experts */
+  uint64_t n_changed; /* of them, those that the model would not have chosen */
+  double mass_moved;  /* sums over selections */
+  double kl;
+  double mean_strength; /* of all layers, now */
+} edgemoe_reuse_stats;
+
+typedef struct edgemoe_reuse edgemoe_reuse;
+
+EDGEMOE_API int32_t edgemoe_reuse_open(const edgemoe_reuse_options* options, edgemoe_reuse** reuse,
+                                       edgemoe_error* error);
+EDGEMOE_API void edgemoe_reuse_close(edgemoe_reuse* reuse);
+EDGEMOE_API int32_t edgemoe_reuse_select(edgemoe_reuse* reuse, const edgemoe_selection* selection,
+                                         edgemoe_error* error);
+EDGEMOE_API void edgemoe_reuse_read_stats(const edgemoe_reuse* reuse, edgemoe_reuse_stats* stats);
+EDGEMOE_API void edgemoe_reuse_reset_stats(edgemoe_reuse* reuse);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* EDGEMOE_SELECTION_H_ */
