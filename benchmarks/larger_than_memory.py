@@ -33,6 +33,7 @@ N_BATCH = 512
 RESIDENT = "resident"
 ENGINES = ("ours", "ours-ggml", "stock")  # edgemoe with its own kernels, with ggml's; llama.cpp
 OPTION_MARK = ":"  # "ours:prefetch=off,eviction=lfu": edgemoe with these keywords
+LOSSY = ("reuse_bias", "expert_top_k", "on_miss")  # keywords that change what is generated
 RESIDENT_HEADROOM_BYTES = 1024 * MIB
 RESIDENT_PAIRS = 3
 MIN_CLEAN_PAIRS = 3
@@ -119,6 +120,11 @@ def engine_options(engine: str) -> Record:
     name, _, given = engine.partition(OPTION_MARK)
     options: Record = {"kernels": "ggml" if name == "ours-ggml" else "auto", "warm_start": False}
     return options | dict(pair.split("=", 1) for pair in given.split(",") if pair)
+
+
+def is_lossy(engine: str) -> bool:
+    """Whether an engine's options change what is generated."""
+    return any(value not in ("off", "wait") for name, value in engine_options(engine).items() if name in LOSSY)
 
 
 def engine_name(text: str) -> str:
@@ -249,12 +255,13 @@ def spread(values: Iterable[float | None], scale: float = 1.0, digits: int = 2) 
 
 
 def ratios(records: list[Record], key: str, ours: str, other: str) -> list[float]:
-    """One engine divided by another, pair by pair."""
+    """One engine divided by another, pair by pair; not where the other has 0."""
     speeds: dict[str, dict[int, float]] = {ours: {}, other: {}}
     for one in records:
         if key in one and one["engine"] in speeds:
             speeds[one["engine"]][one["pair"]] = one[key]
-    return [speeds[ours][pair] / speeds[other][pair] for pair in speeds[ours].keys() & speeds[other].keys()]
+    pairs = speeds[ours].keys() & speeds[other].keys()
+    return [speeds[ours][pair] / speeds[other][pair] for pair in pairs if speeds[other][pair] != 0]
 
 
 def print_table(records: list[Record], scenarios: list[Scenario]) -> None:
@@ -298,13 +305,13 @@ def print_table(records: list[Record], scenarios: list[Scenario]) -> None:
 
 
 def find_faults(records: list[Record]) -> list[str]:
-    """List the runs that failed, and the pairs in which engines of the same arithmetic chose different tokens."""
+    """List the runs that failed, and the pairs in which lossless engines of the same arithmetic chose other tokens."""
     faults = []
     chosen: dict[tuple[str, int, bool], set[str]] = {}
     for one in records:
         if "error" in one:
             faults.append(f"{one['scenario']} {one['routing']} pair {one['pair']} {one['engine']}: {one['error']}")
-        else:
+        elif not is_lossy(one["engine"]):
             case = (one["routing"], one["pair"], one["engine"].partition(OPTION_MARK)[0] == "ours")
             chosen.setdefault(case, set()).add(one["best_ids_sha256"])
     for (routing, pair, is_ours), digests in chosen.items():

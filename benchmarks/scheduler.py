@@ -2,6 +2,7 @@
 """What the scheduler's choices are worth: a table of method x share of the experts in memory, and its targets.
 
     sudo python -m benchmarks.scheduler --json results.json      # the table; run it again to go on after a cut
+    sudo python -m benchmarks.scheduler --baseline ours --engines ours ours:reuse_bias=0.1      # lossy levers
     python -m benchmarks.scheduler restart MODEL                 # the first tokens after a restart, warm and cold
     python -m benchmarks.scheduler prompts                       # what a prompt costs: its own time, and hits after it
     python -m benchmarks.scheduler batches                       # larger micro-batches: gain of a prompt, loss after it
@@ -101,8 +102,8 @@ def load(path: Path | None, settings: Record) -> dict[str, Table]:
     return {table.model["name"]: table for table in tables}
 
 
-def summarize(table: Table) -> list[Record]:
-    """One line for each cell and method: medians, and the ratios to `BASELINE` within pairs."""
+def summarize(table: Table, baseline: str = BASELINE) -> list[Record]:
+    """One line for each cell and method: medians, and the ratios to a baseline within pairs."""
     records = [run for run in table.runs if "error" not in run]
     larger_than_memory.add_roofline(records)
     lines = []
@@ -126,13 +127,14 @@ def summarize(table: Table) -> list[Record]:
                     "stall_s_per_token": [one["decode_stall_s"] / one["n_decoded"] for one in mine],
                     "hit_rate": [one["decode_hit_rate"] for one in mine],
                     "roofline_fraction": [one["roofline_fraction"] for one in mine],
-                    "ratio": larger_than_memory.ratios(cell, "decode_tok_per_s", method, BASELINE),
+                    "ratio": larger_than_memory.ratios(cell, "decode_tok_per_s", method, baseline),
+                    "bytes_ratio": larger_than_memory.ratios(cell, "decode_read_bytes_per_token", method, baseline),
                 }
             )
     return lines
 
 
-def print_lines(lines: Sequence[Record]) -> None:
+def print_lines(lines: Sequence[Record], baseline: str = BASELINE) -> None:
     """Markdown: medians [smallest-largest]."""
     columns = (
         ("tok/s", "tokens_per_s", 1.0, 2),
@@ -141,7 +143,8 @@ def print_lines(lines: Sequence[Record]) -> None:
         ("stall ms/token", "stall_s_per_token", 1e3, 1),
         ("hit %", "hit_rate", 100.0, 1),
         ("roofline", "roofline_fraction", 1.0, 2),
-        ("/ lru, no prefetch", "ratio", 1.0, 2),
+        ("/ lru, no prefetch" if baseline == BASELINE else f"/ {baseline}", "ratio", 1.0, 2),
+        ("bytes / its", "bytes_ratio", 1.0, 2),
     )
     print("| model | experts | routing | method | n | " + " | ".join(title for title, *_ in columns) + " |")
     print("|" + "---|" * (5 + len(columns)))
@@ -179,12 +182,17 @@ def parse_options(arguments: Sequence[str]) -> Options:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All other options are those of benchmarks.larger_than_memory; of its --engines, the first is the "
-        f"default that the targets are about, and ratios are to {BASELINE}.",
+        "default that the targets are about.",
+    )
+    parser.add_argument(
+        "--baseline", default=BASELINE, help="ratios are to this one of the engines; targets only with the default"
     )
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="of benchmarks.synthetic; not with --model")
     own, rest = parser.parse_known_args(arguments)
     options = larger_than_memory.parse_options(["--engines", *METHODS, "--fractions", *FRACTIONS, *rest])
-    options.presets = own.presets
+    options.presets, options.baseline = own.presets, own.baseline
+    if options.baseline not in (BASELINE, *options.engines):
+        parser.error(f"baseline {options.baseline}: expected one of the engines, {', '.join(options.engines)}")
     return options
 
 
@@ -234,9 +242,9 @@ def main(arguments: list[str]) -> int:
     except (cgroup.CgroupError, loopdev.LoopDeviceError, ResumeError) as error:
         print(f"scheduler cannot run here: {error}", file=sys.stderr)
         return 2
-    lines = [line for table in tables.values() for line in summarize(table)]
-    print_lines(lines)
-    targets = find_targets(lines, options.engines[0])
+    lines = [line for table in tables.values() for line in summarize(table, options.baseline)]
+    print_lines(lines, options.baseline)
+    targets = find_targets(lines, options.engines[0]) if options.baseline == BASELINE else []
     session.print_targets(targets)
     commits = {run["commit"] for table in tables.values() for run in table.runs}
     if len(commits) > 1:

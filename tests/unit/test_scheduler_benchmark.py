@@ -138,6 +138,37 @@ def test_lines_follow_from_the_runs() -> None:
     assert found["worst cell / lru without prefetch"]["met"]
 
 
+def test_ratios_to_another_baseline() -> None:
+    """Guards against levers compared with something other than what was asked for, or with nothing."""
+    lossy = "ours:reuse_bias=0.5"
+    runs = [_run("25%", pair, OURS, 4.0) for pair in range(3)]
+    runs += [_run("25%", pair, lossy, 5.0, decode_read_bytes_per_token=50.0) for pair in range(3)]
+    lines = {line["method"]: line for line in scheduler.summarize(Table({"name": "m"}, SCENARIOS, runs), OURS)}
+    assert lines[lossy]["ratio"] == [1.25] * 3 and lines[lossy]["bytes_ratio"] == [0.5] * 3
+    runs += [
+        _run("100%", pair, engine, 4.0, decode_read_bytes_per_token=0.0) for pair in range(3) for engine in (OURS,)
+    ]
+    everything = [*SCENARIOS, Scenario("100%", "local", 2000, 3, 1)]
+    lines = {line["experts"]: line for line in scheduler.summarize(Table({"name": "m"}, everything, runs), OURS)}
+    assert lines["100%"]["bytes_ratio"] == []
+
+
+def test_baseline_must_be_an_engine(capsys: Any) -> None:
+    """Guards against an hour of runs without the one that all are compared with."""
+    with pytest.raises(SystemExit):
+        scheduler.parse_options(["--baseline", "ours", "--engines", "stock"])
+    assert "baseline ours: expected one of the engines" in capsys.readouterr().err
+
+
+def test_lossy_engines_may_choose_other_tokens() -> None:
+    """Guards against a benchmark of levers that always fails, and one in which a lossless engine changes the answer."""
+    runs = [_run("25%", 0, OURS, 4.0), _run("25%", 0, "ours:reuse_bias=0.5", 5.0, best_ids_sha256="other")]
+    assert larger_than_memory.find_faults(runs) == []
+    for engine in ("ours:reuse_bias=off", "ours:eviction=lru", "ours:on_miss=wait,top_j=2"):
+        wrong = _run("25%", 0, engine, 5.0, best_ids_sha256="other")
+        assert len(larger_than_memory.find_faults([*runs, wrong])) == 1
+
+
 def test_targets_without_runs_are_missed() -> None:
     """Guards against a table without figures that reports success."""
     assert not any(one["met"] for one in scheduler.find_targets([]))
