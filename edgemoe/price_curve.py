@@ -38,7 +38,7 @@ logarithm of the share: on the tiny trained model (docs/routing.md) 0.3 costs 0.
 with 25 %, so 0.013 % more with 5 % less memory."""
 
 _FORMAT = "edgemoe price curves"
-_VERSION = 1
+_VERSION = 1  # another one, too, when a bias of the same strength comes to mean something else
 _MAX_TEXTS = 1 << 16
 _log = logging.getLogger("edgemoe")
 
@@ -386,14 +386,14 @@ def pick(
     assert change.perplexity_bound is not None
     text = (
         f"reuse bias auto: {point.strength:.3g} ({what}) for at most {_percent(price)} of perplexity: "
-        f"{change.perplexity:+.2%} expected, at most {change.perplexity_bound:+.2%} with 95 % confidence"
+        f"{change.perplexity:+.2%} expected, at most {change.perplexity_bound:+.2%} with 95% confidence"
         f"{', while ' + refused if refused else ''}; {source}"
     )
     return Choice(price, dataclasses.replace(wanted, strength=point.strength), change.perplexity, text)
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.3g}%"
 
 
 def _command(model: GgufModel, wanted: reuse.Settings, share: float, eviction: str) -> str:

@@ -81,7 +81,7 @@ def test_measured_remembered_chosen_and_said(cache: Path) -> None:
     result = run(*GENERATE, "--reuse-price", "50%")
     assert result.exit_code == 0, result.stderr
     (said,) = [line for line in result.stderr.splitlines() if "reuse bias auto" in line]
-    assert said.startswith("edgemoe: reuse bias auto: 0.1 (cache-prior, top-j 2) for at most 50 % of perplexity: ")
+    assert said.startswith("edgemoe: reuse bias auto: 0.1 (cache-prior, top-j 2) for at most 50% of perplexity: ")
     assert "on 8 texts with 25% of the experts in memory" in said
     assert "allowed 50.00% of perplexity" in result.stderr.splitlines()[-1]
     stats = json.loads(run(*GENERATE, "--reuse-bias", "auto", "--reuse-price", "0.5", "--json").stdout)

@@ -256,13 +256,13 @@ def test_the_strongest_bias_that_is_certain_enough_is_chosen() -> None:
     choice = _pick(CURVE, price=0.005)
     assert choice.settings == Settings(0.1, "cache-prior", 2)
     assert choice.expected == pytest.approx(math.expm1(0.003))
-    assert "0.1 (cache-prior, top-j 2) for at most 0.5 % of perplexity: +0.30% expected, at most +0.48%" in choice.text
+    assert "0.1 (cache-prior, top-j 2) for at most 0.5% of perplexity: +0.30% expected, at most +0.48%" in choice.text
     assert "measured 2026-01-31 on 10 texts with 25% of the experts in memory" in choice.text
     assert choice.stats() == {"reuse_price_target": 0.005, "reuse_price_expected": choice.expected}
     # The mean meets 0.4 %, the bound does not.
     weaker = _pick(CURVE, price=0.004)
     assert weaker.settings is not None and weaker.settings.strength == 0.05
-    assert "while 0.1 may cost 0.484 %" in weaker.text
+    assert "while 0.1 may cost 0.484%" in weaker.text
 
 
 def test_no_bias_beyond_one_that_costs_too_much() -> None:
@@ -278,7 +278,7 @@ def test_a_price_that_cannot_be_met_leaves_the_bias_off_and_says_so() -> None:
     choice = _pick(CURVE, price=0.002)
     assert (choice.settings, choice.expected) == (None, None)
     assert choice.text.startswith("reuse bias auto: off, for none")
-    assert "at most 0.2 % of perplexity (0.05 may cost 0.284 %;" in choice.text
+    assert "at most 0.2% of perplexity (0.05 may cost 0.284%;" in choice.text
     zero = _pick(_curve({0.0: 0.0, 0.1: 0.05}))
     assert zero.settings is None and "0.1 may cost" in zero.text
     assert "only 0 was" in _pick(_curve({0.0: 0.0})).text
