@@ -254,6 +254,7 @@ def _notes(runs: Sequence[Record], runner: _Runner, engines: Sequence[str], repa
         yield runner.why_not
     if "stock" in engines and not repack:
         yield "stock runs without weight repacking, whose second copy of the weights would not fit into the memory"
+    yield from dict.fromkeys(run["reuse_choice"] for run in runs if run.get("reuse_choice"))
     for run in runs:
         if "error" in run:
             yield f"{run['engine']}, pair {run['pair'] + 1}: {run['error']}"

@@ -66,6 +66,7 @@ def run(task: Task) -> dict[str, Any]:
             stats = llm.stats()
             record |= {
                 **{name: getattr(stats, name) for name in ("kernels", "slots_bytes", "budget_bytes")},
+                "reuse_choice": None if llm.reuse_choice is None else llm.reuse_choice.text,
                 "expert_bank_bytes": llm.plan.expert_bank_bytes,
                 "n_threads": llm.n_threads,
             }

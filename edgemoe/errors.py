@@ -38,3 +38,7 @@ class ConversionError(EdgeMoeError):
 
 class TraceError(EdgeMoeError):
     """A trace cannot be recorded, written or read."""
+
+
+class PriceError(EdgeMoeError):
+    """A price was asked for that nothing remembered can answer."""

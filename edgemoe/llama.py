@@ -15,7 +15,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
-from edgemoe import _native, engine, host, planner, reuse, runtime, topology, warm
+from edgemoe import _native, engine, host, planner, price_curve, reuse, runtime, topology, warm
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
@@ -75,6 +75,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         reuse_bias: str | float = "off",
         reuse_method: str = "cache-prior",
         top_j: int | None = None,
+        reuse_price: str | float | None = None,
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -100,9 +101,11 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 whole, and its memory is part of the budget.
             reuse_bias: `off`, or a number from 0 (exact) to 1: while decoding, how much experts that need not be read
                 are preferred. This changes what is generated, and makes it depend on timing; a guard bounds how much,
-                and `stats()` says what it costs. Prompts stay exact. See docs/routing.md.
+                and `stats()` says what it costs. Prompts stay exact. See docs/routing.md. `auto` for the strongest
+                that `edgemoe price` has found to cost this model at most `reuse_price`; `reuse_choice` says which.
             reuse_method: who is preferred how: `cache-prior`, `max-rank` or `cumulative`.
             top_j: so many of the best experts are chosen whatever is resident; None for 1 or, of more than 8, for 2.
+            reuse_price: the change of perplexity that `auto`, which it implies, may cost: "1%", or 0.01, by default.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
@@ -111,8 +114,9 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             BudgetError: the budget is below the model's floor, or cannot be parsed.
             BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, `draft` cannot
                 be exact with this model, the draft model has another vocabulary, or its routers cannot be biased.
-            ValueError: `eviction`, `kernels`, `prefetch`, `draft` or `reuse_method` is unknown, `reuse_bias` or `top_j`
-                makes no sense.
+            ValueError: `eviction`, `kernels`, `prefetch`, `draft` or `reuse_method` is unknown, `reuse_bias`, `top_j`
+                or `reuse_price` makes no sense.
+            PriceError: `auto` finds no measurement of this model with so much memory for experts, or less.
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
@@ -120,7 +124,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         _native.check_kernels(kernels)
         check_prefetch(prefetch)
         planner.draft_path(draft)
-        reuse_settings = reuse.parse(reuse_bias, reuse_method, top_j)
+        self._reuse_request = price_curve.parse(reuse_bias, reuse_method, top_j, reuse_price)
+        self.reuse_choice: price_curve.Choice | None = None
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)
@@ -137,10 +142,11 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._draft = draft
         self._draft_model: DraftModel | None = None
         self._reuse_kwargs = {"reuse_bias": reuse_bias, "reuse_method": reuse_method, "top_j": top_j}
+        self._reuse_kwargs["reuse_price"] = reuse_price
         self._selection: Selection | None = None
         self._is_in_prompt = False
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
-        reuse.check(reuse_settings, model)
+        reuse.check(self._reuse_request.settings, model)
         n_cores = topology.default_threads()
         kwargs = dict(
             llama_cpp_kwargs,
@@ -160,6 +166,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             self.plan = self._footprint.plan(budget_bytes)
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
+            self._reuse_request.choose(model, self.plan.slots_bytes, eviction)  # what it refuses is not loaded first
             report("loading", 0, model.dense_bytes)
             slots_bytes = self.plan.slots_bytes
             if self.plan.draft_bytes > _LARGE_DRAFT_SHARE * slots_bytes and slots_bytes < model.expert_bank_bytes:
@@ -177,8 +184,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                     self._add_adapter(str(lora_path), lora_scale)
                 if draft != "off":
                     self._prepare_drafts(self._draft_model)
-                if reuse_settings is not None:
-                    self._prepare_reuse(reuse_settings)
+                self._prepare_reuse(self._reuse_request.choose(model, self.plan.slots_bytes, eviction))
             except BaseException:
                 self.close()
                 raise
@@ -275,7 +281,16 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             draft.total_bytes >> 20,
         )
 
-    def _prepare_reuse(self, settings: reuse.Settings) -> None:
+    def _prepare_reuse(self, choice: price_curve.Choice | None) -> None:
+        before, self.reuse_choice = self.reuse_choice, choice
+        settings = self._reuse_request.settings if choice is None else choice.settings
+        if choice is not None and choice != before:
+            _log.log(logging.WARNING if settings is None else logging.INFO, "%s", choice.text)
+        if settings is None:
+            self._selection = None
+            return
+        if self._selection is not None and before is not None and before.settings == settings:
+            return  # what the guard has learned stays
         assert self._runtime is not None
         if not self._is_hooked:
             raise BackendError(
@@ -299,6 +314,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         else:
             self.plan = plan
         self._memory = memory
+        if self.reuse_choice is not None:
+            self._prepare_reuse(self._reuse_request.choose_again(self._gguf, self.plan.slots_bytes, self._eviction))
 
     def _add_adapter(self, path: str, scale: float) -> None:
         adapter = llama.llama_adapter_lora_init(self._model.model, path.encode())
@@ -429,6 +446,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         c = self._counters
         experts = self._runtime.stats() if self._runtime is not None else None
         prefetched = self._runtime.prefetch_stats() if self._runtime is not None else None
+        prices: dict[str, Any] = {} if self._selection is None else self._selection.stats()
+        prices |= {} if self.reuse_choice is None else self.reuse_choice.stats()
         n_tokens = c.prompt_tokens + c.completion_tokens
         return Stats(
             prompt_tokens=c.prompt_tokens,
@@ -454,7 +473,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             kernels=self._kernels_used,
             drafted_tokens=c.drafted_tokens,
             accepted_tokens=c.accepted_tokens,
-            **(self._selection.stats() if self._selection is not None else {}),
+            **prices,
         )
 
     def reset_stats(self) -> None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What reuse bias costs and gains with one model and one's own texts, stepped token by token with the real cache.
+"""What lossy levers cost and gain with one model and one's own texts, stepped token by token with the real cache.
 
 Each text begins with an exact prompt in an empty context. Its other tokens are evaluated one at a time, whatever the
-model would have said (teacher forcing), because only decoding is biased. What each column is: docs/pricing.md.
+model would have said (teacher forcing), because only decoding is lossy. What each column is: docs/pricing.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import datetime
 import math
 import shutil
 import tempfile
@@ -20,169 +20,23 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as llama
 
-from edgemoe import _native, reuse, runtime
+from edgemoe import _native, planner, price_curve, reuse, runtime
 from edgemoe.converters.cross_entropy import log_softmax
 from edgemoe.errors import BudgetError, EdgeMoeError, ModelFormatError
-from edgemoe.formats.gguf import GgufModel, read_model
+from edgemoe.formats.gguf import GgufModel, read_model, read_raw_metadata
+from edgemoe.levers import EXACT, Lever
 from edgemoe.llama import Llama
+from edgemoe.price_curve import Curve, Point
+from edgemoe.price_list import Price, Row, TextPrice
 from edgemoe.sizes import format_size
 
 DEFAULT_PROMPT_TOKENS = 32
 DEFAULT_TOKENS = 512
-_LEAST_PROMPT_TOKENS = 2  # one token alone is decoded, with the bias
+_LEAST_PROMPT_TOKENS = 2  # one token alone is decoded, with the levers
+_OF_REUSE = ("reuse_bias", "reuse_method", "top_j")
 
 Logits = npt.NDArray[np.single]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Lever:
-    """One setting: `reuse_bias`, `reuse_method` and `top_j` as for `Llama`; None for `reuse_bias` is lossless."""
-
-    reuse_bias: float | None
-    reuse_method: str = "cache-prior"
-    top_j: int | None = None
-
-
-EXACT = Lever(None)
-
-
-@dataclasses.dataclass(frozen=True)
-class TextPrice:
-    """One text under one lever: means over `n_tokens`, the tokens predicted behind a decoded one.
-
-    `cross_entropy` and `kl` (from the exact model) are nats per token; `agreement` is the share of positions at which
-    both find the same token likeliest.
-    """
-
-    n_tokens: int
-    cross_entropy: float
-    kl: float
-    agreement: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One lever over all texts; counters are of decoding only.
-
-    Attributes:
-        lever: the setting.
-        texts: the price of each text, in the order given.
-        selections_changed, gate_mass_moved, kl_estimate: as in `Stats`.
-        bytes_per_token: bytes of experts read from storage, divided by decoded tokens.
-        hit_rate: expert hits divided by requests.
-        tokens_per_s: decoded tokens per second of evaluation.
-    """
-
-    lever: Lever
-    texts: tuple[TextPrice, ...]
-    selections_changed: float
-    gate_mass_moved: float
-    kl_estimate: float
-    bytes_per_token: float
-    hit_rate: float
-    tokens_per_s: float
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens predicted."""
-        return sum(t.n_tokens for t in self.texts)
-
-    def _mean(self, values: Sequence[float]) -> float:
-        return sum(t.n_tokens * v for t, v in zip(self.texts, values, strict=True)) / self.n_tokens
-
-    @property
-    def cross_entropy(self) -> float:
-        """Nats per token."""
-        return self._mean([t.cross_entropy for t in self.texts])
-
-    @property
-    def perplexity(self) -> float:
-        """exp(cross-entropy)."""
-        return math.exp(self.cross_entropy)
-
-    @property
-    def kl(self) -> float:
-        """KL(exact || this), nats per token."""
-        return self._mean([t.kl for t in self.texts])
-
-    @property
-    def agreement(self) -> float:
-        """Share of positions with the exact model's likeliest token."""
-        return self._mean([t.agreement for t in self.texts])
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """A row against the exact one: the difference of cross-entropy in nats per token, its standard error over texts
-    (None with one text), and what the two mean for perplexity (0.01 is 1 % more)."""
-
-    cross_entropy: float
-    standard_error: float | None
-
-    @property
-    def perplexity(self) -> float:
-        """Relative change of perplexity."""
-        return math.expm1(self.cross_entropy)
-
-    @property
-    def perplexity_error(self) -> float | None:
-        """Its standard error, to first order."""
-        return None if self.standard_error is None else math.exp(self.cross_entropy) * self.standard_error
-
-
-@dataclasses.dataclass(frozen=True)
-class Price:
-    """A price list: the exact row first, then one for each lever.
-
-    `slots_bytes` is the memory of the experts, and `resident_share` how many of them it holds, 0 to 1.
-    """
-
-    model: str
-    texts: tuple[str, ...]
-    n_prompt_tokens: int
-    slots_bytes: int
-    resident_share: float
-    rows: tuple[Row, ...]
-
-    @property
-    def exact(self) -> Row:
-        """The lossless row."""
-        return self.rows[0]
-
-    def change(self, row: Row) -> Change:
-        """What a row's lever does to cross-entropy, paired text by text."""
-        weights = [t.n_tokens / row.n_tokens for t in row.texts]
-        differences = [t.cross_entropy - e.cross_entropy for t, e in zip(row.texts, self.exact.texts, strict=True)]
-        mean = sum(w * d for w, d in zip(weights, differences, strict=True))
-        n = len(weights)
-        if n < 2:
-            return Change(mean, None)
-        # Of a weighted mean; with texts of one length, the usual s / sqrt(n).
-        squares = sum((w * (d - mean)) ** 2 for w, d in zip(weights, differences, strict=True))
-        return Change(mean, math.sqrt(squares * n / (n - 1)))
-
-    def bytes_ratio(self, row: Row) -> float | None:
-        """Bytes per token, divided by the exact row's; None where that reads nothing."""
-        return row.bytes_per_token / self.exact.bytes_per_token if self.exact.bytes_per_token else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        fields = dataclasses.asdict(self)
-        for row, plain in zip(self.rows, fields["rows"], strict=True):
-            change = self.change(row)
-            plain.update(plain.pop("lever"))
-            plain.update(
-                n_tokens=row.n_tokens,
-                cross_entropy=row.cross_entropy,
-                perplexity=row.perplexity,
-                kl=row.kl,
-                agreement=row.agreement,
-                perplexity_change=change.perplexity,
-                perplexity_change_error=change.perplexity_error,
-                bytes_per_token_ratio=self.bytes_ratio(row),
-            )
-        return fields
 
 
 def price(
@@ -195,6 +49,7 @@ def price(
     n_prompt_tokens: int = DEFAULT_PROMPT_TOKENS,
     n_tokens: int = DEFAULT_TOKENS,
     prefetch: str = "off",
+    eviction: str = "auto",
     progress: Progress | None = None,
     **llama_kwargs: Any,
 ) -> Price:
@@ -211,13 +66,14 @@ def price(
         n_prompt_tokens: tokens at the beginning of each text that are evaluated at once, exactly; at least 2.
         n_tokens: most tokens of each text, the prompt among them.
         prefetch: as for `Llama`; with anything but `off`, bytes and residents, and so choices, depend on timing.
+        eviction: as for `Llama`.
         progress: called as (stage, done, total).
         llama_kwargs: as for `Llama`.
 
     Raises:
         EdgeMoeError: there is no text, one is too short or cannot be read, or the exact logits do not fit on disk.
-        ModelFormatError, BudgetError, BackendError: as for `Llama`; also models without routed experts, and shares
-            that do not hold the experts of one token.
+        ModelFormatError, BudgetError, BackendError: as for `Llama`; also models without routed experts, shares that
+            do not hold the experts of one token, and a lever's model that is no copy of this one.
         ValueError: a lever, a share or a number of tokens makes no sense.
     """
     report = progress or (lambda _stage, _done, _total: None)
@@ -230,30 +86,119 @@ def price(
         raise ModelFormatError(
             f"cannot measure a price: {model.path} has no routed experts; name a Mixture-of-Experts model"
         )
+    options = dict(
+        llama_kwargs,
+        memory=memory,
+        n_ctx=n_tokens,
+        prefetch=prefetch,
+        eviction=eviction,
+        warm_start=False,
+        logits_all=False,
+    )
     for lever in levers:
-        reuse.check(_settings(lever), model)
+        if lever.model is not None:
+            _check_copy(model, read_model(lever.model))
+        # What is wrong with a lever is found now, and not behind an exact pass that may take hours.
+        planner.plan(lever.model or model.path, **dict(lever.keywords), **options)
     slots_bytes = None if experts is None else _slots_bytes(model, experts)
-    options = dict(llama_kwargs, memory=memory, n_ctx=n_tokens, prefetch=prefetch, warm_start=False, logits_all=False)
     rows: list[Row] = []
+    exact_tokens: list[list[int]] = []
     with tempfile.TemporaryFile(prefix="edgemoe-price-") as kept:
         for lever in (EXACT, *levers):
-            with _open(model.path, lever, slots_bytes, options) as llm:
+            with _open(lever.model or model.path, lever, slots_bytes, options) as llm:
                 slots_bytes = llm.stats().slots_bytes
                 tokenized = [
                     _tokens(llm, t, c, n_prompt_tokens, n_tokens) for t, c in zip(texts, contents, strict=True)
                 ]
-                if lever is EXACT:
+                if not rows:
+                    exact_tokens = tokenized
                     _check_room(sum(len(t) - 1 - n_prompt_tokens for t in tokenized), llm.n_vocab())
+                elif tokenized != exact_tokens:
+                    raise _no_copy(model, llm._gguf, "its tokens of the texts are others")
                 kept.seek(0)
                 stage = f"measuring {len(rows) + 1} of {len(levers) + 1}"
-                rows.append(_measure(llm, lever, tokenized, n_prompt_tokens, kept, lambda *at, s=stage: report(s, *at)))
+                row = _measure(
+                    llm,
+                    lever,
+                    tokenized,
+                    n_prompt_tokens,
+                    kept,
+                    is_exact=not rows,
+                    report=lambda *at, s=stage: report(s, *at),
+                )
+                rows.append(row)
     return Price(
         model=model.path.name,
         texts=tuple(str(t) for t in texts),
         n_prompt_tokens=n_prompt_tokens,
         slots_bytes=slots_bytes or 0,
-        resident_share=min(1.0, (slots_bytes or 0) / int(runtime.slot_sizes(model, 0).bank_slot_bytes)),
+        resident_share=price_curve.resident_share(model, slots_bytes or 0),
         rows=tuple(rows),
+        eviction=eviction,
+        measured_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def remember(found: Price, model_path: str | Path) -> list[Curve]:
+    """Keep what was measured of reuse biases for `reuse_bias="auto"`, in the user's cache folder; see `price_curve`.
+
+    Levers that set something else as well, and other models', are left out. The result is what was kept.
+
+    Raises:
+        OSError, RuntimeError: see `price_curve.remember`.
+    """
+    model = read_model(model_path)
+    rows: dict[tuple[str, int], dict[float, Row]] = {}
+    for row in found.rows[1:]:
+        strength = row.lever.get("reuse_bias")
+        if strength is None or row.lever.model is not None or {n for n, _ in row.lever.keywords} - set(_OF_REUSE):
+            continue
+        top_j = row.lever.get("top_j") or reuse.default_top_j(model.n_experts, model.n_experts_used)
+        rows.setdefault((row.lever.get("reuse_method") or "cache-prior", top_j), {})[strength] = row
+    exact = found.exact
+    curves = [
+        Curve(
+            method=method,
+            top_j=top_j,
+            resident_share=found.resident_share,
+            eviction=found.eviction,
+            measured_at=found.measured_at,
+            n_tokens=tuple(t.n_tokens for t in exact.texts),
+            cross_entropies=tuple(t.cross_entropy for t in exact.texts),
+            bytes_per_token=exact.bytes_per_token,
+            points=tuple(
+                Point(strength, tuple(t.cross_entropy for t in row.texts), row.bytes_per_token)
+                for strength, row in sorted(measured.items())
+            ),
+        )
+        for (method, top_j), measured in rows.items()
+    ]
+    return price_curve.remember(model, curves) if curves else []
+
+
+def _check_copy(model: GgufModel, other: GgufModel) -> None:
+    """Refuse to compare what cannot be compared: another vocabulary, other experts."""
+    if _vocabulary(model) != _vocabulary(other):
+        raise _no_copy(model, other, "its vocabulary is another one")
+    shapes, others = ({t.name: (t.shape, t.type_name) for t in m.expert_tensors} for m in (model, other))
+    differing = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+    if differing:
+        raise _no_copy(
+            model,
+            other,
+            f"{len(differing)} tensors of experts have other shapes or formats, the first is {differing[0]}: found "
+            f"{others.get(differing[0])}, expected {shapes.get(differing[0])}",
+        )
+
+
+def _vocabulary(model: GgufModel) -> dict[str, bytes]:
+    values = read_raw_metadata(model.path)
+    return {name: value for name, value in values.items() if name.startswith("tokenizer.ggml.")}
+
+
+def _no_copy(model: GgufModel, other: GgufModel, why: str) -> ModelFormatError:
+    return ModelFormatError(
+        f"cannot measure {other.path} against {model.path}: {why}; name a copy of the same model with other routers"
     )
 
 
@@ -269,10 +214,6 @@ def _check_counts(n_prompt_tokens: int, n_tokens: int, experts: float | None, me
         raise ValueError("experts and memory exclude each other: expected one of them")
     if experts is not None and not 0 < experts <= 1:
         raise ValueError(f"experts is {experts}: expected a share above 0 and up to 1")
-
-
-def _settings(lever: Lever) -> reuse.Settings | None:
-    return reuse.parse("off" if lever.reuse_bias is None else lever.reuse_bias, lever.reuse_method, lever.top_j)
 
 
 def _read(path: Path) -> bytes:
@@ -318,9 +259,7 @@ def _check_room(n_positions: int, n_vocab: int) -> None:
 
 @contextlib.contextmanager
 def _open(path: Path, lever: Lever, slots_bytes: int | None, options: dict[str, Any]) -> Iterator[Llama]:
-    keywords: dict[str, Any] = dataclasses.asdict(lever)
-    keywords["reuse_bias"] = "off" if lever.reuse_bias is None else lever.reuse_bias
-    with Llama(path, **keywords, **options) as llm:
+    with Llama(path, **dict(lever.keywords), **options) as llm:
         if slots_bytes is not None:
             assert llm._runtime is not None
             _native.set_slots_bytes(llm._runtime, slots_bytes)
@@ -333,11 +272,12 @@ def _measure(
     texts: Sequence[Sequence[int]],
     n_prompt_tokens: int,
     kept: BinaryIO,
+    is_exact: bool,
     report: Callable[[int, int], None],
 ) -> Row:
     """One lever over all texts; the exact one writes its logits to `kept`, the others read them."""
     found: list[TextPrice] = []
-    n_decoded = n_read_bytes = n_hits = n_asked = 0
+    n_decoded = n_read_bytes = n_hits = n_asked = n_lowbit = n_skipped = 0
     seconds = 0.0
     shares = np.zeros(3)
     for i, tokens in enumerate(texts):
@@ -345,13 +285,15 @@ def _measure(
         llm.reset()
         llm.eval(tokens[:n_prompt_tokens])
         llm.reset_stats()
-        found.append(_step(llm, tokens, n_prompt_tokens, kept, is_exact=lever is EXACT))
+        found.append(_step(llm, tokens, n_prompt_tokens, kept, is_exact=is_exact))
         stats = llm.stats()
         n = stats.completion_tokens
         n_decoded += n
         n_read_bytes += stats.expert_bytes_read
         n_hits += stats.expert_hits
         n_asked += stats.expert_hits + stats.expert_misses + stats.expert_late_hits
+        n_lowbit += stats.lowbit_hits
+        n_skipped += stats.skipped_experts
         seconds += n / stats.decode_tokens_per_s
         # Each token has as many selections as any other, so tokens are the weights of these means.
         shares += n * np.array([stats.selections_changed, stats.gate_mass_moved, stats.kl_estimate])
@@ -366,6 +308,8 @@ def _measure(
         bytes_per_token=n_read_bytes / n_decoded,
         hit_rate=n_hits / n_asked if n_asked else 0.0,
         tokens_per_s=n_decoded / seconds,
+        lowbit_hits=n_lowbit,
+        skipped_experts=n_skipped,
     )
 
 

@@ -50,11 +50,6 @@ def parse(reuse_bias: str | float, reuse_method: str = "cache-prior", top_j: int
         raise ValueError(f"top_j is {top_j!r}: expected a whole number of at least 1, for the best is always kept")
     if reuse_bias == "off":
         return None
-    if reuse_bias == "auto":
-        raise ValueError(
-            "reuse_bias 'auto' is not available: nothing remembers what each bias costs this model; give a number from "
-            "0 to 1, and measure its price with `edgemoe price`"
-        )
     try:
         strength = float(reuse_bias)
     except (TypeError, ValueError):

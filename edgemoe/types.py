@@ -42,6 +42,9 @@ class Stats:
             not have chosen.
         gate_mass_moved, kl_estimate: what that cost, per token and layer: the share of the exact choice's mixing
             weight that was dropped, and nats (see docs/routing.md).
+        lowbit_hits, skipped_experts: experts replaced by their low-bit copy, and left out, while decoding.
+        reuse_price_target, reuse_price_expected: with `reuse_bias="auto"`, the relative change of perplexity that was
+            asked for at most, and the one that was measured with the bias chosen (None if it stays off); else None.
     """
 
     prompt_tokens: int
@@ -71,6 +74,10 @@ class Stats:
     selections_changed: float = 0.0
     gate_mass_moved: float = 0.0
     kl_estimate: float = 0.0
+    lowbit_hits: int = 0
+    skipped_experts: int = 0
+    reuse_price_target: float | None = None
+    reuse_price_expected: float | None = None
 
     @property
     def expert_hit_rate(self) -> float:

@@ -66,7 +66,7 @@ Counts = npt.NDArray[np.uint64]
 
 
 class UnusableError(Exception):
-    """A warm start's file cannot be used; the message says why."""
+    """A file that remembers something about a model cannot be used; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,11 +196,11 @@ def unpack(data: bytes, key: bytes, shape: tuple[int, int]) -> list[HotSet]:
     return sets
 
 
-def read_file(path: Path, key: bytes, shape: tuple[int, int]) -> list[HotSet]:
-    """The hot sets in a file, none where there is no file.
+def read_content(path: Path) -> bytes | None:
+    """The content of a small file; None where there is none.
 
     Raises:
-        UnusableError: there is one, and it cannot be read or used.
+        UnusableError: there is one, and it cannot be read, or is no regular file, or not small.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not wait for somebody to write to it
@@ -212,12 +212,22 @@ def read_file(path: Path, key: bytes, shape: tuple[int, int]) -> list[HotSet]:
         finally:
             os.close(fd)
     except FileNotFoundError:
-        return []
+        return None
     except OSError as error:
         raise UnusableError(f"it cannot be read: {error.strerror or error}") from error
     if len(data) > _MAX_FILE_BYTES:
         raise UnusableError(f"it has more than {_MAX_FILE_BYTES} bytes")
-    return unpack(data, key, shape)
+    return data
+
+
+def read_file(path: Path, key: bytes, shape: tuple[int, int]) -> list[HotSet]:
+    """The hot sets in a file, none where there is no file.
+
+    Raises:
+        UnusableError: there is one, and it cannot be read or used.
+    """
+    data = read_content(path)
+    return [] if data is None else unpack(data, key, shape)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemoe.cli.completion import Completion, Message, chat_prompt, has_chat_template
-from edgemoe.cli.console import Settings, open_llama, say
+from edgemoe.cli.console import Settings, open_llama, say, say_reuse_choice
 from edgemoe.cli.options import (
     UNLIMITED,
     TokenCountType,
@@ -214,6 +214,7 @@ class Chat:
         try:
             if size:
                 self._llm.set_memory(parse_size(size))
+                say_reuse_choice(self._llm)
         except EdgeMoeError as error:
             say(f"edgemoe: error: {error}")
             return
@@ -248,4 +249,4 @@ def read_lines() -> Iterator[str]:
 
 
 def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -122,4 +122,12 @@ def open_llama(settings: Settings, model: Path | None, load: dict[str, Any]) -> 
 
     batch_threads: dict[str, Any] = {} if load["n_threads"] is None else {"n_threads_batch": load["n_threads"]}
     with Progress() as progress:
-        return Llama(path, **load, **batch_threads, verbose=settings.verbose, progress=progress)
+        llm = Llama(path, **load, **batch_threads, verbose=settings.verbose, progress=progress)
+    say_reuse_choice(llm)
+    return llm
+
+
+def say_reuse_choice(llm: Llama) -> None:
+    """Print which reuse bias `auto` has chosen, and why; that there is none is logged as a warning by itself."""
+    if llm.reuse_choice is not None and llm.reuse_choice.settings is not None:
+        say(f"edgemoe: {llm.reuse_choice.text}")

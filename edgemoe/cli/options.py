@@ -60,13 +60,28 @@ def _check_draft(_ctx: click.Context, _param: click.Parameter, draft: str) -> st
 
 def _check_reuse_bias(_ctx: click.Context, _param: click.Parameter, reuse_bias: str) -> str:
     if reuse_bias != "off":
-        from edgemoe import reuse
+        from edgemoe import price_curve
 
         try:
-            reuse.parse(reuse_bias)
+            price_curve.parse(reuse_bias)
         except ValueError as error:
             raise click.BadParameter(str(error)) from error
     return reuse_bias
+
+
+def _check_reuse_price(ctx: click.Context, _param: click.Parameter, reuse_price: str | None) -> float | None:
+    if reuse_price is None:
+        return None
+    from edgemoe import price_curve
+
+    try:
+        price = price_curve.parse_price(reuse_price)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    is_given = ctx.get_parameter_source("reuse_bias") is click.core.ParameterSource.COMMANDLINE
+    if is_given and ctx.params["reuse_bias"] != "auto":
+        raise click.BadParameter(f"it excludes --reuse-bias {ctx.params['reuse_bias']}: give one, or auto.")
+    return price
 
 
 model_argument = click.argument("model", required=False, type=click.Path(path_type=Path))
@@ -151,12 +166,20 @@ _LOAD_OPTIONS = {
     ),
     "reuse_bias": click.option(
         "--reuse-bias",
-        metavar="off|0..1",
+        metavar="off|auto|0..1",
         callback=_check_reuse_bias,
         default="off",
         show_default=True,
+        is_eager=True,  # the price is checked against it
         help="While decoding, prefer experts that need not be read, up to a bound. LOSSY: it changes the answer; its "
-        "price is printed.",
+        "price is printed. auto: as much as --reuse-price allows.",
+    ),
+    "reuse_price": click.option(
+        "--reuse-price",
+        metavar="PERCENT",
+        callback=_check_reuse_price,
+        help="What --reuse-bias auto, which it implies, may cost: 1% (or 0.01) more perplexity, by what "
+        "`edgemoe price` has measured of this model.  [default: 1%]",
     ),
     "reuse_method": click.option(
         "--reuse-method",

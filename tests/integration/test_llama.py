@@ -40,7 +40,7 @@ STATS_FIELDS = """prompt_tokens, completion_tokens, prefill_tokens_per_s, decode
     load_bytes_read, expert_hits, expert_misses, expert_late_hits, expert_bytes_read, bytes_per_token,
     prefetch_used_bytes, prefetch_late_bytes, prefetch_wasted_bytes, stall_s, n_slots, slots_bytes,
     peak_rss_bytes, budget_bytes, kernels, drafted_tokens, accepted_tokens, reuse_bias, selections_changed,
-    gate_mass_moved, kl_estimate"""
+    gate_mass_moved, kl_estimate, lowbit_hits, skipped_experts, reuse_price_target, reuse_price_expected"""
 PLAN_FIELDS = """fits, budget_bytes, floor_bytes, dense_bytes, kv_bytes, buffers_bytes, slots_bytes, slack_bytes,
     token_cycle_bytes, expert_bank_bytes, n_experts, n_experts_used, n_moe_layers, prefetch_bytes,
     draft_buffers_bytes, draft_bytes"""

@@ -269,8 +269,10 @@ def test_what_the_model_cannot_do_is_refused(write_model: ModelWriter) -> None:
             make(path, n_ctx=256, reuse_bias=0.5, top_j=9)
         with pytest.raises(ValueError, match="reuse_bias is -1"):
             make(path, n_ctx=256, reuse_bias=-1)
-        with pytest.raises(ValueError, match="'auto' is not available"):
-            make(path, n_ctx=256, reuse_bias="auto")
+        with pytest.raises(ValueError, match=r"reuse_bias 0\.1 and reuse_price '1%' exclude each other"):
+            make(path, n_ctx=256, reuse_bias=0.1, reuse_price="1%")
+        with pytest.raises(BackendError, match="cannot keep the best 9 experts"):
+            make(path, n_ctx=256, reuse_price="1%", top_j=9)
 
 
 def test_settings_survive_a_pickle(write_model: ModelWriter) -> None:

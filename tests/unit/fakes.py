@@ -91,6 +91,7 @@ class FakeLlama:
     prompts: list[str]
     options: dict[str, Any]
     plan = PLAN
+    reuse_choice = None
     trace_fails_at: int | None = None
 
     def __init__(self, path: Path, **options: Any) -> None:

@@ -63,7 +63,7 @@ def test_plan_has_the_options_of_loading(model: str, monkeypatch: pytest.MonkeyP
     chosen_bias = ["--reuse-bias", "0.1", "--reuse-method", "max-rank", "--top-j", "2"]
     assert run("plan", model, "--memory", "300MiB", "--kernels", "ggml", *chosen, *chosen_bias).exit_code == 1
     expected = {"prefetch": "2", "draft": "ngram", "eviction": "lfu", "warm_start": False, "kernels": "ggml"}
-    expected |= {"reuse_bias": "off", "reuse_method": "cache-prior", "top_j": None}
+    expected |= {"reuse_bias": "off", "reuse_method": "cache-prior", "top_j": None, "reuse_price": None}
     biased = [options for options in asked if options["reuse_bias"] == "0.1"]
     assert len(biased) == 3
     assert all((options["reuse_method"], options["top_j"]) == ("max-rank", 2) for options in biased)

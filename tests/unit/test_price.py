@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""The arithmetic of a price list: divergences and paired errors against numpy's and scipy's definitions."""
+"""The arithmetic of a price list: divergences, paired errors and intervals against numpy's and published values."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from edgemoe.price import EXACT, Lever, Price, Row, TextPrice, compare
+from edgemoe.cli.price import table
+from edgemoe.levers import EXACT, Lever
+from edgemoe.price import compare
+from edgemoe.price_change import Change, student_t
+from edgemoe.price_list import Price, Row, TextPrice
 
 
 def _row(lever: Lever, losses: list[float], counts: list[int]) -> Row:
@@ -17,8 +22,10 @@ def _row(lever: Lever, losses: list[float], counts: list[int]) -> Row:
 
 
 def _price(exact: list[float], biased: list[float], counts: list[int]) -> Price:
-    rows = (_row(EXACT, exact, counts), _row(Lever(0.1), biased, counts))
-    return Price("model.gguf", tuple(f"{i}.txt" for i in range(len(counts))), 32, 1 << 20, 0.25, rows)
+    rows = (_row(EXACT, exact, counts), _row(Lever.of(reuse_bias=0.1), biased, counts))
+    return Price(
+        "model.gguf", tuple(f"{i}.txt" for i in range(len(counts))), 32, 1 << 20, 0.25, rows, "lru", "2026-01-31"
+    )
 
 
 def test_divergences_are_those_of_the_definition() -> None:
@@ -52,3 +59,73 @@ def test_longer_texts_weigh_more_and_one_text_has_no_error() -> None:
     one = _price([1.0], [1.1], [300])
     assert one.change(one.rows[1]).standard_error is None
     assert one.to_dict()["rows"][1]["perplexity_change_error"] is None
+    assert one.to_dict()["rows"][1]["perplexity_change_low"] is None
+    assert one.change(one.rows[1]).perplexity_bound is None
+
+
+# NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2: critical values of Student's t, upper tail 0.05 and 0.025.
+CRITICAL = {
+    1: (6.314, 12.706),
+    2: (2.920, 4.303),
+    3: (2.353, 3.182),
+    4: (2.132, 2.776),
+    7: (1.895, 2.365),
+    10: (1.812, 2.228),
+    23: (1.714, 2.069),
+    30: (1.697, 2.042),
+    99: (1.660, 1.984),
+}
+
+
+@pytest.mark.parametrize("n_degrees", CRITICAL)
+def test_quantiles_are_the_published_ones(n_degrees: int) -> None:
+    """Guards against the normal distribution's quantiles, one-sided ones for intervals, and the wrong parity's sum."""
+    assert student_t(0.95, n_degrees) == pytest.approx(CRITICAL[n_degrees][0], abs=5.1e-4)
+    assert student_t(0.975, n_degrees) == pytest.approx(CRITICAL[n_degrees][1], abs=5.1e-4)
+
+
+@pytest.mark.parametrize("n_degrees", [1, 2, 5, 8, 40, 10_000])
+def test_quantiles_hold_the_density_integrated(n_degrees: int) -> None:
+    """Guards against quantiles that are right in the table only."""
+    quantile = student_t(0.975, n_degrees)
+    t = np.linspace(0, quantile, 200_001)
+    scale = math.exp(math.lgamma((n_degrees + 1) / 2) - math.lgamma(n_degrees / 2)) / math.sqrt(n_degrees * math.pi)
+    density = scale * (1 + t**2 / n_degrees) ** (-(n_degrees + 1) / 2)
+    assert 2 * float(np.sum((density[1:] + density[:-1]) / 2 * np.diff(t))) == pytest.approx(0.95, abs=1e-7)
+
+
+def test_quantiles_end_in_the_normal_distribution() -> None:
+    """Guards against a sum that loses its digits with many texts."""
+    assert student_t(0.975, 100_000) == pytest.approx(1.959964, abs=3e-5)
+    assert student_t(0.5, 7) == pytest.approx(0, abs=1e-12)
+
+
+def test_intervals_are_students_of_the_paired_differences() -> None:
+    """Guards against intervals of other degrees of freedom, or symmetric in perplexity instead of its logarithm."""
+    exact, steps = [1.0, 3.0, 2.0, 4.0, 2.5], [0.01, 0.03, 0.02, 0.05, -0.01]
+    found = _price(exact, [a + b for a, b in zip(exact, steps, strict=True)], [100] * 5)
+    change = found.change(found.rows[1])
+    mean, error = np.mean(steps), np.std(steps, ddof=1) / math.sqrt(5)
+    interval = (math.expm1(mean - 2.776 * error), math.expm1(mean + 2.776 * error))
+    assert change.perplexity_interval == pytest.approx(interval, abs=1e-5)
+    assert change.perplexity_bound == pytest.approx(math.expm1(mean + 2.132 * error), abs=1e-5)
+    fields = json.loads(json.dumps(found.to_dict()))["rows"][1]
+    assert (fields["perplexity_change_low"], fields["perplexity_change_high"]) == pytest.approx(interval, abs=1e-5)
+    assert fields["lever"] == "reuse_bias=0.1"
+    low, high = (f"{100 * end:+.2f}" for end in interval)
+    assert f"{low}..{high}" in table(found).splitlines()[2]
+    assert Change(0.0, 0.0, 5).perplexity_interval == (0.0, 0.0)
+
+
+def test_what_is_replaced_or_left_out_is_shown_where_it_happens() -> None:
+    """Guards against counters that nobody sees, and columns of zeros for everybody else."""
+    found = _price([1.0, 2.0], [1.1, 2.4], [300, 100])
+    assert "low-bit" not in table(found) and "skipped" not in table(found)
+    texts = found.exact.texts
+    skipping = Row(
+        Lever.of(reuse_bias=0.2), texts, 0.1, 0.05, 0.01, 500.0, 0.6, 10.0, lowbit_hits=0, skipped_experts=77
+    )
+    shown = table(Price("m", ("a", "b"), 32, 1 << 20, 0.25, (found.exact, skipping), "lru", "2026-01-31"))
+    assert shown.splitlines()[0].endswith("tok/s   skipped")
+    assert [line.split()[-1] for line in shown.splitlines()[1:]] == ["0", "77"]
+    assert "low-bit" not in shown

@@ -270,7 +270,7 @@ def test_hit_rate_rises_with_the_bias_on_a_fixed_trace(method: str) -> None:
         ({"reuse_bias": "high"}, "reuse_bias is 'high'"),
         ({"reuse_bias": True}, "reuse_bias is True"),
         ({"reuse_bias": None}, "reuse_bias is None"),
-        ({"reuse_bias": "auto"}, "not available: .* give a number .* `edgemoe price`"),
+        ({"reuse_bias": "auto"}, "reuse_bias is 'auto'"),  # by itself; `price_curve.parse` knows it
         ({"reuse_bias": 0.5, "reuse_method": "remoe"}, "expected one of cache-prior, max-rank, cumulative"),
         ({"reuse_bias": "off", "reuse_method": "remoe"}, "unknown reuse_method"),
         ({"reuse_bias": 0.5, "top_j": 0}, "top_j is 0: expected a whole number of at least 1"),
@@ -340,8 +340,18 @@ def test_command_line_takes_and_refuses_a_bias(llama: type[FakeLlama], model: st
     assert result.exit_code == 0, result.output
     assert llama.options["reuse_bias"] == "0.3"
     assert (llama.options["reuse_method"], llama.options["top_j"]) == ("max-rank", 2)
+    for options in (("--reuse-price", "1%"), ("--reuse-bias", "auto", "--reuse-price", "0.01")):
+        llama.answers = [[*b"ok", END]]
+        assert run("generate", model, "-p", "x", *options).exit_code == 0
+        assert llama.options["reuse_price"] == 0.01
+    llama.answers = [[*b"ok", END]]
+    assert run("generate", model, "-p", "x", "--reuse-bias", "auto").exit_code == 0
+    assert (llama.options["reuse_bias"], llama.options["reuse_price"]) == ("auto", None)
     for options, message in (
-        (("--reuse-bias", "auto"), "measure its price"),
+        (("--reuse-price", "1"), "expected more than 0 and less than 100 %"),
+        (("--reuse-price", "cheap"), "expected more than 0 and less than 100 %"),
+        (("--reuse-price", "1%", "--reuse-bias", "0.1"), "it excludes --reuse-bias 0.1"),
+        (("--reuse-bias", "off", "--reuse-price", "1%"), "it excludes --reuse-bias off"),
         (("--reuse-bias", "-1"), "expected off or a number from 0"),
         (("--reuse-bias", "nan"), "expected off or a number from 0"),
         (("--reuse-bias", "0.5", "--top-j", "0"), "0 is not in the range"),
@@ -360,4 +370,9 @@ def test_price_is_named_in_full() -> None:
     stats = dataclasses.replace(
         STATS, reuse_bias=0.31, selections_changed=0.125, gate_mass_moved=0.081, kl_estimate=0.0123
     )
-    assert reuse_price(stats) == "reuse bias 0.31 now: 12.5% of experts changed, 8.1% of their weight, KL 0.012"
+    running = "reuse bias 0.31 now: 12.5% of experts changed, 8.1% of their weight, KL 0.012"
+    assert reuse_price(stats) == running
+    auto = dataclasses.replace(stats, reuse_price_target=0.01, reuse_price_expected=0.0028)
+    assert reuse_price(auto) == f"{running}; expected +0.28%, allowed 1.00% of perplexity"
+    off = dataclasses.replace(STATS, reuse_price_target=0.001)
+    assert reuse_price(off) == "reuse bias off: none is known to cost at most 0.10% of perplexity"
