@@ -162,7 +162,8 @@ void edgemoe_runtime_foresee_tokens(edgemoe_runtime* runtime, const float* embed
 }
 
 uint64_t edgemoe_prefetch_bytes(const edgemoe_router* routers, int32_t n_routers, int32_t max_depth) {
-  return edgemoe::Predictor::Bytes(routers, n_routers, max_depth);
+  return edgemoe::Predictor::Bytes(routers, n_routers, max_depth) +
+         edgemoe::Corrections::Bytes(routers, n_routers, max_depth);
 }
 
 void edgemoe_runtime_prefetch_stats(edgemoe_runtime* runtime, edgemoe_prefetch_stats* stats) {

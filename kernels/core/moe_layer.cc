@@ -28,6 +28,7 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
     }
   }
   if (Status s = Choose(ids, n_tokens, n_used, ids_token_bytes, first.n_experts); !s.ok()) return s;
+  if (n_tokens == 1) prefetch_->Learn(first.layer, chosen_of_expert_, &foresight_);
   // Room for the most pins and reads that this many experts can take, so that decoding never allocates.
   pinned_.reserve(tensor_idxs_.size() * chosen_.size());
   ahead_.reserve(tensor_idxs_.size() * chosen_.size());

@@ -106,7 +106,8 @@ void MoeLayer::Foresee() {
   const char* const x = is_known ? reinterpret_cast<const char*>(m->x) : nullptr;
   const uint64_t x_token_bytes = is_known ? m->x_token_bytes : 0;
   if (last_n_tokens_ <= kMostDecodeTokens) {
-    prefetch_->Foresee(layer_, is_known ? prefetch_depth_ : 0, x, x_token_bytes, last_n_tokens_, &foresight_);
+    prefetch_->Foresee(layer_, is_known ? prefetch_depth_ : 0, x, x_token_bytes, last_n_tokens_,
+                       {expert_of_.data(), n_used_}, &foresight_);
   } else {
     prefetch_->ForeseePrompt(layer_, chosen_.size(), chosen_of_expert_.size(), x, x_token_bytes, last_n_tokens_,
                              &foresight_);

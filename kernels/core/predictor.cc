@@ -134,15 +134,18 @@ void Predictor::Rank(int layer, int distance, int n_best, const float* x, Scratc
     if (m.sigmoid) y[e] = 1.0f / (1.0f + std::exp(-y[e]));
     if (!m.bias.empty()) y[e] += m.bias[static_cast<size_t>(e)];
   }
-  auto& order = scratch->order;
-  order.clear();
-  for (int e = 0; e < m.n_experts; ++e) order.push_back(e);
-  const auto n = static_cast<std::ptrdiff_t>(std::min(n_best, m.n_experts));
+  Best(y, m.n_experts, n_best, &scratch->order);
+}
+
+void Predictor::Best(const float* scores, int n, int n_best, std::vector<int32_t>* order) {
+  order->clear();
+  for (int e = 0; e < n; ++e) order->push_back(e);
+  const auto n_named = static_cast<std::ptrdiff_t>(std::min(n_best, n));
   // A NaN would break the order that sorting needs; it ranks last.
-  const auto score = [y](int32_t e) { return std::isnan(y[e]) ? -INFINITY : y[e]; };
-  std::partial_sort(order.begin(), order.begin() + n, order.end(),
+  const auto score = [scores](int32_t e) { return std::isnan(scores[e]) ? -INFINITY : scores[e]; };
+  std::partial_sort(order->begin(), order->begin() + n_named, order->end(),
                     [&](int32_t a, int32_t b) { return score(a) != score(b) ? score(a) > score(b) : a < b; });
-  order.resize(static_cast<size_t>(n));
+  order->resize(static_cast<size_t>(n_named));
 }
 
 }  // namespace edgemoe

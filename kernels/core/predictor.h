@@ -40,6 +40,8 @@ class Predictor {
   // x: [n_cols] -> scratch->order: the n_best experts of TargetOf(layer, distance), the likeliest first. The target
   // exists.
   void Rank(int layer, int distance, int n_best, const float* x, Scratch* scratch) const;
+  // order: the n_best of n scores, the highest first; a NaN is the lowest.
+  static void Best(const float* scores, int n, int n_best, std::vector<int32_t>* order);
 
  private:
   struct Matrix {

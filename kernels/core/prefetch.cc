@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 
 namespace edgemoe {
@@ -107,6 +108,8 @@ Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, in
       return file.tensors()[static_cast<size_t>(t)].name.find("down") == std::string::npos;
     });
   }
+  corrections.Start(routers, n_routers, max_depth);
+  last_token_target_ = predictor.TargetOf(Predictor::kToken, std::min(std::max(max_depth, 1), n_routers));
   max_depth_ = max_depth;
   // Decoding allocates nothing.
   size_t n_slices = 0;
@@ -118,7 +121,7 @@ Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, in
 }
 
 void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_bytes, int64_t n_tokens,
-                       Foresight* f) const {
+                       const Choice& choice, Foresight* f) {
   f->n_layers = 0;
   predictor.Reserve(&f->scratch);
   for (int distance = 1; distance <= depth; ++distance) {
@@ -132,7 +135,16 @@ void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_byt
     for (int64_t t = 0; t < n_tokens; ++t) {
       const char* const row = x + static_cast<uint64_t>(t) * x_token_bytes;
       predictor.Rank(layer, distance, n_used, reinterpret_cast<const float*>(row), &f->scratch);
-      for (int32_t e : f->scratch.order) {
+      const std::vector<int32_t>* experts = &f->scratch.order;
+      if (choice.ids != nullptr) {
+        const int32_t* const ids = choice.ids + t * choice.n_used;
+        const bool is_better = corrections.Apply(layer, distance, ids, choice.n_used, f->scratch.scores.data());
+        const int n_experts = n_experts_of_layer_[static_cast<size_t>(next.layer)];
+        Predictor::Best(f->scratch.scores.data(), n_experts, n_used, &f->corrected);
+        if (n_tokens == 1) KeepGuess(layer, distance, next.layer, ids, choice.n_used, f);
+        if (is_better) experts = &f->corrected;
+      }
+      for (int32_t e : *experts) {
         if (f->is_listed[static_cast<size_t>(e)]) continue;
         f->is_listed[static_cast<size_t>(e)] = 1;
         next.experts.push_back(e);
@@ -142,13 +154,38 @@ void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_byt
   }
 }
 
+void Prefetch::KeepGuess(int layer, int distance, int target, const int32_t* ids, int64_t n_used, Foresight* f) {
+  Guess& guess = f->guesses[f->next_guess++ % std::size(f->guesses)];
+  guess.layer = layer;
+  guess.distance = distance;
+  guess.target = target;
+  guess.chosen.assign(ids, ids + n_used);
+  guess.plain.assign(f->scratch.order.begin(), f->scratch.order.end());
+  guess.corrected.assign(f->corrected.begin(), f->corrected.end());
+}
+
+void Prefetch::Learn(int layer, const std::vector<int32_t>& chosen_of_expert, Foresight* f) {
+  const auto learn = [&](Foresight* from) {
+    for (Guess& guess : from->guesses) {
+      if (guess.target < 0) continue;
+      if (guess.target == layer) corrections.Learn(guess, chosen_of_expert);
+      // Those of a layer at or behind this one are of a batch that has ended.
+      if (guess.target <= layer || guess.layer >= layer) guess.target = -1;
+    }
+  };
+  learn(f);
+  if (layer > last_token_target_) return;
+  std::lock_guard<std::mutex> lock(token_mutex_);
+  learn(&token_foresight_);
+}
+
 void Prefetch::ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const char* x, uint64_t x_token_bytes,
-                             int64_t n_tokens, Foresight* f) const {
+                             int64_t n_tokens, Foresight* f) {
   f->n_layers = 0;
   if (static_cast<double>(n_chosen) < kNearlyAll * static_cast<double>(n_experts)) {
     const int64_t n_sampled = std::min(n_tokens, kSampledTokens);
     const uint64_t stride = static_cast<uint64_t>(n_tokens / n_sampled);
-    if (x != nullptr) Foresee(layer, 1, x, stride * x_token_bytes, n_sampled, f);
+    if (x != nullptr) Foresee(layer, 1, x, stride * x_token_bytes, n_sampled, {}, f);
     return;
   }
   size_t next = static_cast<size_t>(layer) + 1;
@@ -170,6 +207,7 @@ void Prefetch::ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_
   }
   if (depth == 0) return;
   const size_t n_cols = static_cast<size_t>(predictor.n_cols());
+  token_rows_.reserve(static_cast<size_t>(kMostDecodeTokens));
   token_state_.reserve(n_cols * static_cast<size_t>(kMostDecodeTokens));
   token_state_.resize(n_cols * static_cast<size_t>(n_tokens));
   for (size_t begin = 0; begin < token_state_.size(); begin += n_cols) {
@@ -178,8 +216,13 @@ void Prefetch::ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_
     const float scale = static_cast<float>(1.0 / std::sqrt(sum / static_cast<double>(n_cols) + 1e-12));
     for (size_t i = begin; i < begin + n_cols; ++i) token_state_[i] = embeddings[i] * scale;
   }
+  token_rows_.clear();
+  for (int64_t t = 0; t < n_tokens; ++t) {
+    token_rows_.push_back(Corrections::TokenRow(embeddings + static_cast<size_t>(t) * n_cols, predictor.n_cols()));
+  }
+  for (Guess& guess : token_foresight_.guesses) guess.target = -1;
   Foresee(Predictor::kToken, depth, reinterpret_cast<const char*>(token_state_.data()), n_cols * sizeof(float),
-          n_tokens, &token_foresight_);
+          n_tokens, {token_rows_.data(), 1}, &token_foresight_);
   std::lock_guard<std::mutex> lock(cache->mutex());
   SetHints(cache, token_foresight_, true);
 }

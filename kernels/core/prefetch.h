@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // prefetch.h: what the layers of one runtime share for reading ahead: who predicts, how deep, and what was predicted.
-// Guarded by the cache's mutex, but for the predictor, which is immutable.
+// Guarded by the cache's mutex, but for the predictor, which is immutable, and the corrections, which have their own.
 #ifndef EDGEMOE_CORE_PREFETCH_H_
 #define EDGEMOE_CORE_PREFETCH_H_
 
@@ -10,6 +10,7 @@
 #include <mutex>
 #include <vector>
 
+#include "core/corrections.h"
 #include "core/expert_cache.h"
 #include "core/predictor.h"
 #include "core/prefetch_controller.h"
@@ -29,22 +30,36 @@ struct Foresight {
   int n_layers = 0;
   std::vector<char> is_listed;  // [expert]
   Predictor::Scratch scratch;
+  std::vector<int32_t> corrected;  // one token's experts, the likeliest first
+  // Of the last layers, until the layers that they are of have chosen.
+  Guess guesses[Predictor::kMaxDepth * Predictor::kMaxDepth];
+  size_t next_guess = 0;
+};
+// What a layer chose, or the row of corrections that stands for a token: [n_tokens][n_used]; null: neither.
+struct Choice {
+  const int32_t* ids = nullptr;
+  int64_t n_used = 0;
 };
 
 class Prefetch {
  public:
   Predictor predictor;
+  Corrections corrections;
   PrefetchController controller;
   std::atomic<uint64_t> predicted{0}, predicted_right{0}, chosen{0};
 
   // Before the first layer.
   Status Start(const ExpertFile& file, const edgemoe_router* routers, int n_routers, int max_depth, bool adaptive);
-  // The present states x of n_tokens tokens in `layer`, or Predictor::kToken -> the experts of the next `depth` layers.
-  void Foresee(int layer, int depth, const char* x, uint64_t x_token_bytes, int64_t n_tokens, Foresight* f) const;
+  // The present states x of n_tokens tokens in `layer`, or Predictor::kToken, and what it chose for them -> the experts
+  // of the next `depth` layers.
+  void Foresee(int layer, int depth, const char* x, uint64_t x_token_bytes, int64_t n_tokens, const Choice& choice,
+               Foresight* f);
+  // A layer has chosen the experts with chosen_of_expert >= 0: learn from what was foreseen of it.
+  void Learn(int layer, const std::vector<int32_t>& chosen_of_expert, Foresight* f);
   // A prompt's layer has chosen n_chosen of its n_experts: the experts of the next one. It needs nearly all where this
   // one did; otherwise those that some of the tokens, evenly spread, are predicted to choose.
   void ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const char* x, uint64_t x_token_bytes,
-                     int64_t n_tokens, Foresight* f) const;
+                     int64_t n_tokens, Foresight* f);
   // The tokens that come next, at most kMostDecodeTokens, by their embeddings [n_tokens][n_cols]: hints for the first
   // layers.
   void ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_t n_tokens);
@@ -60,6 +75,8 @@ class Prefetch {
   void SetHints(ExpertCache* cache, const Foresight& foresight, bool counts);
 
  private:
+  static void KeepGuess(int layer, int distance, int target, const int32_t* ids, int64_t n_used, Foresight* f);
+
   std::vector<int> n_used_of_layer_;  // immutable after Start
   // In the order of use, as layers have been seen to begin; until the first batch has ended, as their names suggest.
   std::vector<std::vector<int32_t>> tensors_of_layer_;
@@ -73,9 +90,11 @@ class Prefetch {
   std::chrono::steady_clock::time_point last_token_;  // when the last token of decode began
   bool in_decode_ = false;                            // the batch before was one token
 
-  std::mutex token_mutex_;  // of the two below
+  int last_token_target_ = -1;  // the last layer that is foreseen from tokens; immutable after Start
+  std::mutex token_mutex_;      // of what is below
   Foresight token_foresight_;
   std::vector<float> token_state_;
+  std::vector<int32_t> token_rows_;
 };
 
 }  // namespace edgemoe

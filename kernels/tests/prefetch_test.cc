@@ -324,6 +324,122 @@ TEST(Predictor, BytesCoverBothDistances) {
   EXPECT_EQ(Predictor::Bytes(routers.list.data(), 3, 2), 5 * 32 * row);
 }
 
+// Guards against: a plan that reserves less than corrections take; with 20 experts, 2 tables from layers, 2 from
+// tokens.
+TEST(Corrections, BytesCoverAllTables) {
+  Routers routers(20);
+  const uint64_t of_layer = 21 * 20 * 4, of_token = (Corrections::kTokenRows + 1) * 20 * 4;
+  EXPECT_EQ(Corrections::Bytes(routers.list.data(), 3, 0), 0u);
+  EXPECT_EQ(Corrections::Bytes(routers.list.data(), 3, 1), 2 * of_layer + of_token);
+  EXPECT_EQ(Corrections::Bytes(routers.list.data(), 3, 2), 3 * of_layer + 2 * of_token);
+}
+
+// A layer of 16 experts, 4 chosen, whose next layer's true scores are those of its router plus `told`, for each
+// expert chosen, plus noise. Returns the recall of the last `n_judged` tokens without corrections, and with those that
+// were said to be the better ones.
+std::pair<double, double> RecallOf(Corrections* corrections, float told, float noise, int n_tokens, int n_judged) {
+  constexpr int kExperts = 16, kUsed = 4;
+  std::mt19937 rng(7);
+  std::normal_distribution<float> normal;
+  std::vector<std::vector<float>> effects(kExperts, std::vector<float>(kExperts));
+  for (auto& row : effects) {
+    for (float& x : row) x = told * normal(rng);
+  }
+  double plain_right = 0.0, used_right = 0.0;
+  for (int t = 0; t < n_tokens; ++t) {
+    std::vector<int32_t> ids = RandomIds(&rng, 1, kUsed, kExperts);
+    std::vector<float> scores(kExperts), truth(kExperts);
+    for (size_t e = 0; e < kExperts; ++e) {
+      scores[e] = normal(rng);
+      truth[e] = scores[e] + noise * normal(rng);
+      for (int32_t id : ids) truth[e] += effects[static_cast<size_t>(id)][e];
+    }
+    Guess guess;
+    guess.layer = 0;
+    guess.distance = 1;
+    guess.target = 2;
+    guess.chosen = ids;
+    Predictor::Best(scores.data(), kExperts, kUsed, &guess.plain);
+    const bool is_better = corrections->Apply(0, 1, ids.data(), kUsed, scores.data());
+    Predictor::Best(scores.data(), kExperts, kUsed, &guess.corrected);
+    std::vector<int32_t> best, chosen(kExperts, -1);
+    Predictor::Best(truth.data(), kExperts, kUsed, &best);
+    for (int32_t e : best) chosen[static_cast<size_t>(e)] = 0;
+    corrections->Learn(guess, chosen);
+    if (t < n_tokens - n_judged) continue;
+    for (int32_t e : guess.plain) plain_right += chosen[static_cast<size_t>(e)] >= 0 ? 1.0 : 0.0;
+    for (int32_t e : is_better ? guess.corrected : guess.plain) used_right += chosen[static_cast<size_t>(e)] >= 0;
+  }
+  return {plain_right / (kUsed * n_judged), used_right / (kUsed * n_judged)};
+}
+
+// Guards against: corrections that learn nothing, or of the wrong experts.
+TEST(Corrections, LearnWhatFollowsFromAChoice) {
+  Routers routers(16);
+  Corrections corrections;
+  corrections.Start(routers.list.data(), 3, 1);
+  const auto [plain, used] = RecallOf(&corrections, 1.0f, 0.0f, 4000, 1000);
+  EXPECT_LT(plain, 0.6);
+  EXPECT_GT(used, plain + 0.2);
+}
+
+// Guards against: predictions that are spoilt where nothing is to be learnt.
+TEST(Corrections, AreNotUsedWhereTheyDoNotHelp) {
+  Routers routers(16);
+  for (const float noise : {0.0f, 0.5f, 2.0f}) {
+    Corrections corrections;
+    corrections.Start(routers.list.data(), 3, 1);
+    const auto [plain, used] = RecallOf(&corrections, 0.0f, noise, 4000, 4000);
+    EXPECT_GT(used, plain - 0.01) << noise;
+  }
+}
+
+// Guards against: a read or write beside a table: no expert, one of another model, a layer that nothing is known of.
+TEST(Corrections, IgnoreWhatTheyDoNotKnow) {
+  Routers routers(16);
+  Corrections corrections;
+  corrections.Start(routers.list.data(), 3, 1);
+  std::vector<float> scores(16, 0.5f);
+  const std::vector<float> before = scores;
+  const std::vector<int32_t> ids = {-1, 99, 3};
+  for (const auto& [layer, distance] : {std::pair(0, 2), {1, 1}, {4, 1}, {90, 1}, {-1, 2}}) {
+    EXPECT_FALSE(corrections.Apply(layer, distance, ids.data(), 3, scores.data())) << layer << " " << distance;
+    EXPECT_EQ(scores, before);
+  }
+  Guess guess;
+  guess.layer = 0;
+  guess.distance = 1;
+  guess.target = 2;
+  guess.chosen = ids;
+  guess.corrected = {0, 1, 2, 3};
+  corrections.Learn(guess, std::vector<int32_t>(4, 0));  // another number of experts
+  EXPECT_FALSE(corrections.Apply(0, 1, ids.data(), 3, scores.data()));
+  EXPECT_EQ(scores, before);
+  corrections.Learn(guess, std::vector<int32_t>(16, -1));
+  std::vector<float> spread = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  corrections.Apply(0, 1, ids.data(), 3, spread.data());
+  EXPECT_LT(spread[3], 3.0f) << "named in vain";
+  EXPECT_EQ(spread[4], 4.0f);
+}
+
+// Guards against: tokens that share a row more often than chance has it.
+TEST(Corrections, TokensSpreadOverRows) {
+  std::mt19937 rng(3);
+  std::normal_distribution<float> normal;
+  std::vector<char> is_used(Corrections::kTokenRows);
+  for (int t = 0; t < Corrections::kTokenRows; ++t) {
+    std::vector<float> embedding(64);
+    // As dequantized ones: few distinct numbers.
+    for (float& x : embedding) x = 0.01f * std::round(3.0f * normal(rng));
+    const int32_t row = Corrections::TokenRow(embedding.data(), 64);
+    ASSERT_GE(row, 0);
+    ASSERT_LT(row, Corrections::kTokenRows);
+    is_used[static_cast<size_t>(row)] = 1;
+  }
+  // 1 - 1/e of all, with a spread of about 16 rows.
+  EXPECT_NEAR(std::count(is_used.begin(), is_used.end(), 1), 647, 64);
+}
+
 // Runs the controller in a world where a token takes time_us(token, depth); returns the depth of each token.
 std::vector<int> Control(int n_tokens, const std::function<double(int, int)>& time_us, double* total_us = nullptr) {
   PrefetchController controller;
