@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: MIT
+"""Trains the routers of a Mixture-of-Experts model so that tokens reuse experts, and nothing else of it.
+
+The checkpoint is run by transformers, in float32; the GGUF that was made of it says where training begins, and gets the
+result: a copy in which the routers' bytes alone differ. A router is whatever parameter of the model has the numbers
+that `blk.N.ffn_gate_inp.weight` has, so no names are assumed, and another model's file is refused.
+
+Methods, with L_reuse of `router_losses` (a mean over layers) and a factor r that rises from 0 to 1 over the first tenth
+of the steps, as the learning rate does:
+
+- `remoe` (ReMoE, arXiv 2605.27081): cross-entropy + w_anchor KL(P || P_ref) + r w_reuse L_reuse, where P_ref is the
+  original router on the same input. The paper's weights are in an appendix that we have not seen; ours were chosen on
+  the tiny trained model (docs/tuning.md).
+- `kd` (Router KD, arXiv 2603.02217, and the same term): KL(original model || tuned model) + r w_reuse L_reuse.
+- `ce`, the control: cross-entropy.
+
+Same seed, versions of packages and number of threads: same bytes. Memory: `needed_bytes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from edgemoe.errors import ConversionError
+from edgemoe.formats.gguf import GgufModel, read_model
+from edgemoe.sizes import format_size
+
+from . import evaluate, router_losses
+from .gguf_writer import Progress, no_progress
+from .hf.checkpoint import open_checkpoint
+from .hf.transformers_model import load_model
+from .router_tensors import RouterTensors, find_routers, is_rounded, read_floats, write_with
+
+Method = Literal["remoe", "kd", "ce"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+HELD_OUT_SHARE = 0.1
+"""Of each text, its end, which is not trained on."""
+
+MAX_HELD_OUT_WINDOWS = 16
+
+_WARM_UP_SHARE = 0.1  # of the steps; 200 of 2000 in the paper
+_SIGMOID = 2  # llama.cpp's value of `expert_gating_func`
+_LOGITS_COPIES = {"remoe": 4, "kd": 6, "ce": 4}
+"""Of a batch: as computed, in float32, their log-softmax and its gradient; for kd also the original model's two."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to tune.
+
+    Attributes:
+        method: see the module.
+        n_steps: steps of AdamW; 0 gives IN's bytes.
+        reuse_weight, anchor_weight: of the terms; `ce` has neither, `kd` no anchor.
+        cached_experts: experts of a layer in the cache whose use is rewarded; a token's own number if None, as in the
+            paper.
+        rate: learning rate.
+        n_windows: windows of a step.
+        window_tokens: tokens of a window; each begins with an empty context.
+        seed: of the order of the windows.
+    """
+
+    method: Method = "remoe"
+    n_steps: int = 300
+    reuse_weight: float = 0.1
+    anchor_weight: float = 0.1
+    cached_experts: int | None = None
+    rate: float = 1e-3
+    n_windows: int = 4
+    window_tokens: int = 512
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """The held-out text.
+
+    Attributes:
+        cross_entropy: nats per token.
+        overlap: share of a token's experts that the token before had chosen too.
+        hit_rate: share of a token's experts in a least recently used cache of a quarter of each layer's experts (a
+            token's own number at least) that is empty at the beginning of each window.
+    """
+
+    cross_entropy: float
+    overlap: float
+    hit_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What tuning did.
+
+    Attributes:
+        n_routers, n_parameters: what was trained.
+        n_train_tokens, n_held_out_tokens: tokens that a step may draw, and that quality is measured on.
+        before, after: quality of the original and the tuned routers.
+    """
+
+    n_routers: int
+    n_parameters: int
+    n_train_tokens: int
+    n_held_out_tokens: int
+    before: Quality
+    after: Quality
+
+
+OnQuality = Callable[[int, float | None, Quality], None]
+"""Called with the step, its loss (None before the first) and the quality after it."""
+
+
+def tune(
+    checkpoint: Path,
+    source: Path,
+    out: Path,
+    texts: Sequence[str],
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+    on_quality: OnQuality | None = None,
+) -> Report:
+    """Write the GGUF `source` with routers trained on `texts` to `out`. See the module.
+
+    Args:
+        checkpoint: the folder that `source` was converted from, of a class that transformers knows.
+        source: a GGUF of one file.
+        out: another file; replaced if it exists, when the new one is complete and on the disk.
+        texts: a tenth of each is held out.
+        settings: how.
+        progress: called with stage (`load`, `train` in steps, `write` in bytes), done and total.
+        on_quality: called at the beginning, about ten times while it trains, and at the end.
+
+    Raises:
+        ModelFormatError: `source` is not a complete GGUF.
+        ConversionError: the files are not of the same model, transformers cannot run it, memory or text do not suffice,
+            training diverges, or `out` cannot be written.
+        ValueError: a setting makes no sense.
+    """
+    _check(settings)
+    report = progress or no_progress
+    model = read_model(source)
+    found = find_routers(model)
+    windows = _windows(model, texts, settings)
+    _check_memory(model, checkpoint, settings)
+    report("load", 0, 0)
+    network = load_model(checkpoint, "tune routers")
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    routers = [_find_router(network, model, router, checkpoint) for router in found]
+    trainer = _Trainer(network, routers, windows, settings)
+    with trainer.observed():
+        before = after = trainer.quality()
+        if on_quality:
+            on_quality(0, None, before)
+        every = max(1, settings.n_steps // 10)
+        for step in range(settings.n_steps):
+            report("train", step, settings.n_steps)
+            loss = trainer.step(step)
+            if not math.isfinite(loss):
+                raise ConversionError(
+                    f"cannot tune the routers of {source}: the loss is {loss} at step {step + 1}; use a smaller --rate"
+                )
+            if (step + 1) % every == 0 or step + 1 == settings.n_steps:
+                after = trainer.quality()
+                if on_quality:
+                    on_quality(step + 1, loss, after)
+    write_with(model, out, {name: value for router in routers for name, value in router.values().items()}, report)
+    return Report(
+        n_routers=len(routers),
+        n_parameters=sum(p.numel() for router in routers for p in router.parameters),
+        n_train_tokens=windows.train.size,
+        n_held_out_tokens=windows.held_out.size,
+        before=before,
+        after=after,
+    )
+
+
+def needed_bytes(model: GgufModel, checkpoint: Path, settings: Settings) -> int:
+    """An estimate of the memory that tuning takes: weights in float32, what is kept of a batch until its gradients
+    are computed, and copies of its logits.
+
+    Raises:
+        ConversionError: the checkpoint cannot be read.
+    """
+    stored = open_checkpoint(checkpoint).tensors.values()
+    n_weights = sum(math.prod(tensor.shape) * (2 if tensor.dtype == "U8" else 1) for tensor in stored)  # U8: MXFP4
+    n_tokens = settings.n_windows * settings.window_tokens
+    n_layers, width = _number(model, "block_count"), _number(model, "embedding_length")
+    heads = _number(model, "attention.head_count")
+    expert_width = _number(model, "expert_feed_forward_length") or _number(model, "feed_forward_length")
+    # Of a layer: some 16 vectors of the model's width and 5 of each expert's for a token, and 3 tables of attention.
+    of_layer = n_tokens * (16 * width + 5 * model.n_experts_used * (expert_width + width))
+    of_layer += 3 * settings.n_windows * heads * settings.window_tokens**2
+    n_vocab = len(model.metadata.get("tokenizer.ggml.tokens", ()))
+    return 4 * (n_weights + n_layers * of_layer + _LOGITS_COPIES[settings.method] * n_tokens * n_vocab)
+
+
+def _number(model: GgufModel, key: str) -> int:
+    value = model.metadata.get(f"{model.architecture}.{key}", 0)
+    values = value if isinstance(value, list) else [value]
+    return max(int(v) for v in values)
+
+
+def _check(settings: Settings) -> None:
+    if settings.method not in METHODS:
+        raise ValueError(f"unknown method {settings.method!r}: expected one of {', '.join(METHODS)}")
+    for name in ("reuse_weight", "anchor_weight", "rate"):
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is {value}: expected a number of at least 0")
+    if settings.n_steps < 0 or settings.n_windows < 1 or settings.window_tokens < 2:
+        raise ValueError("expected at least 0 steps, 1 window and 2 tokens of a window")
+
+
+def _check_memory(model: GgufModel, checkpoint: Path, settings: Settings) -> None:
+    needed = needed_bytes(model, checkpoint, settings)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ConversionError(
+            f"cannot tune the routers of {checkpoint}: that takes about {format_size(needed)} ({needed} bytes), "
+            f"{format_size(free)} are free; use a larger machine, or a smaller --batch or --context"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windows:
+    """Token ids [window, token], to train on and held out."""
+
+    train: npt.NDArray[np.int64]
+    held_out: npt.NDArray[np.int64]
+
+
+def _windows(model: GgufModel, texts: Sequence[str], settings: Settings) -> _Windows:
+    """The texts as the model's own vocabulary cuts them, in windows, of each text the last ones held out."""
+    train: list[list[int]] = []
+    held_out: list[list[int]] = []
+    with _vocabulary(model.path) as llama:
+        for text in texts:
+            chunks = [tokens for tokens, _ in evaluate.chunks_of_tokens(llama, text, settings.window_tokens)]
+            full = [tokens for tokens in chunks if len(tokens) == settings.window_tokens]
+            n_held_out = math.ceil(HELD_OUT_SHARE * len(full)) if len(full) > 1 else 0
+            train += full[: len(full) - n_held_out]
+            held_out += full[len(full) - n_held_out :]
+    if not train or not held_out:
+        raise ConversionError(
+            f"cannot tune the routers of {model.path}: the texts have {len(train) + len(held_out)} windows of "
+            f"{settings.window_tokens} tokens, expected one to train on and one of the same text to measure on; use "
+            "longer texts or a smaller --context"
+        )
+    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(len(held_out), MAX_HELD_OUT_WINDOWS)).round().astype(int))
+    return _Windows(np.array(train), np.array(held_out)[chosen])
+
+
+@contextlib.contextmanager
+def _vocabulary(path: Path) -> Iterator[Any]:
+    """llama.cpp's model of the vocabulary alone."""
+    with evaluate.quiet_llama_cpp():
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        llama = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not llama:
+        raise ConversionError(f"cannot read the vocabulary of {path}: llama.cpp refuses it; is the file complete?")
+    try:
+        yield llama
+    finally:
+        llama_cpp.llama_model_free(llama)
+
+
+class _Router:
+    """A router in the network: what it is trained from, and what the last evaluation showed of it."""
+
+    def __init__(self, tensors: RouterTensors, owner: Any, parameters: dict[str, torch.Tensor], is_sigmoid: bool):
+        self.layer = tensors.layer
+        self.owner = owner
+        self._by_tensor = parameters
+        self._originals = {name: p.detach().clone() for name, p in parameters.items()}
+        self._is_sigmoid = is_sigmoid
+        self._hidden: torch.Tensor | None = None
+        self._chosen: torch.Tensor | None = None
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """What is trained."""
+        return list(self._by_tensor.values())
+
+    def values(self) -> dict[str, npt.NDArray[np.float32]]:
+        """The numbers by the names of the GGUF's tensors."""
+        return {name: p.detach().numpy() for name, p in self._by_tensor.items()}
+
+    def exchange(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Put these numbers in, and give those that were there."""
+        old = {name: p.data for name, p in self._by_tensor.items()}
+        for name, parameter in self._by_tensor.items():
+            parameter.data = values[name]
+        return old
+
+    @property
+    def originals(self) -> dict[str, torch.Tensor]:
+        """The numbers before training."""
+        return self._originals
+
+    def see(self, is_owner: bool, inputs: tuple[Any, ...], output: Any) -> None:
+        """Note what the router, or the module around it, got and gave."""
+        if is_owner:
+            self._hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
+            self._chosen = None
+        if self._chosen is None and isinstance(output, tuple):
+            ids = [o for o in output if isinstance(o, torch.Tensor) and o.dtype in (torch.int64, torch.int32)]
+            self._chosen = ids[0].reshape(-1, ids[0].shape[-1]).long() if ids else None
+
+    def chosen(self, n_windows: int) -> torch.Tensor:
+        """Experts of the last evaluation, int64 [window, token, k]."""
+        if self._hidden is None or self._chosen is None:
+            raise ConversionError(
+                f"cannot tune the routers: transformers does not show which experts layer {self.layer} chooses "
+                f"({type(self.owner).__name__}); this model is not supported"
+            )
+        return self._chosen.view(n_windows, -1, self._chosen.shape[-1])
+
+    def log_probabilities(self, n_windows: int, *, original: bool = False) -> torch.Tensor:
+        """Of the last evaluation's inputs [window, token, expert], by the router as it is or was."""
+        assert self._hidden is not None  # `chosen` is asked before
+        weights = list((self._originals if original else self._by_tensor).values())
+        logits = torch.nn.functional.linear(self._hidden, *weights)
+        return router_losses.log_probabilities(logits, is_sigmoid=self._is_sigmoid).view(n_windows, -1, len(weights[0]))
+
+
+def _find_router(network: Any, model: GgufModel, tensors: RouterTensors, checkpoint: Path) -> _Router:
+    """The parameters of the network that have the numbers of a router; they get exactly those, and need gradients.
+
+    Raises:
+        ConversionError: there are none.
+    """
+    weight = read_floats(model, tensors.weight)
+    bias = None if tensors.bias is None else read_floats(model, tensors.bias)
+    of_shape = [(name, p) for name, p in network.named_parameters() if tuple(p.shape) == weight.shape]
+    for name, parameter in of_shape:
+        owner = network.get_submodule(name.rpartition(".")[0])
+        if parameter.requires_grad or not is_rounded(weight, tensors.weight, parameter.numpy()):
+            continue
+        found = {tensors.weight.name: (parameter, weight)}
+        own_bias = getattr(owner, "bias", None)
+        if bias is not None and tensors.bias is not None:
+            if own_bias is None or not is_rounded(bias, tensors.bias, own_bias.numpy()):
+                continue
+            found[tensors.bias.name] = (own_bias, bias)
+        for target, values in found.values():
+            target.data = torch.from_numpy(values)
+            target.requires_grad_(True)
+        is_sigmoid = model.metadata.get(f"{model.architecture}.expert_gating_func") == _SIGMOID
+        return _Router(tensors, owner, {name: target for name, (target, _) in found.items()}, is_sigmoid)
+    nearest = min((float(np.abs(p.detach().numpy() - weight).max()) for _, p in of_shape), default=None)
+    difference = "none has this shape" if nearest is None else f"the nearest is off by {nearest:.3g}"
+    raise ConversionError(
+        f"cannot tune the routers of {model.path}: {tensors.weight.name} {list(weight.shape)} is no parameter of "
+        f"{checkpoint}, expected the same numbers but for rounding ({difference}); name the checkpoint that it was "
+        "converted from"
+    )
+
+
+class _Trainer:
+    """The network and its optimizer. One thread."""
+
+    def __init__(self, network: Any, routers: list[_Router], windows: _Windows, settings: Settings) -> None:
+        self._network = network
+        self._routers = routers
+        self._windows = windows
+        self._settings = settings
+        parameters = [p for router in routers for p in router.parameters]
+        self._optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
+        self._order = self._shuffled()
+
+    @contextlib.contextmanager
+    def observed(self) -> Iterator[None]:
+        """While this lasts, routers see what they get and choose."""
+        handles: list[RemovableHandle] = []
+        try:
+            for router in self._routers:
+                for module in (router.owner, self._parent(router.owner)):
+                    hook = functools.partial(self._see, router, module is router.owner)
+                    handles.append(module.register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def step(self, step: int) -> float:
+        """Train on the next windows; gives the loss before."""
+        settings = self._settings
+        ids = torch.from_numpy(np.stack([next(self._order) for _ in range(settings.n_windows)]))
+        rise = min(1.0, (step + 1) / max(1.0, _WARM_UP_SHARE * settings.n_steps))
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.rate * rise
+        teacher = self._original_logits(ids) if settings.method == "kd" else None
+        logits = self._logits(ids)
+        if teacher is None:
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        else:
+            loss = router_losses.distillation_loss(logits, teacher)
+        if settings.method != "ce" and settings.reuse_weight:
+            loss = loss + rise * settings.reuse_weight * self._mean(functools.partial(self._reuse_loss, len(ids)))
+        if settings.method == "remoe" and settings.anchor_weight:
+            loss = loss + settings.anchor_weight * self._mean(functools.partial(self._anchor_loss, len(ids)))
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward([loss])
+        self._optimizer.step()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def quality(self) -> Quality:
+        """Of the held-out windows."""
+        losses, overlaps, hits = [], [], []
+        for window in self._windows.held_out:
+            ids = torch.from_numpy(window[None])
+            logits = self._logits(ids)
+            losses.append(float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])))
+            for router in self._routers:
+                chosen = router.chosen(1)
+                n_experts = len(router.parameters[0])
+                held = router_losses.residents(chosen, n_experts, max(chosen.shape[-1], n_experts // 4))
+                overlaps.append(router_losses.overlap(chosen))
+                hits.append(float(held.gather(-1, chosen).double().mean()))
+        return Quality(float(np.mean(losses)), float(np.mean(overlaps)), float(np.mean(hits)))
+
+    def _shuffled(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Windows to train on, again and again, each time in another order."""
+        rng = np.random.default_rng(self._settings.seed)
+        while True:
+            for index in rng.permutation(len(self._windows.train)):
+                yield self._windows.train[index]
+
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._network(input_ids=ids, use_cache=False).logits.float()
+        return logits
+
+    @torch.no_grad()
+    def _original_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        tuned = [router.exchange(router.originals) for router in self._routers]
+        try:
+            return self._logits(ids)
+        finally:
+            for router, values in zip(self._routers, tuned, strict=True):
+                router.exchange(values)
+
+    def _mean(self, loss_of: Callable[[_Router], torch.Tensor]) -> torch.Tensor:
+        return torch.stack([loss_of(router) for router in self._routers]).mean()
+
+    def _reuse_loss(self, n_windows: int, router: _Router) -> torch.Tensor:
+        chosen = router.chosen(n_windows)
+        log_p = router.log_probabilities(n_windows)
+        n_slots = max(self._settings.cached_experts or 0, chosen.shape[-1])
+        held = router_losses.residents(chosen, log_p.shape[-1], n_slots)
+        return router_losses.reuse_loss(log_p, held, chosen.shape[-1])
+
+    def _anchor_loss(self, n_windows: int, router: _Router) -> torch.Tensor:
+        log_p = router.log_probabilities(n_windows)
+        with torch.no_grad():
+            reference = router.log_probabilities(n_windows, original=True)
+        return router_losses.anchor_loss(log_p, reference)
+
+    def _parent(self, module: Any) -> Any:
+        name = next(name for name, other in self._network.named_modules() if other is module)
+        return self._network.get_submodule(name.rpartition(".")[0])
+
+    @staticmethod
+    def _see(router: _Router, is_owner: bool, _module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        router.see(is_owner, inputs, output)
