@@ -26,14 +26,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from edgemoe.errors import ConversionError
 from edgemoe.formats.gguf import GgufModel, read_model
@@ -43,10 +42,9 @@ from . import evaluate, router_losses
 from .gguf_writer import Progress, no_progress
 from .hf.checkpoint import open_checkpoint
 from .hf.transformers_model import load_model
-from .router_tensors import RouterTensors, find_routers, is_rounded, read_floats, write_with
-
-Method = Literal["remoe", "kd", "ce"]
-METHODS: tuple[Method, ...] = get_args(Method)
+from .router_probe import RouterProbe, attach, watched
+from .router_tensors import find_routers, write_with
+from .tuning_settings import Settings, check
 
 HELD_OUT_SHARE = 0.1
 """Of each text, its end, which is not trained on."""
@@ -54,36 +52,9 @@ HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT_WINDOWS = 16
 
 _WARM_UP_SHARE = 0.1  # of the steps; 200 of 2000 in the paper
-_SIGMOID = 2  # llama.cpp's value of `expert_gating_func`
+_UNSUITABLE = ("phimoe",)  # its routers only rank in GGUF: their mixing weights are not those that would be trained
 _LOGITS_COPIES = {"remoe": 4, "kd": 6, "ce": 4}
 """Of a batch: as computed, in float32, their log-softmax and its gradient; for kd also the original model's two."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to tune.
-
-    Attributes:
-        method: see the module.
-        n_steps: steps of AdamW; 0 gives IN's bytes.
-        reuse_weight, anchor_weight: of the terms; `ce` has neither, `kd` no anchor.
-        cached_experts: experts of a layer in the cache whose use is rewarded; a token's own number if None, as in the
-            paper.
-        rate: learning rate.
-        n_windows: windows of a step.
-        window_tokens: tokens of a window; each begins with an empty context.
-        seed: of the order of the windows.
-    """
-
-    method: Method = "remoe"
-    n_steps: int = 300
-    reuse_weight: float = 0.1
-    anchor_weight: float = 0.1
-    cached_experts: int | None = None
-    rate: float = 1e-3
-    n_windows: int = 4
-    window_tokens: int = 512
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +122,14 @@ def tune(
             training diverges, or `out` cannot be written.
         ValueError: a setting makes no sense.
     """
-    _check(settings)
+    check(settings)
     report = progress or no_progress
     model = read_model(source)
+    if model.architecture in _UNSUITABLE:
+        raise ConversionError(
+            f"cannot tune the routers of {source}: llama.cpp weights the experts of {model.architecture} otherwise "
+            "than transformers, so what is trained would not be what runs; there is no way to tune this model"
+        )
     found = find_routers(model)
     windows = _windows(model, texts, settings)
     _check_memory(model, checkpoint, settings)
@@ -161,9 +137,9 @@ def tune(
     network = load_model(checkpoint, "tune routers")
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    routers = [_find_router(network, model, router, checkpoint) for router in found]
+    routers = [attach(network, model, router, checkpoint) for router in found]
     trainer = _Trainer(network, routers, windows, settings)
-    with trainer.observed():
+    with watched(network, routers):
         before = after = trainer.quality()
         if on_quality:
             on_quality(0, None, before)
@@ -171,12 +147,10 @@ def tune(
         for step in range(settings.n_steps):
             report("train", step, settings.n_steps)
             loss = trainer.step(step)
-            if not math.isfinite(loss):
-                raise ConversionError(
-                    f"cannot tune the routers of {source}: the loss is {loss} at step {step + 1}; use a smaller --rate"
-                )
+            _check_finite(loss, step, source)
             if (step + 1) % every == 0 or step + 1 == settings.n_steps:
                 after = trainer.quality()
+                _check_finite(after.cross_entropy, step, source)
                 if on_quality:
                     on_quality(step + 1, loss, after)
     write_with(model, out, {name: value for router in routers for name, value in router.values().items()}, report)
@@ -216,15 +190,12 @@ def _number(model: GgufModel, key: str) -> int:
     return max(int(v) for v in values)
 
 
-def _check(settings: Settings) -> None:
-    if settings.method not in METHODS:
-        raise ValueError(f"unknown method {settings.method!r}: expected one of {', '.join(METHODS)}")
-    for name in ("reuse_weight", "anchor_weight", "rate"):
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value}: expected a number of at least 0")
-    if settings.n_steps < 0 or settings.n_windows < 1 or settings.window_tokens < 2:
-        raise ValueError("expected at least 0 steps, 1 window and 2 tokens of a window")
+def _check_finite(loss: float, step: int, source: Path) -> None:
+    if not math.isfinite(loss):
+        raise ConversionError(
+            f"cannot tune the routers of {source}: the loss is {loss} at step {step + 1}, expected a number; use a "
+            "smaller --rate"
+        )
 
 
 def _check_memory(model: GgufModel, checkpoint: Path, settings: Settings) -> None:
@@ -282,102 +253,10 @@ def _vocabulary(path: Path) -> Iterator[Any]:
         llama_cpp.llama_model_free(llama)
 
 
-class _Router:
-    """A router in the network: what it is trained from, and what the last evaluation showed of it."""
-
-    def __init__(self, tensors: RouterTensors, owner: Any, parameters: dict[str, torch.Tensor], is_sigmoid: bool):
-        self.layer = tensors.layer
-        self.owner = owner
-        self._by_tensor = parameters
-        self._originals = {name: p.detach().clone() for name, p in parameters.items()}
-        self._is_sigmoid = is_sigmoid
-        self._hidden: torch.Tensor | None = None
-        self._chosen: torch.Tensor | None = None
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        """What is trained."""
-        return list(self._by_tensor.values())
-
-    def values(self) -> dict[str, npt.NDArray[np.float32]]:
-        """The numbers by the names of the GGUF's tensors."""
-        return {name: p.detach().numpy() for name, p in self._by_tensor.items()}
-
-    def exchange(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Put these numbers in, and give those that were there."""
-        old = {name: p.data for name, p in self._by_tensor.items()}
-        for name, parameter in self._by_tensor.items():
-            parameter.data = values[name]
-        return old
-
-    @property
-    def originals(self) -> dict[str, torch.Tensor]:
-        """The numbers before training."""
-        return self._originals
-
-    def see(self, is_owner: bool, inputs: tuple[Any, ...], output: Any) -> None:
-        """Note what the router, or the module around it, got and gave."""
-        if is_owner:
-            self._hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
-            self._chosen = None
-        if self._chosen is None and isinstance(output, tuple):
-            ids = [o for o in output if isinstance(o, torch.Tensor) and o.dtype in (torch.int64, torch.int32)]
-            self._chosen = ids[0].reshape(-1, ids[0].shape[-1]).long() if ids else None
-
-    def chosen(self, n_windows: int) -> torch.Tensor:
-        """Experts of the last evaluation, int64 [window, token, k]."""
-        if self._hidden is None or self._chosen is None:
-            raise ConversionError(
-                f"cannot tune the routers: transformers does not show which experts layer {self.layer} chooses "
-                f"({type(self.owner).__name__}); this model is not supported"
-            )
-        return self._chosen.view(n_windows, -1, self._chosen.shape[-1])
-
-    def log_probabilities(self, n_windows: int, *, original: bool = False) -> torch.Tensor:
-        """Of the last evaluation's inputs [window, token, expert], by the router as it is or was."""
-        assert self._hidden is not None  # `chosen` is asked before
-        weights = list((self._originals if original else self._by_tensor).values())
-        logits = torch.nn.functional.linear(self._hidden, *weights)
-        return router_losses.log_probabilities(logits, is_sigmoid=self._is_sigmoid).view(n_windows, -1, len(weights[0]))
-
-
-def _find_router(network: Any, model: GgufModel, tensors: RouterTensors, checkpoint: Path) -> _Router:
-    """The parameters of the network that have the numbers of a router; they get exactly those, and need gradients.
-
-    Raises:
-        ConversionError: there are none.
-    """
-    weight = read_floats(model, tensors.weight)
-    bias = None if tensors.bias is None else read_floats(model, tensors.bias)
-    of_shape = [(name, p) for name, p in network.named_parameters() if tuple(p.shape) == weight.shape]
-    for name, parameter in of_shape:
-        owner = network.get_submodule(name.rpartition(".")[0])
-        if parameter.requires_grad or not is_rounded(weight, tensors.weight, parameter.numpy()):
-            continue
-        found = {tensors.weight.name: (parameter, weight)}
-        own_bias = getattr(owner, "bias", None)
-        if bias is not None and tensors.bias is not None:
-            if own_bias is None or not is_rounded(bias, tensors.bias, own_bias.numpy()):
-                continue
-            found[tensors.bias.name] = (own_bias, bias)
-        for target, values in found.values():
-            target.data = torch.from_numpy(values)
-            target.requires_grad_(True)
-        is_sigmoid = model.metadata.get(f"{model.architecture}.expert_gating_func") == _SIGMOID
-        return _Router(tensors, owner, {name: target for name, (target, _) in found.items()}, is_sigmoid)
-    nearest = min((float(np.abs(p.detach().numpy() - weight).max()) for _, p in of_shape), default=None)
-    difference = "none has this shape" if nearest is None else f"the nearest is off by {nearest:.3g}"
-    raise ConversionError(
-        f"cannot tune the routers of {model.path}: {tensors.weight.name} {list(weight.shape)} is no parameter of "
-        f"{checkpoint}, expected the same numbers but for rounding ({difference}); name the checkpoint that it was "
-        "converted from"
-    )
-
-
 class _Trainer:
     """The network and its optimizer. One thread."""
 
-    def __init__(self, network: Any, routers: list[_Router], windows: _Windows, settings: Settings) -> None:
+    def __init__(self, network: Any, routers: list[RouterProbe], windows: _Windows, settings: Settings) -> None:
         self._network = network
         self._routers = routers
         self._windows = windows
@@ -385,20 +264,6 @@ class _Trainer:
         parameters = [p for router in routers for p in router.parameters]
         self._optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
         self._order = self._shuffled()
-
-    @contextlib.contextmanager
-    def observed(self) -> Iterator[None]:
-        """While this lasts, routers see what they get and choose."""
-        handles: list[RemovableHandle] = []
-        try:
-            for router in self._routers:
-                for module in (router.owner, self._parent(router.owner)):
-                    hook = functools.partial(self._see, router, module is router.owner)
-                    handles.append(module.register_forward_hook(hook))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def step(self, step: int) -> float:
         """Train on the next windows; gives the loss before."""
@@ -458,26 +323,18 @@ class _Trainer:
             for router, values in zip(self._routers, tuned, strict=True):
                 router.exchange(values)
 
-    def _mean(self, loss_of: Callable[[_Router], torch.Tensor]) -> torch.Tensor:
+    def _mean(self, loss_of: Callable[[RouterProbe], torch.Tensor]) -> torch.Tensor:
         return torch.stack([loss_of(router) for router in self._routers]).mean()
 
-    def _reuse_loss(self, n_windows: int, router: _Router) -> torch.Tensor:
+    def _reuse_loss(self, n_windows: int, router: RouterProbe) -> torch.Tensor:
         chosen = router.chosen(n_windows)
         log_p = router.log_probabilities(n_windows)
         n_slots = max(self._settings.cached_experts or 0, chosen.shape[-1])
         held = router_losses.residents(chosen, log_p.shape[-1], n_slots)
         return router_losses.reuse_loss(log_p, held, chosen.shape[-1])
 
-    def _anchor_loss(self, n_windows: int, router: _Router) -> torch.Tensor:
+    def _anchor_loss(self, n_windows: int, router: RouterProbe) -> torch.Tensor:
         log_p = router.log_probabilities(n_windows)
         with torch.no_grad():
             reference = router.log_probabilities(n_windows, original=True)
         return router_losses.anchor_loss(log_p, reference)
-
-    def _parent(self, module: Any) -> Any:
-        name = next(name for name, other in self._network.named_modules() if other is module)
-        return self._network.get_submodule(name.rpartition(".")[0])
-
-    @staticmethod
-    def _see(router: _Router, is_owner: bool, _module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        router.see(is_owner, inputs, output)

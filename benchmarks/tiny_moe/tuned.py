@@ -79,32 +79,35 @@ def change(of: list[float], original: list[float]) -> tuple[float, float]:
     return mean, (sum((d - mean) ** 2 for d in differences) / (n - 1) / n) ** 0.5
 
 
-def run(original: Path, tuned: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """Measure all files, print a table, and return everything."""
-    samples = [path for domain in DOMAINS for path in sorted(folder.glob(f"{domain}-*.txt"))]
-    models = {"original": original, **tuned}
+def run(
+    original: Path, tuned: dict[str, Path], samples: list[Path], share: float, eviction: str
+) -> list[dict[str, Any]]:
+    """Measure all files at one share of experts in memory, print a table, and return everything."""
     rows: list[dict[str, Any]] = []
-    print("in memory  eviction  model      misses/token      KiB/token       CE, nats  change of CE, % +- s.e.")
-    for share in SHARES:
-        for eviction in EVICTIONS:
-            first: dict[str, Any] = {}
-            for name, path in models.items():
-                row = describe(path, measure(path, samples, share, eviction).exact)
-                first = first or row
-                nats, error = change(row["texts"], first["texts"])
-                row |= {"experts": share, "eviction": eviction, "model": name}
-                row |= {"change_nats": nats, "change_nats_error": error}
-                row["misses_ratio"] = row["misses_per_token"] / first["misses_per_token"]
-                row["bytes_ratio"] = row["bytes_per_token"] / first["bytes_per_token"]
-                rows.append(row)
-                relative = 100 / first["cross_entropy"]
-                print(
-                    f"{share:9.0%}  {eviction:8}  {name:9}{row['misses_per_token']:7.3f} ({row['misses_ratio']:.3f})  "
-                    f"{row['bytes_per_token'] / 1024:7.1f} ({row['bytes_ratio']:.3f})  {row['cross_entropy']:8.4f}  "
-                    f"{nats * relative:+.2f} +- {error * relative:.2f}",
-                    flush=True,
-                )
-    return {"benchmark": "tiny_moe.tuned", "samples": [path.name for path in samples], "rows": rows}
+    for name, path in {"original": original, **tuned}.items():
+        row = describe(path, measure(path, samples, share, eviction).exact)
+        first = rows[0] if rows else row
+        nats, error = change(row["texts"], first["texts"])
+        rows.append(
+            {
+                "experts": share,
+                "eviction": eviction,
+                "model": name,
+                **row,
+                "change_nats": nats,
+                "change_nats_error": error,
+                "misses_ratio": row["misses_per_token"] / first["misses_per_token"],
+                "bytes_ratio": row["bytes_per_token"] / first["bytes_per_token"],
+            }
+        )
+        relative = 100 / first["cross_entropy"]
+        print(
+            f"{share:9.0%}  {eviction:8}  {name:9}{row['misses_per_token']:7.3f} ({rows[-1]['misses_ratio']:.3f})  "
+            f"{row['bytes_per_token'] / 1024:7.1f} ({rows[-1]['bytes_ratio']:.3f})  {row['cross_entropy']:8.4f}  "
+            f"{nats * relative:+.2f} +- {error * relative:.2f}",
+            flush=True,
+        )
+    return rows
 
 
 def main() -> None:
@@ -119,7 +122,9 @@ def main() -> None:
     measured.add_argument("original", type=Path)
     measured.add_argument("tuned", nargs="+", metavar="NAME=FILE")
     measured.add_argument("--samples", type=Path, required=True)
-    measured.add_argument("--json", type=Path, help="write everything, also by text")
+    measured.add_argument("--experts", type=float, nargs="+", default=SHARES, help="shares of experts in memory")
+    measured.add_argument("--eviction", nargs="+", default=EVICTIONS)
+    measured.add_argument("--json", type=Path, help="add everything to this file, also by text")
     arguments = parser.parse_args()
     if arguments.command == "texts":
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -127,9 +132,16 @@ def main() -> None:
             (arguments.out / f"{domain}.txt").write_text(text, "utf-8")
         return
     tuned = {name: Path(path) for name, _, path in (item.partition("=") for item in arguments.tuned)}
-    result = run(arguments.original, tuned, arguments.samples)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    samples = [path for domain in DOMAINS for path in sorted(arguments.samples.glob(f"{domain}-*.txt"))]
+    result: dict[str, Any] = {"benchmark": "tiny_moe.tuned", "samples": [path.name for path in samples], "rows": []}
+    if arguments.json and arguments.json.exists():
+        result["rows"] = json.loads(arguments.json.read_text())["rows"]
+    print("in memory  eviction  model      misses/token      KiB/token       CE, nats  change of CE, % +- s.e.")
+    for share in arguments.experts:
+        for eviction in arguments.eviction:
+            result["rows"] += run(arguments.original, tuned, samples, share, eviction)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

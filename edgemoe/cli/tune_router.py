@@ -12,12 +12,14 @@ import click
 
 from edgemoe.cli.console import Progress, find_model, print_json, say
 from edgemoe.cli.repack import EXISTING_FILE, FILE, check_out, read_text
+from edgemoe.converters.tuning_settings import METHODS, Settings
 from edgemoe.errors import ConversionError
 from edgemoe.sizes import format_size
 
 if TYPE_CHECKING:
     from edgemoe.converters.tune_router import Quality
 
+_DEFAULTS = Settings()
 _PACKAGES = ("torch", "transformers")
 
 
@@ -43,27 +45,73 @@ _PACKAGES = ("torch", "transformers")
 @click.argument("more_texts", nargs=-1, type=EXISTING_FILE, metavar="")
 @click.option(
     "--method",
-    type=click.Choice(["remoe", "kd", "ce"]),
-    default="remoe",
+    type=click.Choice(METHODS),
+    default=_DEFAULTS.method,
     show_default=True,
     help="Besides reuse, stay near the text (remoe) or near the original model's answers (kd); or the text alone and "
     "no reuse, the control (ce).",
 )
-@click.option("--steps", "n_steps", type=click.IntRange(min=0), metavar="N", help="Steps of training.")
-@click.option("--reuse-weight", type=click.FloatRange(min=0), metavar="W", help="How much reuse counts.")
 @click.option(
-    "--anchor-weight", type=click.FloatRange(min=0), metavar="W", help="remoe: how much the original routers count."
+    "--steps",
+    "n_steps",
+    default=_DEFAULTS.n_steps,
+    show_default=True,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Steps of training.",
+)
+@click.option(
+    "--reuse-weight",
+    default=_DEFAULTS.reuse_weight,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    metavar="W",
+    help="How much reuse counts.",
+)
+@click.option(
+    "--anchor-weight",
+    default=_DEFAULTS.anchor_weight,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    metavar="W",
+    help="remoe: how much nearness to the original routers counts.",
 )
 @click.option(
     "--cached-experts",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Reward experts among the N of a layer that were used last; a token's own number is the paper's.",
+    help="Reward experts among the N of a layer that were used last, such as those that memory will hold.  "
+    "[default: as many as a token uses, the last token's]",
 )
-@click.option("--rate", type=click.FloatRange(min=0), metavar="R", help="Learning rate.")
-@click.option("--batch", "n_windows", type=click.IntRange(min=1), metavar="N", help="Windows of text of a step.")
-@click.option("--context", "window_tokens", type=click.IntRange(min=2), metavar="N", help="Tokens of a window.")
-@click.option("--seed", type=click.IntRange(min=0), metavar="S", help="Of the order of the windows.")
+@click.option(
+    "--rate", default=_DEFAULTS.rate, show_default=True, type=click.FloatRange(0, 1), metavar="R", help="Learning rate."
+)
+@click.option(
+    "--batch",
+    "n_windows",
+    default=_DEFAULTS.n_windows,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Windows of text of a step.",
+)
+@click.option(
+    "--context",
+    "window_tokens",
+    default=_DEFAULTS.window_tokens,
+    show_default=True,
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens of a window.",
+)
+@click.option(
+    "--seed",
+    default=_DEFAULTS.seed,
+    show_default=True,
+    type=click.IntRange(min=0),
+    metavar="S",
+    help="Of the order of the windows.",
+)
 @click.option("--threads", "n_threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: torch's]")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON on stdout.")
@@ -94,11 +142,11 @@ def tune_router(
     contents = [read_text(path) for path in (*texts, *more_texts)]
     import torch
 
-    from edgemoe.converters.tune_router import Settings, tune
+    from edgemoe.converters.tune_router import tune
 
     if n_threads is not None:
         torch.set_num_threads(n_threads)
-    settings = Settings(method=method, **{name: value for name, value in numbers.items() if value is not None})
+    settings = Settings(method=method, **numbers)
     with Progress() as progress:
 
         def show(step: int, loss: float | None, quality: Quality) -> None:
