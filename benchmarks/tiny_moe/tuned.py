@@ -67,7 +67,7 @@ def describe(model: Path, row: Row) -> dict[str, Any]:
         "misses_per_token": n_asked * (1 - row.hit_rate),
         "bytes_per_token": row.bytes_per_token,
         "cross_entropy": row.cross_entropy,
-        "texts": [text.cross_entropy for text in row.texts],
+        "texts": [round(text.cross_entropy, 6) for text in row.texts],
     }
 
 
