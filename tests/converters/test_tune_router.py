@@ -113,12 +113,13 @@ def test_gradients_reach_routers_only(
     assert n_routers == len(written)
 
 
-def test_llama_cpp_computes_what_was_trained(workshop: Workshop, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3moe", "mixtral", "deepseek-v3"])
+def test_llama_cpp_computes_what_was_trained(workshop: Workshop, family: str, text: str, tmp_path: Path) -> None:
     """Guards against routers written to another layer's place, transposed or in another type: stock llama.cpp's logits
     are those of transformers with the tuned routers."""
     from edgemoe.converters.verify import MAX_F32_RELATIVE_ERROR, _llama_cpp_logits
 
-    folder, source, out = workshop.checkpoint("qwen3moe").path, workshop.gguf("qwen3moe", "F32"), tmp_path / "out.gguf"
+    folder, source, out = workshop.checkpoint(family).path, workshop.gguf(family, "F32"), tmp_path / "out.gguf"
     tuning.tune(folder, source, out, [text], settings())
     network = tuning.load_model(folder, "test")
     sequences, found = _llama_cpp_logits(out)
@@ -227,6 +228,9 @@ def test_what_cannot_be_tuned_is_refused(workshop: Workshop, text: str, tmp_path
         tuning.tune(folder, source, out, [text * 40], settings(n_windows=1 << 20))
     with pytest.raises(ConversionError, match=r"llama\.cpp weights the experts of phimoe otherwise than transformers"):
         tuning.tune(workshop.checkpoint("phimoe").path, workshop.gguf("phimoe", "Q8_0"), out, [text], settings())
+    with pytest.raises(ConversionError, match=r"cannot tune routers: transformers refuses .*deepseek-moe"):
+        unknown = workshop.checkpoint("deepseek-moe").path
+        tuning.tune(unknown, workshop.gguf("deepseek-moe", "Q8_0"), out, [text], settings())
     for changes in ({"rate": float("nan")}, {"reuse_weight": -1.0}, {"n_windows": 0}, {"rate": 2.0}, {"method": "sft"}):
         with pytest.raises(ValueError, match="expected"):
             tuning.tune(folder, source, out, [text], settings(**changes))
