@@ -35,6 +35,7 @@ from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
 
 from .cross_entropy import log_softmax
 from .hf.sources import Mxfp4Rows, Piece
+from .hf.transformers_model import load_model
 from .quantize.blocks import NEEDS_IMPORTANCE, dequantize, quantize, row_bytes
 from .to_gguf import Plan, Progress, Recipe, plan_conversion
 from .upcycle import default_calibration_text
@@ -308,7 +309,7 @@ def _why_no_logits(model: GgufModel, plan: Plan, logits: str, has_failed: bool) 
         return "tensors or metadata differ already"
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         return "transformers and torch are not installed; install edgemoe[verify]"
-    transformers = _transformers()
+    transformers = importlib.import_module("transformers")
     model_type = str(plan.checkpoint.config.get("model_type"))
     if model_type not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"transformers {transformers.__version__} has no class for the model type {model_type}"
@@ -317,11 +318,6 @@ def _why_no_logits(model: GgufModel, plan: Plan, logits: str, has_failed: bool) 
     if n_bytes > most and logits != "always":
         return f"the model takes {n_bytes >> 20} MiB in float32, at most {most >> 20} MiB are used for that"
     return ""
-
-
-def _transformers() -> Any:
-    """The package, which is optional and only half typed."""
-    return importlib.import_module("transformers")
 
 
 def _compare_logits(path: Path, checkpoint: Path) -> LogitsError:
@@ -375,29 +371,10 @@ def _llama_cpp_logits(path: Path) -> tuple[list[list[int]], Floats]:
 
 
 def _transformers_logits(checkpoint: Path, sequences: list[list[int]]) -> Floats:
-    torch, transformers = importlib.import_module("torch"), _transformers()
-    config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-    options: dict[str, Any] = {}
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4":
-        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns of each layer that predicts further tokens, which it skips
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            **options,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ConversionError(f"cannot compare logits: transformers refuses {checkpoint} ({error})") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    torch = importlib.import_module("torch")
+    model = load_model(checkpoint, "compare logits")
     with torch.no_grad():
-        result: Floats = model.float().eval()(torch.tensor(sequences)).logits.float().numpy()
+        result: Floats = model(torch.tensor(sequences)).logits.float().numpy()
     return result
 
 

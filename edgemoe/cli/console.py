@@ -70,6 +70,12 @@ class Progress:
             self._drawn_at_s = now_s
             click.echo("\r\033[K" + progress_bar(stage, done, total), nl=False, err=True)
 
+    def say(self, text: str) -> None:
+        """Print one line of talk above the bar."""
+        if self._is_terminal and self._stage:
+            click.echo("\r\033[K", nl=False, err=True)
+        say(text)
+
     def __enter__(self) -> Progress:
         return self
 

@@ -25,6 +25,7 @@ from edgemoe.cli.plan import plan
 from edgemoe.cli.price import price
 from edgemoe.cli.replay import replay
 from edgemoe.cli.trace import trace
+from edgemoe.cli.tune_router import tune_router
 from edgemoe.errors import EdgeMoeError
 
 EXIT_FAILED = 1
@@ -71,7 +72,7 @@ def cli(ctx: click.Context, debug: bool, verbose: bool) -> None:
     ctx.obj = Settings(debug=debug, verbose=verbose)
 
 
-for _command in (chat, generate, plan, inspect, doctor, convert, calibrate, trace, replay, bench, price):
+for _command in (chat, generate, plan, inspect, doctor, convert, calibrate, trace, replay, bench, price, tune_router):
     cli.add_command(_command)
 
 
