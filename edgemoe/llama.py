@@ -15,7 +15,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
-from edgemoe import _native, engine, host, planner, reuse, runtime, topology, warm
+from edgemoe import _native, engine, expert_count, host, planner, reuse, runtime, topology, warm
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
@@ -75,6 +75,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         reuse_bias: str | float = "off",
         reuse_method: str = "cache-prior",
         top_j: int | None = None,
+        expert_top_k: str | int = "off",
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -103,6 +104,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 and `stats()` says what it costs. Prompts stay exact. See docs/routing.md.
             reuse_method: who is preferred how: `cache-prior`, `max-rank` or `cumulative`.
             top_j: so many of the best experts are chosen whatever is resident; None for 1 or, of more than 8, for 2.
+            expert_top_k: while decoding, how many experts a token uses, at most the model's number: `off`, a number,
+                `top-p:P` (the fewest with that share of the weight), `map` or `map:MIN-MAX` (those with a positive
+                logit), `lexi:MEAN` or `lexi:MEAN@FILE` (what each layer can spare, measured at load or by
+                `edgemoe lexi`). This changes what is generated; `stats()` says how much. See docs/routing.md.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
@@ -110,9 +115,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             ModelFormatError: a file is missing, truncated or no GGUF.
             BudgetError: the budget is below the model's floor, or cannot be parsed.
             BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, `draft` cannot
-                be exact with this model, the draft model has another vocabulary, or its routers cannot be biased.
-            ValueError: `eviction`, `kernels`, `prefetch`, `draft` or `reuse_method` is unknown, `reuse_bias` or `top_j`
-                makes no sense.
+                be exact with this model, the draft model has another vocabulary, its routers cannot be biased, or it
+                cannot do `expert_top_k`.
+            ValueError: `eviction`, `kernels`, `prefetch`, `draft` or `reuse_method` is unknown, `reuse_bias`, `top_j`
+                or `expert_top_k` makes no sense.
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
@@ -121,6 +127,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         check_prefetch(prefetch)
         planner.draft_path(draft)
         reuse_settings = reuse.parse(reuse_bias, reuse_method, top_j)
+        count_settings = expert_count.parse(expert_top_k)
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)
@@ -137,10 +144,12 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._draft = draft
         self._draft_model: DraftModel | None = None
         self._reuse_kwargs = {"reuse_bias": reuse_bias, "reuse_method": reuse_method, "top_j": top_j}
+        self._expert_top_k = expert_top_k
         self._selection: Selection | None = None
         self._is_in_prompt = False
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         reuse.check(reuse_settings, model)
+        expert_count.check(count_settings, model)
         n_cores = topology.default_threads()
         kwargs = dict(
             llama_cpp_kwargs,
@@ -154,6 +163,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         if lora_path is not None:
             _check_adapter(lora_path, model)
         budget_bytes = None if memory is None else parse_size(memory)
+        count = None if count_settings is None else expert_count.make(count_settings, model, progress)
         report("planning", 0, 1)
         with _load_lock:
             self._footprint = planner.measure(model, kwargs, kernels, prefetch, draft)
@@ -177,8 +187,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                     self._add_adapter(str(lora_path), lora_scale)
                 if draft != "off":
                     self._prepare_drafts(self._draft_model)
-                if reuse_settings is not None:
-                    self._prepare_reuse(reuse_settings)
+                if reuse_settings is not None or count is not None:
+                    self._prepare_selection(reuse_settings, count)
             except BaseException:
                 self.close()
                 raise
@@ -275,15 +285,15 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             draft.total_bytes >> 20,
         )
 
-    def _prepare_reuse(self, settings: reuse.Settings) -> None:
+    def _prepare_selection(self, settings: reuse.Settings | None, count: _native.ExpertCount | None) -> None:
         assert self._runtime is not None
         if not self._is_hooked:
             raise BackendError(
-                "cannot bias routing: llama.cpp's CPU backend cannot be told to leave the choice to edgemoe; "
-                "use reuse_bias='off'"
+                "cannot change routing: llama.cpp's CPU backend cannot be told to leave the choice to edgemoe; "
+                "use reuse_bias='off' and expert_top_k='off'"
             )
-        bias = reuse.ReuseBias(settings, self._gguf)
-        self._selection = Selection(self._runtime, self._gguf, reuse_bias=bias)
+        bias = None if settings is None else reuse.ReuseBias(settings, self._gguf)
+        self._selection = Selection(self._runtime, self._gguf, count, bias)
 
     def set_memory(self, memory: int | str) -> None:
         """Change the budget now: experts are dropped, coldest first, or get more room.
@@ -522,6 +532,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             prefetch=self._prefetch,
             draft=self._draft,
             warm_start=self._warm_start,
+            expert_top_k=self._expert_top_k,
             **self._reuse_kwargs,
         )
 

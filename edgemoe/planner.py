@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edgemoe import _native, engine, host, reuse, runtime, topology
+from edgemoe import _native, engine, expert_count, host, reuse, runtime, topology
 from edgemoe.demo import demo_model
 from edgemoe.draft import reserved_bytes
 from edgemoe.draft_model import DraftFootprint, rehearsed
@@ -223,6 +223,7 @@ def plan(
     reuse_bias: str | float = "off",
     reuse_method: str = "cache-prior",
     top_j: int | None = None,
+    expert_top_k: str | int = "off",
     **llama_kwargs: Any,
 ) -> Plan:
     """Plan a memory budget for a model without loading it.
@@ -234,21 +235,24 @@ def plan(
         kernels: who will multiply by experts, as for `Llama`.
         prefetch: how far ahead experts will be predicted, as for `Llama`.
         draft: how tokens will be drafted, as for `Llama`.
-        eviction, warm_start, reuse_bias, reuse_method, top_j: as for `Llama`; none takes memory that counts.
+        eviction, warm_start, reuse_bias, reuse_method, top_j, expert_top_k: as for `Llama`; none takes memory that
+            counts.
         llama_kwargs: what `Llama` will be given; those that change its memory count.
 
     Raises:
         ModelFormatError, BudgetError, BackendError: the file, the size or the model cannot be used. A budget that
         is too small is not an error: `Plan.fits` says so.
-        ValueError: `kernels`, `prefetch`, `draft`, `eviction` or `reuse_method` is unknown, `reuse_bias` or `top_j`
-        makes no sense.
+        ValueError: `kernels`, `prefetch`, `draft`, `eviction` or `reuse_method` is unknown, `reuse_bias`, `top_j` or
+        `expert_top_k` makes no sense.
     """
     _native.check_kernels(kernels)
     _native.check_eviction(eviction)
     check_prefetch(prefetch)
     draft_path(draft)
     settings = reuse.parse(reuse_bias, reuse_method, top_j)
+    count_settings = expert_count.parse(expert_top_k)
     model = read_model(model_path if model_path is not None else demo_model())
     reuse.check(settings, model)
+    expert_count.check(count_settings, model)
     kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))
     return measure(model, kwargs, kernels, prefetch, draft).plan(None if memory is None else parse_size(memory))

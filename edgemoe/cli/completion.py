@@ -111,7 +111,7 @@ class Completion:
             f"hits {n_hits / n_asked:.1%}" if n_asked else "hits -",
             f"{(end.expert_bytes_read - first.expert_bytes_read) / n_decoded / 2**20:.2f} MiB read/token",
             *([f"drafts {n_accepted} of {n_drafted} right"] if n_drafted else []),
-            *([reuse_price(end)] if end.reuse_bias > 0 else []),
+            *([reuse_price(end)] if end.reuse_bias > 0 or end.selections_changed > 0 else []),
             f"stall {end.stall_s - start.stall_s:.2f} s",
             f"memory peak {format_size(end.peak_rss_bytes)} of {format_size(end.budget_bytes)}",
         ]
@@ -119,9 +119,10 @@ class Completion:
 
 
 def reuse_price(stats: Stats) -> str:
-    """What the reuse bias costs, over all that was decoded so far."""
+    """What choosing other or fewer experts costs, over all that was decoded so far."""
+    bias = f"reuse bias {stats.reuse_bias:.2f} now: " if stats.reuse_bias > 0 else ""
     return (
-        f"reuse bias {stats.reuse_bias:.2f} now: {stats.selections_changed:.1%} of experts changed, "
+        f"{bias}{stats.selections_changed:.1%} of experts changed, "
         f"{stats.gate_mass_moved:.1%} of their weight, KL {stats.kl_estimate:.3f}"
     )
 

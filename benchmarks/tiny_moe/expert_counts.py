@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""What fewer experts cost and save on the tiny trained MoE, by each rule of `expert_top_k`, alone and with a bias.
+
+    python -m benchmarks.tiny_moe.expert_counts benchmarks/results/tiny_moe
+
+writes counts-12.json, counts-25.json and counts-50.json (the shares of experts in memory), as `edgemoe price` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from edgemoe import price
+
+_DATA = Path(__file__).parents[2] / "tests" / "data"
+RULES = ("3", "2", "1", "lexi:3", "lexi:2.5", "lexi:2", "top-p:0.9", "top-p:0.8", "top-p:0.7", "map")
+SHARES = (0.12, 0.25, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class CountLever(price.Lever):
+    """One setting of both levers."""
+
+    expert_top_k: str = "off"
+
+
+def levers(share: float) -> list[price.Lever]:
+    """The settings measured with so many of the experts in memory."""
+    alone: list[price.Lever] = [CountLever(None, expert_top_k=rule) for rule in RULES]
+    if share != 0.25:
+        return alone
+    biased = [
+        CountLever(bias, expert_top_k=rule) for bias in (0.05, 0.1) for rule in ("off", "3", "lexi:3", "top-p:0.9")
+    ]
+    return [*alone, *biased]
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    args = parser.parse_args()
+    texts = sorted((_DATA / "tiny_moe").glob("*-?.txt"))
+    for share in args.shares:
+        found = price.price(_DATA / "tiny_moe.gguf", texts, levers(share), experts=share, n_threads=1)
+        fields = found.to_dict()
+        fields["texts"] = [text.name for text in texts]
+        path = args.out / f"counts-{round(100 * share)}.json"
+        path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+        print(path)
+        for row in found.rows:
+            change, ratio = found.change(row), found.bytes_ratio(row)
+            print(
+                f"{getattr(row.lever, 'expert_top_k', 'off'):<10}{row.lever.reuse_bias or 0:>5}"
+                f"{100 * change.perplexity:>+8.2f} +- {100 * (change.perplexity_error or 0.0):.2f} %"
+                f"{row.kl:>8.4f}{100 * row.agreement:>7.1f}{100 * row.selections_changed:>7.1f}"
+                f"{100 * row.gate_mass_moved:>7.1f}{row.bytes_per_token / 1024:>8.1f} KiB{ratio or 0.0:>7.3f}"
+                f"{100 * row.hit_rate:>7.1f}{row.tokens_per_s:>8.0f} tok/s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
