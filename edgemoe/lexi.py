@@ -71,14 +71,11 @@ _FORMS = {
     "granitemoe": _Form(),
     "phimoe": _Form(),
     "ernie4_5-moe": _Form(),
-    "hunyuan-moe": _Form(),
     "gpt-oss": _Form(gating=_SOFTMAX_OF_CHOSEN, is_normalized=False, is_oai=True),
     "deepseek2": dataclasses.replace(_BY_FILE, gating_default=_SOFTMAX),
     "glm4moe": _BY_FILE,
     "afmoe": _BY_FILE,
-    "bailingmoe2": _BY_FILE,
     "lfm2moe": _Form(gating=None),
-    "minimax-m2": _Form(gating=None),
 }
 
 
@@ -157,10 +154,10 @@ def solve(losses: Losses, mean: float) -> dict[int, int]:
         ValueError: `mean` is below 1 or above what the layers have.
     """
     tables = list(losses.of_layer.values())
-    budget = round(mean * len(tables)) if math.isfinite(mean) else -1
-    most = sum(map(len, tables))
-    if not len(tables) <= budget <= most:
-        raise ValueError(f"a mean of {mean:g} experts is impossible: expected 1 to {most / len(tables):g}")
+    most = sum(map(len, tables)) / len(tables)
+    if not 1.0 <= mean <= most:
+        raise ValueError(f"a mean of {mean:g} experts is impossible: expected 1 to {most:g}")
+    budget = round(mean * len(tables))
     # best[b]: the least loss of the layers so far with b experts in all; before the first, 0 for none.
     best = np.full(budget + 1, np.inf)
     best[0] = 0.0
@@ -168,7 +165,7 @@ def solve(losses: Losses, mean: float) -> dict[int, int]:
     for table in tables:
         # [k - 1, b]: with k experts in this layer
         totals = np.full((len(table), budget + 1), np.inf)
-        for k, loss in enumerate(table, 1):
+        for k, loss in enumerate(table[:budget], 1):
             totals[k - 1, k:] = best[: budget + 1 - k] + loss
         chosen.append(totals.argmin(axis=0) + 1)
         best = totals.min(axis=0)
@@ -301,14 +298,15 @@ class _Layer:
         return tuple(distances.mean(axis=0).tolist())
 
     def _normed(self, x: Floats) -> Floats:
-        name = next((n for n in _NORMS if f"{n}.weight" in self._tensors), None)
-        if name is None:
+        name = next((n for n in _NORMS if f"{n}.weight" in self._tensors), "")
+        weight = self._vector(f"{name}.weight")
+        if weight is None:
             raise ModelFormatError(f"cannot find the norm before the experts of {self._model.path}")
         bias = self._vector(f"{name}.bias")
         if bias is not None:  # then it is a LayerNorm
             x = x - x.mean(axis=1, keepdims=True)
         x = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + _EPSILON)
-        scaled = x * self._vector(f"{name}.weight")
+        scaled = x * weight
         return np.ascontiguousarray(scaled if bias is None else scaled + bias, dtype=np.float32)
 
     def _route(self, x: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -384,18 +382,21 @@ class _Layer:
         columns, n_rows, n_experts = tensor.shape
         row_bytes = tensor.n_bytes // (n_rows * n_experts)
         begin = tensor.offset + expert * n_rows * row_bytes
-        y = np.empty((len(x), n_rows), np.float32)
+        y: Floats = np.empty((len(x), n_rows), np.float32)
         step = max(1, _BLOCK_BYTES // (4 * columns))
         for row in range(0, n_rows, step):
             n = min(step, n_rows - row)
-            y[:, row : row + n] = x @ self._rows(tensor, begin + row * row_bytes, n, row_bytes).T
+            np.matmul(x, self._rows(tensor, begin + row * row_bytes, n, row_bytes).T, out=y[:, row : row + n])
         bias = self._tensors.get(f"{name}.bias")
-        return y if bias is None else y + read_tensor(self._model, bias)[expert]
+        if bias is not None:
+            np.add(y, read_tensor(self._model, bias)[expert], out=y)
+        return y
 
     def _rows(self, tensor: GgufTensor, offset: int, n_rows: int, row_bytes: int) -> Floats:
         data = b"".join(read_range(self._model.files[tensor.file_idx], offset, n_rows * row_bytes))
         blocks = np.frombuffer(data, np.uint8).reshape(n_rows, row_bytes)
-        return dequantize(blocks, GGMLQuantizationType[tensor.type_name], n_columns=tensor.shape[0])
+        rows: Floats = dequantize(blocks, GGMLQuantizationType[tensor.type_name], n_columns=tensor.shape[0])
+        return rows
 
 
 def describe(numbers: dict[int, int]) -> str:

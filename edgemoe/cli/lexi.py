@@ -42,6 +42,8 @@ def lexi(model: Path, out: Path, mean_k: float | None, n_samples: int, seed: int
     from edgemoe.formats.gguf import read_model
 
     source = read_model(model)
+    if mean_k is not None and mean_k > source.n_experts_used:
+        raise click.BadParameter(f"{mean_k:g} is more than the {source.n_experts_used} experts that {model} uses.")
     with Progress() as progress:
         losses = losses_of.measure(source, n_samples=n_samples, seed=seed, progress=progress)
     means = [share * source.n_experts_used for share in SHOWN_MEANS] if mean_k is None else [mean_k]
