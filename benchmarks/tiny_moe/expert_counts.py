@@ -7,7 +7,7 @@ and, for all ways to divide a sum of experts among the layers, on every second t
 
     python -m benchmarks.tiny_moe.expert_counts FOLDER --divisions 12
 
-The first writes counts-12.json, counts-25.json and counts-50.json (the shares of experts in memory), as `edgemoe price` does.
+The first writes counts-12.json, counts-25.json and counts-50.json (share in memory) as `edgemoe price` does.
 """
 
 from __future__ import annotations
