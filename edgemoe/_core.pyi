@@ -249,7 +249,9 @@ class CountStats:
 
 @final
 class ExpertCount:
-    def __init__(self, rule: int, n_layers: int, n_experts: int, n_of_layer: Sequence[int], top_p: float) -> None: ...
+    def __init__(
+        self, rule: int, n_layers: int, n_experts: int, n_of_layer: Sequence[int], top_p: float, n_min: int, n_max: int
+    ) -> None: ...
     # arrays [n_experts]; returns how many of the n_used best are used
     def select(
         self,
@@ -259,6 +261,7 @@ class ExpertCount:
         masses: npt.NDArray[np.float32],
         order: npt.NDArray[np.int32],
         are_logits: bool = False,
+        logits: npt.NDArray[np.float32] | None = None,
     ) -> int: ...
     def stats(self) -> CountStats: ...
     def reset_stats(self) -> None: ...

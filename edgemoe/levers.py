@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgemoe import reuse
+from edgemoe import expert_count, reuse
 
-LEVER_KEYWORDS = ("reuse_bias", "reuse_method", "top_j")
+LEVER_KEYWORDS = ("reuse_bias", "reuse_method", "top_j", "expert_top_k")
 """The keywords of `Llama` that a lever may set, in the order in which it is written."""
 
 
@@ -38,10 +38,16 @@ def _method(text: str) -> str:
     return text
 
 
+def _top_k(text: str) -> str:
+    expert_count.parse(text)
+    return text
+
+
 _CONVERTERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "reuse_bias": (_strength, "a number from 0 to 1"),
     "reuse_method": (_method, f"one of {', '.join(reuse.METHODS)}"),
     "top_j": (_count, "a whole number of at least 1"),
+    "expert_top_k": (_top_k, expert_count.FORMS),
 }
 """For each of them what makes its value of a text, or raises ValueError, and what it expects."""
 _MODEL = "model"

@@ -15,7 +15,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
-from edgemoe import _native, engine, host, planner, price_curve, reuse, runtime, topology, warm
+from edgemoe import _native, choosers, engine, host, planner, price_curve, runtime, topology, warm
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
@@ -23,7 +23,6 @@ from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.profile import ProfiledLlama
 from edgemoe.routers import Embedding, check_prefetch, find_embedding
-from edgemoe.selection import Selection
 from edgemoe.sizes import parse_size
 from edgemoe.speculate import SpeculativeLlama
 from edgemoe.types import Plan, Stats
@@ -76,6 +75,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         reuse_method: str = "cache-prior",
         top_j: int | None = None,
         reuse_price: str | float | None = None,
+        expert_top_k: str | int = "off",
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -106,6 +106,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             reuse_method: who is preferred how: `cache-prior`, `max-rank` or `cumulative`.
             top_j: so many of the best experts are chosen whatever is resident; None for 1 or, of more than 8, for 2.
             reuse_price: the change of perplexity that `auto`, which it implies, may cost: "1%", or 0.01, by default.
+            expert_top_k: while decoding, how many experts a token uses, at most the model's number: `off`, a number,
+                `top-p:P` (the fewest with that share of the weight), `map` or `map:MIN-MAX` (those with a positive
+                logit), `lexi:MEAN` or `lexi:MEAN@FILE` (what each layer can spare, measured at load or by
+                `edgemoe lexi`). This changes what is generated; `stats()` says how much. See docs/routing.md.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
@@ -113,9 +117,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             ModelFormatError: a file is missing, truncated or no GGUF.
             BudgetError: the budget is below the model's floor, or cannot be parsed.
             BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, `draft` cannot
-                be exact with this model, the draft model has another vocabulary, or its routers cannot be biased.
-            ValueError: `eviction`, `kernels`, `prefetch`, `draft` or `reuse_method` is unknown, `reuse_bias`, `top_j`
-                or `reuse_price` makes no sense.
+                be exact with this model, the draft model has another vocabulary, its routers cannot be biased, or it
+                cannot do `expert_top_k`.
+            ValueError: `eviction`, `kernels`, `prefetch`, `draft` or `reuse_method` is unknown, `reuse_bias`, `top_j`,
+                `reuse_price` or `expert_top_k` makes no sense.
             PriceError: `auto` finds no measurement of this model with so much memory for experts, or less.
             AdapterError: the LoRA adapter changes routed experts.
         """
@@ -124,8 +129,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         _native.check_kernels(kernels)
         check_prefetch(prefetch)
         planner.draft_path(draft)
-        self._reuse_request = price_curve.parse(reuse_bias, reuse_method, top_j, reuse_price)
-        self.reuse_choice: price_curve.Choice | None = None
+        request = choosers.parse(reuse_bias, reuse_method, top_j, reuse_price, expert_top_k)
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)
@@ -141,12 +145,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._kernels_used = "ggml"
         self._draft = draft
         self._draft_model: DraftModel | None = None
-        self._reuse_kwargs = {"reuse_bias": reuse_bias, "reuse_method": reuse_method, "top_j": top_j}
-        self._reuse_kwargs["reuse_price"] = reuse_price
-        self._selection: Selection | None = None
         self._is_in_prompt = False
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
-        reuse.check(self._reuse_request.settings, model)
+        request.check(model)
+        self._choosers = choosers.Choosers(request, model, progress)
         n_cores = topology.default_threads()
         kwargs = dict(
             llama_cpp_kwargs,
@@ -166,7 +168,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             self.plan = self._footprint.plan(budget_bytes)
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
-            self._reuse_request.choose(model, self.plan.slots_bytes, eviction)  # what it refuses is not loaded first
+            self._choosers.expect(self.plan.slots_bytes, eviction)
             report("loading", 0, model.dense_bytes)
             slots_bytes = self.plan.slots_bytes
             if self.plan.draft_bytes > _LARGE_DRAFT_SHARE * slots_bytes and slots_bytes < model.expert_bank_bytes:
@@ -184,7 +186,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                     self._add_adapter(str(lora_path), lora_scale)
                 if draft != "off":
                     self._prepare_drafts(self._draft_model)
-                self._prepare_reuse(self._reuse_request.choose(model, self.plan.slots_bytes, eviction))
+                if self._runtime is not None:
+                    self._choosers.prepare(self._runtime, self.plan.slots_bytes, eviction, is_hooked=self._is_hooked)
             except BaseException:
                 self.close()
                 raise
@@ -281,24 +284,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             draft.total_bytes >> 20,
         )
 
-    def _prepare_reuse(self, choice: price_curve.Choice | None) -> None:
-        before, self.reuse_choice = self.reuse_choice, choice
-        settings = self._reuse_request.settings if choice is None else choice.settings
-        if choice is not None and choice != before:
-            _log.log(logging.WARNING if settings is None else logging.INFO, "%s", choice.text)
-        if settings is None:
-            self._selection = None
-            return
-        if self._selection is not None and before is not None and before.settings == settings:
-            return  # what the guard has learned stays
-        assert self._runtime is not None
-        if not self._is_hooked:
-            raise BackendError(
-                "cannot bias routing: llama.cpp's CPU backend cannot be told to leave the choice to edgemoe; "
-                "use reuse_bias='off'"
-            )
-        bias = reuse.ReuseBias(settings, self._gguf)
-        self._selection = Selection(self._runtime, self._gguf, reuse_bias=bias)
+    @property
+    def reuse_choice(self) -> price_curve.Choice | None:
+        """The bias that `reuse_bias="auto"` has chosen, by which measurement; None for all others."""
+        return self._choosers.reuse_choice
 
     def set_memory(self, memory: int | str) -> None:
         """Change the budget now: experts are dropped, coldest first, or get more room.
@@ -311,11 +300,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             raise planner.refusal(plan, self._gguf, self.n_ctx())
         if self._runtime is not None:
             self._fit_slots(plan)
+            self._choosers.prepare_again(self._runtime, self.plan.slots_bytes, self._eviction)
         else:
             self.plan = plan
         self._memory = memory
-        if self.reuse_choice is not None:
-            self._prepare_reuse(self._reuse_request.choose_again(self._gguf, self.plan.slots_bytes, self._eviction))
 
     def _add_adapter(self, path: str, scale: float) -> None:
         adapter = llama.llama_adapter_lora_init(self._model.model, path.encode())
@@ -352,8 +340,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         if len(tokens) == n_drafted + 1:
             self._foresee(tokens)
         try:
-            chosen = self._selection.applied() if self._selection and is_decode else contextlib.nullcontext()
-            with self._read_errors(), chosen:
+            with self._read_errors(), self._choosers.applied() if is_decode else contextlib.nullcontext():
                 if n_drafted:
                     self._eval_draft(tokens)
                 else:
@@ -446,8 +433,6 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         c = self._counters
         experts = self._runtime.stats() if self._runtime is not None else None
         prefetched = self._runtime.prefetch_stats() if self._runtime is not None else None
-        prices: dict[str, Any] = {} if self._selection is None else self._selection.stats()
-        prices |= {} if self.reuse_choice is None else self.reuse_choice.stats()
         n_tokens = c.prompt_tokens + c.completion_tokens
         return Stats(
             prompt_tokens=c.prompt_tokens,
@@ -473,14 +458,13 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             kernels=self._kernels_used,
             drafted_tokens=c.drafted_tokens,
             accepted_tokens=c.accepted_tokens,
-            **prices,
+            **self._choosers.stats(),
         )
 
     def reset_stats(self) -> None:
         """Start the counters again; load time and peak memory stay."""
         self._counters = _Counters()
-        if self._selection is not None:
-            self._selection.reset_stats()
+        self._choosers.reset_stats()
         if self._runtime is not None:
             self._runtime.reset_stats()
 
@@ -541,7 +525,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             prefetch=self._prefetch,
             draft=self._draft,
             warm_start=self._warm_start,
-            **self._reuse_kwargs,
+            **self._choosers.keywords,
         )
 
 

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edgemoe import _native, engine, host, price_curve, reuse, runtime, topology
+from edgemoe import _native, choosers, engine, host, runtime, topology
 from edgemoe.demo import demo_model
 from edgemoe.draft import reserved_bytes
 from edgemoe.draft_model import DraftFootprint, rehearsed
@@ -224,6 +224,7 @@ def plan(
     reuse_method: str = "cache-prior",
     top_j: int | None = None,
     reuse_price: str | float | None = None,
+    expert_top_k: str | int = "off",
     **llama_kwargs: Any,
 ) -> Plan:
     """Plan a memory budget for a model without loading it.
@@ -235,22 +236,22 @@ def plan(
         kernels: who will multiply by experts, as for `Llama`.
         prefetch: how far ahead experts will be predicted, as for `Llama`.
         draft: how tokens will be drafted, as for `Llama`.
-        eviction, warm_start, reuse_bias, reuse_method, top_j, reuse_price: as for `Llama`; none takes memory that
-            counts. What `auto` would choose is not looked up.
+        eviction, warm_start, reuse_bias, reuse_method, top_j, reuse_price, expert_top_k: as for `Llama`; none takes
+            memory that counts. What `auto` would choose is not looked up.
         llama_kwargs: what `Llama` will be given; those that change its memory count.
 
     Raises:
         ModelFormatError, BudgetError, BackendError: the file, the size or the model cannot be used. A budget that
         is too small is not an error: `Plan.fits` says so.
         ValueError: `kernels`, `prefetch`, `draft`, `eviction` or `reuse_method` is unknown, `reuse_bias`, `top_j` or
-        `reuse_price` makes no sense.
+        `reuse_price` or `expert_top_k` makes no sense.
     """
     _native.check_kernels(kernels)
     _native.check_eviction(eviction)
     check_prefetch(prefetch)
     draft_path(draft)
-    request = price_curve.parse(reuse_bias, reuse_method, top_j, reuse_price)
+    request = choosers.parse(reuse_bias, reuse_method, top_j, reuse_price, expert_top_k)
     model = read_model(model_path if model_path is not None else demo_model())
-    reuse.check(request.settings, model)
+    request.check(model)
     kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))
     return measure(model, kwargs, kernels, prefetch, draft).plan(None if memory is None else parse_size(memory))

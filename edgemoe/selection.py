@@ -49,6 +49,7 @@ class Selection:
             raise BackendError(
                 f"cannot change routing: in llama.cpp's graph of {self._model.path} ({self._model.architecture}) "
                 "no choice of experts was recognized; use reuse_bias='off' and expert_top_k='off'"
+                + (" (`map` also needs a router with a softmax or a sigmoid)" if self._count is not None else "")
             )
 
     def stats(self) -> dict[str, Any]:

@@ -39,7 +39,8 @@ class Stats:
         drafted_tokens, accepted_tokens: tokens evaluated ahead because they were likely, and those that sampling chose.
         reuse_bias: the reuse bias in force, as the guard has lowered it, on average over layers; 0.0 when off.
         selections_changed: of the experts chosen while decoding with a reuse bias, the share that exact routing would
-            not have chosen.
+            not have chosen; with `expert_top_k`, of those that exact routing chooses the share left out, and both
+            together.
         gate_mass_moved, kl_estimate: what that cost, per token and layer: the share of the exact choice's mixing
             weight that was dropped, and nats (see docs/routing.md).
         lowbit_hits, skipped_experts: experts replaced by their low-bit copy, and left out, while decoding.

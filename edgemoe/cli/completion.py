@@ -111,23 +111,29 @@ class Completion:
             f"hits {n_hits / n_asked:.1%}" if n_asked else "hits -",
             f"{(end.expert_bytes_read - first.expert_bytes_read) / n_decoded / 2**20:.2f} MiB read/token",
             *([f"drafts {n_accepted} of {n_drafted} right"] if n_drafted else []),
-            *([reuse_price(end)] if end.reuse_bias > 0 or end.reuse_price_target is not None else []),
+            *([reuse_price(end)] if is_lossy(end) else []),
             f"stall {end.stall_s - start.stall_s:.2f} s",
             f"memory peak {format_size(end.peak_rss_bytes)} of {format_size(end.budget_bytes)}",
         ]
         return "[" + " | ".join(parts) + "]"
 
 
+def is_lossy(stats: Stats) -> bool:
+    """Whether there is a price to show."""
+    return stats.reuse_bias > 0 or stats.selections_changed > 0 or stats.reuse_price_target is not None
+
+
 def reuse_price(stats: Stats) -> str:
-    """What the reuse bias costs, over all that was decoded so far, and what was expected of it."""
+    """What choosing other or fewer experts costs, over all that was decoded so far, and what was expected of a bias."""
     expected = ""
     if stats.reuse_price_target is not None:
         allowed = f"{stats.reuse_price_target:.2%} of perplexity"
         if stats.reuse_price_expected is None:
             return f"reuse bias off: none is known to cost at most {allowed}"
         expected = f"; expected {stats.reuse_price_expected:+.2%}, allowed {allowed}"
+    bias = f"reuse bias {stats.reuse_bias:.2f} now: " if stats.reuse_bias > 0 else ""
     return (
-        f"reuse bias {stats.reuse_bias:.2f} now: {stats.selections_changed:.1%} of experts changed, "
+        f"{bias}{stats.selections_changed:.1%} of experts changed, "
         f"{stats.gate_mass_moved:.1%} of their weight, KL {stats.kl_estimate:.3f}{expected}"
     )
 

@@ -21,6 +21,7 @@ from edgemoe.cli.convert import convert
 from edgemoe.cli.doctor import doctor
 from edgemoe.cli.generate import generate
 from edgemoe.cli.inspect import inspect
+from edgemoe.cli.lexi import lexi
 from edgemoe.cli.plan import plan
 from edgemoe.cli.price import price
 from edgemoe.cli.replay import replay
@@ -72,7 +73,10 @@ def cli(ctx: click.Context, debug: bool, verbose: bool) -> None:
     ctx.obj = Settings(debug=debug, verbose=verbose)
 
 
-for _command in (chat, generate, plan, inspect, doctor, convert, calibrate, trace, replay, bench, price, tune_router):
+for _command in (
+    *(chat, generate, plan, inspect, doctor, convert, calibrate, lexi, tune_router),
+    *(trace, replay, bench, price),
+):
     cli.add_command(_command)
 
 

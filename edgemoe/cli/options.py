@@ -84,6 +84,17 @@ def _check_reuse_price(ctx: click.Context, _param: click.Parameter, reuse_price:
     return price
 
 
+def _check_expert_top_k(_ctx: click.Context, _param: click.Parameter, expert_top_k: str) -> str:
+    if expert_top_k != "off":
+        from edgemoe import expert_count
+
+        try:
+            expert_count.parse(expert_top_k)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+    return expert_top_k
+
+
 model_argument = click.argument("model", required=False, type=click.Path(path_type=Path))
 memory_option = click.option(
     "--memory",
@@ -193,6 +204,15 @@ _LOAD_OPTIONS = {
         type=click.IntRange(min=1),
         metavar="J",
         help="With a reuse bias, so many of the best experts are always chosen.  [default: 1 or 2]",
+    ),
+    "expert_top_k": click.option(
+        "--expert-top-k",
+        metavar="off|K|RULE",
+        callback=_check_expert_top_k,
+        default="off",
+        show_default=True,
+        help="While decoding, use fewer experts: K; top-p:P for the best with that share of the weight; map for those "
+        "with a positive logit; lexi:MEAN[@FILE] for what each layer can spare. LOSSY: it changes the answer.",
     ),
     "warm_start": click.option(
         "--warm-start/--no-warm-start",

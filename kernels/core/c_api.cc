@@ -331,6 +331,8 @@ int32_t edgemoe_count_open(const edgemoe_count_options* options, edgemoe_count**
 
 void edgemoe_count_close(edgemoe_count* count) { delete count; }
 
+int32_t edgemoe_count_needs_logits(const edgemoe_count* count) { return count->count.NeedsLogits() ? 1 : 0; }
+
 int32_t edgemoe_count_select(edgemoe_count* count, const edgemoe_selection* selection, int32_t* n_used,
                              edgemoe_error* error) {
   return Guard(error, [&] { return count->count.Select(*selection, n_used); });

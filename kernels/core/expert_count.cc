@@ -11,10 +11,10 @@ Status ExpertCount::Check(const edgemoe_count_options& o) {
     return Status(EDGEMOE_INVALID_ARGUMENT, Format("edgemoe_count_options has %u bytes, expected %zu; rebuild",
                                                    o.struct_size, sizeof(edgemoe_count_options)));
   }
-  if (o.rule < EDGEMOE_COUNT_OF_LAYER || o.rule > EDGEMOE_COUNT_TOP_P) {
-    return Status(EDGEMOE_INVALID_ARGUMENT, Format("rule %d for the number of experts, expected 0 (of each layer) or 1 "
-                                                   "(top-p)",
-                                                   o.rule));
+  if (o.rule < EDGEMOE_COUNT_OF_LAYER || o.rule > EDGEMOE_COUNT_MAP) {
+    return Status(
+        EDGEMOE_INVALID_ARGUMENT,
+        Format("rule %d for the number of experts, expected 0 (of each layer), 1 (top-p) or 2 (MAP)", o.rule));
   }
   if (o.n_layers < 1 || o.n_experts < 1) {
     return Status(EDGEMOE_INVALID_ARGUMENT, Format("number of experts for %d layers of %d, expected at least 1 of each",
@@ -30,6 +30,11 @@ Status ExpertCount::Check(const edgemoe_count_options& o) {
                                                      "%d",
                                                      o.n_of_layer[i], i, o.n_experts));
     }
+  } else if (o.rule == EDGEMOE_COUNT_MAP) {
+    if (o.n_min < 1 || o.n_min > o.n_max || o.n_max > o.n_experts) {
+      return Status(EDGEMOE_INVALID_ARGUMENT, Format("%d to %d experts for a token, expected a range within 1 to %d",
+                                                     o.n_min, o.n_max, o.n_experts));
+    }
   } else if (!(o.top_p >= 0.0 && o.top_p <= 1.0)) {
     return Status(EDGEMOE_INVALID_ARGUMENT, Format("top-p %g for experts, expected 0 to 1", o.top_p));
   }
@@ -40,6 +45,8 @@ ExpertCount::ExpertCount(const edgemoe_count_options& options)
     : rule_(static_cast<edgemoe_count_rule>(options.rule)),
       n_experts_(options.n_experts),
       top_p_(options.top_p),
+      n_min_(options.n_min),
+      n_max_(options.n_max),
       n_of_layer_(static_cast<size_t>(options.n_layers)),
       masses_(static_cast<size_t>(options.n_experts)) {
   if (options.n_of_layer != nullptr) std::copy_n(options.n_of_layer, options.n_layers, n_of_layer_.begin());
@@ -47,6 +54,9 @@ ExpertCount::ExpertCount(const edgemoe_count_options& options)
 
 Status ExpertCount::Select(const edgemoe_selection& s, int32_t* n_used) {
   if (Status status = CheckShape(s, static_cast<int>(n_of_layer_.size()), n_experts_); !status.ok()) return status;
+  if (NeedsLogits() && s.logits == nullptr) {
+    return Status(EDGEMOE_INVALID_ARGUMENT, Format("no logits of layer %d to count experts by", s.layer));
+  }
   ReadMasses(s, s.n_used, masses_.data());
   *n_used = Count(s);
   ++stats_.n_selections;
@@ -66,6 +76,10 @@ int ExpertCount::Count(const edgemoe_selection& s) const {
   if (rule_ == EDGEMOE_COUNT_OF_LAYER) {
     const int n = n_of_layer_[static_cast<size_t>(s.layer)];
     return n == 0 ? s.n_used : std::min(n, s.n_used);
+  }
+  if (rule_ == EDGEMOE_COUNT_MAP) {
+    const auto n_positive = std::count_if(s.logits, s.logits + s.n_experts, [](float logit) { return logit > 0.0f; });
+    return std::min(std::clamp(static_cast<int>(n_positive), n_min_, n_max_), s.n_used);
   }
   if (top_p_ >= 1.0) return s.n_used;
   const double wanted = top_p_ * std::accumulate(masses_.begin(), masses_.begin() + s.n_used, 0.0);

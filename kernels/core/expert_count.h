@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // expert_count.h: how many experts a token gets, at most as many as the model has it use: a number for each layer, or
-// as many as hold a share of the mass. Who is left out has the least mixing weight. Arithmetic only; allocates when it
-// is opened.
+// as many as hold a share of the mass, or as many as the router gives a positive logit. Who is left out has the least
+// mixing weight. Arithmetic only; allocates when it is opened.
 #ifndef EDGEMOE_CORE_EXPERT_COUNT_H_
 #define EDGEMOE_CORE_EXPERT_COUNT_H_
 
@@ -19,6 +19,7 @@ class ExpertCount {
 
   // As edgemoe_count_select.
   Status Select(const edgemoe_selection& selection, int32_t* n_used);
+  bool NeedsLogits() const { return rule_ == EDGEMOE_COUNT_MAP; }
   const edgemoe_count_stats& stats() const { return stats_; }
   void ResetStats() { stats_ = {}; }
 
@@ -28,6 +29,7 @@ class ExpertCount {
   const edgemoe_count_rule rule_;
   const int n_experts_;
   const double top_p_;
+  const int n_min_, n_max_;
   std::vector<int32_t> n_of_layer_;
   std::vector<double> masses_;  // [place in the order], of the selection in progress
   edgemoe_count_stats stats_ = {};

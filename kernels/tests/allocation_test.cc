@@ -8,6 +8,7 @@
 #include <new>
 
 #include "edgemoe/scheduler.h"
+#include "edgemoe/selection.h"
 #include "tests/fakes.h"
 #include "tests/own_model.h"
 
@@ -203,8 +204,8 @@ TEST(ReuseBiasAllocationTest, BiasedSelectionAllocatesNothing) {
         scores[static_cast<size_t>(e)] = 1.0f / static_cast<float>(e + 2);
         order[static_cast<size_t>(e)] = e;
       }
-      const edgemoe_selection selection = {0,           n, 4, 1, 0, 0, scores.data(), scores.data(), resident.data(),
-                                           order.data()};
+      const edgemoe_selection selection = {
+          0, n, 4, 1, 0, 0, scores.data(), scores.data(), resident.data(), order.data(), nullptr};
       failed |= edgemoe_reuse_select(reuse, &selection, nullptr);
     }
     g_counting = false;
@@ -226,6 +227,38 @@ TEST(AllocationCounterTest, CountsAllocations) {
   g_counting = false;
   delete v;
   EXPECT_EQ(g_n_allocations.load(), 2);
+}
+
+// Guards against: a list of masses or a message that is made anew for each token.
+TEST(ExpertCountAllocationTest, CountingAllocatesNothing) {
+  constexpr int32_t n = 32;
+  const int32_t n_of_layer[] = {2};
+  for (const int32_t rule : {EDGEMOE_COUNT_OF_LAYER, EDGEMOE_COUNT_TOP_P, EDGEMOE_COUNT_MAP}) {
+    const edgemoe_count_options options = {sizeof(edgemoe_count_options), rule, 1, n, n_of_layer, 0.5, 1, 4};
+    edgemoe_count* count = nullptr;
+    ASSERT_EQ(edgemoe_count_open(&options, &count, nullptr), EDGEMOE_OK);
+    std::vector<float> masses(n), logits(n);
+    std::vector<int32_t> order(n);
+    for (int32_t e = 0; e < n; ++e) {
+      masses[static_cast<size_t>(e)] = 1.0f / static_cast<float>(e + 2);
+      logits[static_cast<size_t>(e)] = 1.5f - static_cast<float>(e);
+      order[static_cast<size_t>(e)] = e;
+    }
+    const edgemoe_selection selection = {
+        0, n, 4, 1, 0, 0, masses.data(), masses.data(), nullptr, order.data(), logits.data()};
+    int32_t failed = 0, n_used = 0;
+    g_n_allocations = 0;
+    g_counting = true;
+    for (int step = 0; step < 100; ++step) failed |= edgemoe_count_select(count, &selection, &n_used, nullptr);
+    g_counting = false;
+    EXPECT_EQ(failed, 0);
+    EXPECT_EQ(n_used, 2);
+    EXPECT_EQ(g_n_allocations.load(), 0);
+    edgemoe_count_stats stats;
+    edgemoe_count_read_stats(count, &stats);
+    EXPECT_EQ(stats.n_dropped, 200u);
+    edgemoe_count_close(count);
+  }
 }
 
 }  // namespace

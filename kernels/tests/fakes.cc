@@ -10,6 +10,8 @@
 #include <cstring>
 #include <fstream>
 
+#include "edgemoe/selection.h"
+
 namespace edgemoe::test {
 namespace {
 
@@ -195,6 +197,10 @@ std::vector<float> ToyModel::Reference(int layer, const std::vector<int32_t>& id
     const float* const x_row = x.data() + static_cast<ptrdiff_t>(token) * shape_.n_embd;
     for (int used = 0; used < n_used; ++used) {
       const int32_t expert = ids[static_cast<size_t>(token * n_used + used)];
+      if (expert == EDGEMOE_NO_EXPERT) {
+        y.resize(y.size() + static_cast<size_t>(shape_.n_embd));
+        continue;
+      }
       for (int r = 0; r < shape_.n_ff; ++r) {
         hidden[static_cast<size_t>(r)] = ToyDot(Type(Gate(layer)), row(Gate(layer), expert, r), x_row, shape_.n_embd) *
                                          ToyDot(Type(Up(layer)), row(Up(layer), expert, r), x_row, shape_.n_embd);

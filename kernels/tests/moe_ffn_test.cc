@@ -8,6 +8,7 @@
 
 #include "core/arithmetic.h"
 #include "core/runtime.h"
+#include "edgemoe/selection.h"
 #include "tests/fakes.h"
 #include "tests/own_model.h"
 
@@ -211,6 +212,78 @@ INSTANTIATE_TEST_SUITE_P(
       return std::string(std::get<0>(info.param).name) + "_" + std::to_string(std::get<1>(info.param)) + "slots_" +
              std::to_string(std::get<2>(info.param)) + "threads";
     });
+
+// Guards against: an empty place that takes part in the sum (with the last layer's row, or its bias and weight), a
+// token without experts that keeps what the output held, and rows of products that are not zeros where there is no sum.
+TEST(FfnNoExpertTest, EmptyPlacesAreNoPartOfTheSum) {
+  Watchdog watchdog("EmptyPlacesAreNoPartOfTheSum");
+  constexpr int32_t kNone = EDGEMOE_NO_EXPERT;
+  OwnModel model({{Format::kQ4_0, kFf, kEmbd}, {Format::kQ4_K, kEmbd, kFf}, {Format::kQ8_0, kFf, kEmbd}}, 4096 + 96);
+  for (const int n_slots : {2, kOwnExperts}) {
+    RuntimePtr runtime = model.Open(static_cast<uint64_t>(n_slots));
+    if (edgemoe_runtime_is_own(runtime.get(), 0) == 0) GTEST_SKIP() << "this CPU has only the portable kernels";
+    for (const bool sums : {true, false}) {
+      SessionPtr session = NewSession(runtime.get(), 2);
+      std::mt19937 rng(23);
+      const int n_tokens = 4;
+      const std::vector<int32_t> ids = {3, kNone, kNone, 5, kNone, kNone, 6, 3};
+      const std::vector<float> x = RandomRows(&rng, n_tokens, kEmbd), weights = RandomRows(&rng, n_tokens, kUsed),
+                               down_bias = RandomRows(&rng, kOwnExperts, kEmbd);
+      std::vector<float> gate(ids.size() * kFf, 7.0f), up(ids.size() * kFf, 7.0f), down(ids.size() * kEmbd, 7.0f),
+          out(static_cast<size_t>(n_tokens) * kEmbd, 7.0f);
+      edgemoe_ffn ffn = {};
+      ffn.up = model.Matmul(0, x.data(), 1, up.data(), kUsed);
+      ffn.down = model.Matmul(1, nullptr, kUsed, down.data(), kUsed);
+      ffn.gate = model.Matmul(2, x.data(), 1, gate.data(), kUsed);
+      ffn.glu = EDGEMOE_SWIGLU;
+      ffn.down_bias = sums ? down_bias.data() : nullptr;
+      ffn.down_bias_expert_bytes = kEmbd * sizeof(float);
+      ffn.weights = weights.data();
+      ffn.weights_used_bytes = sizeof(float);
+      ffn.weights_token_bytes = kUsed * sizeof(float);
+      ffn.out = sums ? out.data() : nullptr;
+      ffn.out_token_bytes = kEmbd * sizeof(float);
+      const int32_t tensor_idxs[] = {0, 1, 2};
+      edgemoe_error error = {};
+      ASSERT_EQ(
+          edgemoe_session_begin_layer(session.get(), ids.data(), n_tokens, kUsed, kUsed * 4, tensor_idxs, 3, &error),
+          EDGEMOE_OK)
+          << error.message;
+      ASSERT_EQ(edgemoe_session_ffn(session.get(), &ffn, &error), EDGEMOE_OK) << error.message;
+      edgemoe_session_end_layer(session.get());
+      const std::vector<float> zeros(kEmbd);
+      for (size_t token = 0; token < static_cast<size_t>(n_tokens); ++token) {
+        std::vector<std::vector<float>> downs;
+        std::vector<const float*> rows, biases;
+        std::vector<float> used_weights;
+        for (size_t pair = token * kUsed; pair < (token + 1) * kUsed; ++pair) {
+          const int32_t expert = ids[pair];
+          if (expert == kNone) {
+            if (!sums) ExpectSameBits(zeros.data(), down.data() + pair * kEmbd, kEmbd, "pair " + std::to_string(pair));
+            continue;
+          }
+          const std::vector<float> up_y = model.Product(0, expert, x.data() + token * kEmbd),
+                                   gate_y = model.Product(2, expert, x.data() + token * kEmbd);
+          std::vector<float> act(kFf);
+          simd::Portable().glu({static_cast<simd::GluKind>(EDGEMOE_SWIGLU), 0.0f, 0.0f}, gate_y.data(), nullptr,
+                               up_y.data(), nullptr, act.data(), kFf);
+          downs.push_back(model.Product(1, expert, act.data()));
+          ExpectSameBits(downs.back().data(), down.data() + pair * kEmbd, kEmbd, "pair " + std::to_string(pair));
+          biases.push_back(down_bias.data() + expert * kEmbd);
+          used_weights.push_back(weights[pair]);
+        }
+        if (!sums) continue;
+        std::vector<float> expected(kEmbd);
+        for (const std::vector<float>& row : downs) rows.push_back(row.data());
+        if (!rows.empty()) {
+          simd::Portable().combine(rows.data(), biases.data(), used_weights.data(), static_cast<int>(rows.size()),
+                                   expected.data(), kEmbd);
+        }
+        ExpectSameBits(expected.data(), out.data() + token * kEmbd, kEmbd, "sum of token " + std::to_string(token));
+      }
+    }
+  }
+}
 
 // Guards against: a block of the wrong shape, or with a tensor of the plug-in's, computed as if it were right.
 TEST(FfnErrorsTest, WhatDoesNotFitIsRefused) {

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <utility>
 
+#include "edgemoe/selection.h"
 #include "tests/fakes.h"
 
 namespace edgemoe::test {
@@ -66,6 +67,39 @@ TEST(MoeLayerTest, ResidentAndAbsentExpertsAreCounted) {
   EXPECT_GE(stats.bytes_read, stats.reads * model.tensors()[0].expert_bytes);
   edgemoe_runtime_reset_stats(runtime.get());
   EXPECT_EQ(StatsOf(runtime.get()).misses + StatsOf(runtime.get()).reads, 0u);
+}
+
+// Guards against: an empty place of a choice that is read, counted, multiplied with some expert, or left as it was,
+// with experts before and behind it, in tokens without any, and in a layer without any.
+TEST(MoeLayerTest, EmptyPlacesAreZerosAndCostNothing) {
+  Watchdog watchdog("EmptyPlacesAreZerosAndCostNothing");
+  constexpr int32_t kNone = EDGEMOE_NO_EXPERT;
+  ToyModel model({});
+  for (int64_t n_slots : {4, 144}) {
+    for (int n_threads : {1, 3}) {
+      RuntimePtr runtime(model.Open(model.SlotsBytes(n_slots)));
+      ToySession session(runtime.get(), &model, n_threads);
+      std::mt19937 rng(1);
+      const std::vector<float> x = RandomRows(&rng, 4, 16);
+      const std::vector<int32_t> ids = {5, 9, kNone, kNone, kNone, 9, kNone, 2, kNone, kNone, kNone, kNone, 0, 1, 2, 3};
+      ASSERT_EQ(session.RunLayer(0, ids, 4, x), EDGEMOE_OK) << session.error().message;
+      EXPECT_TRUE(SameBits(session.y(), model.Reference(0, ids, 4, x))) << n_slots << " slots";
+      edgemoe_stats stats = StatsOf(runtime.get());
+      EXPECT_EQ(stats.hits + stats.misses + stats.late_hits, 6u);
+      EXPECT_EQ(stats.misses, 6u);
+      EXPECT_EQ(stats.reads, 6u * 3u);
+      // One token, as in decoding, and then one without any.
+      const std::vector<float> row(x.begin(), x.begin() + 16);
+      for (const std::vector<int32_t>& one :
+           {std::vector<int32_t>{7, kNone, kNone, kNone}, std::vector<int32_t>{kNone, kNone, kNone, kNone}}) {
+        ASSERT_EQ(session.RunLayer(1, one, 1, row), EDGEMOE_OK) << session.error().message;
+        EXPECT_TRUE(SameBits(session.y(), model.Reference(1, one, 1, row)));
+      }
+      stats = StatsOf(runtime.get());
+      EXPECT_EQ(stats.misses, 7u);
+      EXPECT_EQ(stats.reads, 7u * 3u);
+    }
+  }
 }
 
 // Guards against: two sessions that read one expert twice, or count what is under way as absent.
@@ -368,7 +402,7 @@ TEST(MoeLayerTest, ExpertOutOfRangeIsRefused) {
   ToySession session(runtime.get(), &model);
   std::mt19937 rng(5);
   const std::vector<float> x = RandomRows(&rng, 1, 16);
-  for (int32_t bad : {-1, 16, INT32_MAX}) {
+  for (int32_t bad : {-2, 16, INT32_MIN, INT32_MAX}) {
     EXPECT_EQ(session.RunLayer(0, {0, bad}, 1, x), EDGEMOE_INVALID_ARGUMENT);
     EXPECT_NE(std::string(session.error().message).find(std::to_string(bad)), std::string::npos)
         << session.error().message;

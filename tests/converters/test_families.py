@@ -16,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from edgemoe import lexi
 from edgemoe.converters import to_gguf
+from edgemoe.formats.gguf import read_model
 from tests.converters.conftest import N_TOKENS, Workshop
 from tests.converters.families import FAMILIES
 from tests.integration.support import sampled, set_residency, stock, streamed
+from tests.integration.test_lexi import check_layers
 
 Floats = npt.NDArray[np.float32]
 
@@ -91,6 +94,16 @@ def test_f32_computes_what_transformers_does(workshop: Workshop, family: str, op
     found, expected = all_logits(llm, workshop.sequences()), workshop.reference(family)
     llm.close()
     assert relative_error(found, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("family", FLOAT_FAMILIES)
+def test_losses_of_fewer_experts_are_of_the_models_layers(
+    workshop: Workshop, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a family that `edgemoe lexi` takes and whose layers it computes unlike llama.cpp."""
+    path = workshop.gguf(family, "F32")
+    lexi.check(read_model(path))
+    check_layers(path, read_model(path).n_experts_used - 1, monkeypatch)
 
 
 @pytest.mark.parametrize("family, most", [("phimoe", 2e-3), ("gpt-oss", 1e-5), ("gpt-oss-bf16", 2e-4)])

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+import pytest
+from llama_cpp import llama_cpp as low_level
 
 import edgemoe
 from edgemoe import _native, runtime
+from edgemoe.converters.evaluate import GgmlTensor
 from edgemoe.errors import BudgetError
 
 ROOT = Path(__file__).parents[2]
@@ -119,3 +125,32 @@ def python(script: str, *arguments: object, timeout_s: float = 120) -> subproces
         text=True,
         timeout=timeout_s,
     )
+
+
+def watch_nodes(monkeypatch: pytest.MonkeyPatch, pattern: str, look: Callable[[str, GgmlTensor], None]) -> None:
+    """Contexts made from now on hand nodes whose names match `pattern` to `look`, right after they were computed."""
+
+    def on_node(address: int, ask: bool, _user_data: Any) -> bool:
+        node = ctypes.cast(address, ctypes.POINTER(GgmlTensor)).contents
+        name = node.name.decode()
+        if re.fullmatch(pattern, name) is None:
+            return not ask
+        if not ask:
+            look(name, node)
+        return True
+
+    callback = low_level.ggml_backend_sched_eval_callback(on_node)
+    defaults = low_level.llama_context_default_params
+
+    def with_callback() -> Any:
+        params = defaults()
+        params.cb_eval = callback
+        return params
+
+    monkeypatch.setattr(low_level, "llama_context_default_params", with_callback)
+
+
+def node_values(tensor: GgmlTensor) -> Logits:
+    """The values of a contiguous F32 tensor, its columns last."""
+    n = int(np.prod(tensor.ne[:]))
+    return np.frombuffer(ctypes.string_at(tensor.data, 4 * n), np.single).reshape(tuple(tensor.ne[:])[::-1]).copy()

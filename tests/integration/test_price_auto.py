@@ -147,13 +147,13 @@ def test_a_smaller_budget_chooses_again(caplog: pytest.LogCaptureFixture) -> Non
     _remember({0.3: 0.001}, share=0.9)
     with streamed(MODEL, memory="1GiB", reuse_price=0.01, **OPTIONS) as llm:
         assert llm.reuse_choice is not None and llm.reuse_choice.settings is not None
-        before = llm._selection
+        before = llm._choosers.selection
         llm.set_memory("900MiB")
-        assert llm._selection is before  # with what its guard has learned
+        assert llm._choosers.selection is before  # with what its guard has learned
         low = llm.plan.floor_bytes + ROOM_BYTES
         llm.set_memory(low)
         assert price_curve.resident_share(llm._gguf, llm.plan.slots_bytes) < 0.85
-        assert llm.reuse_choice.settings is None and llm._selection is None
+        assert llm.reuse_choice.settings is None and llm._choosers.selection is None
         assert "off from now on; cannot choose a reuse bias by its price" in caplog.text
         llm.eval([1, 2, 3])
         llm.eval([4])

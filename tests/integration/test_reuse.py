@@ -42,8 +42,8 @@ WIDE = {"n_experts": 32, "n_experts_used": 4}
 
 
 def _native(llm: edgemoe.Llama) -> Any:
-    assert llm._selection is not None and llm._selection._reuse is not None
-    return llm._selection._reuse.native
+    assert llm._choosers.selection is not None and llm._choosers.selection._reuse is not None
+    return llm._choosers.selection._reuse.native
 
 
 def _decode(llm: edgemoe.Llama, steps: list[int] = STEPS) -> edgemoe.Stats:
@@ -254,8 +254,8 @@ def test_prefetch_drafts_traces_and_profiles_go_on(kernels: str, write_model: Mo
 def test_unknown_graphs_are_refused(write_model: ModelWriter) -> None:
     """Guards against a bias that silently does nothing, because llama.cpp's graph is not what it was."""
     with streamed(write_model("olmoe"), reuse_bias=0.5) as llm:
-        assert llm._selection is not None
-        llm._selection._model = types.SimpleNamespace(n_experts=1, path="x.gguf", architecture="new")  # type: ignore[assignment]
+        assert llm._choosers.selection is not None
+        llm._choosers.selection._model = types.SimpleNamespace(n_experts=1, path="x.gguf", architecture="new")  # type: ignore[assignment]
         llm.eval(PROMPT)
         with pytest.raises(BackendError, match=r"no choice of experts was recognized; use reuse_bias='off' and"):
             llm.eval(STEPS[:1])

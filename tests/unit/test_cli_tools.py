@@ -60,13 +60,15 @@ def test_plan_has_the_options_of_loading(model: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(vars(edgemoe), "plan", planner(lambda n_ctx: (200 << 20) + n_ctx * 65536 + 1, asked))
     chosen = ["--prefetch", "2", "--draft", "ngram", "--eviction", "lfu", "--no-warm-start", "--threads", "3"]
     assert run("plan", model, "--memory", "300MiB", "--kernels", "ggml", *chosen).exit_code == 1
-    chosen_bias = ["--reuse-bias", "0.1", "--reuse-method", "max-rank", "--top-j", "2"]
+    chosen_bias = ["--reuse-bias", "0.1", "--reuse-method", "max-rank", "--top-j", "2", "--expert-top-k", "top-p:0.9"]
     assert run("plan", model, "--memory", "300MiB", "--kernels", "ggml", *chosen, *chosen_bias).exit_code == 1
     expected = {"prefetch": "2", "draft": "ngram", "eviction": "lfu", "warm_start": False, "kernels": "ggml"}
     expected |= {"reuse_bias": "off", "reuse_method": "cache-prior", "top_j": None, "reuse_price": None}
+    expected |= {"expert_top_k": "off"}
     biased = [options for options in asked if options["reuse_bias"] == "0.1"]
     assert len(biased) == 3
     assert all((options["reuse_method"], options["top_j"]) == ("max-rank", 2) for options in biased)
+    assert all(options["expert_top_k"] == "top-p:0.9" for options in biased)
     asked = [options for options in asked if options not in biased]
     assert len(asked) == 3
     assert all(options == {**expected, "n_threads": 3, "n_threads_batch": 3} for options in asked)

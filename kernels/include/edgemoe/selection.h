@@ -27,6 +27,7 @@ typedef struct edgemoe_selection {
   const float* masses;     /* [n_experts] mixing weights, before those of the chosen are normalized */
   const uint8_t* resident; /* [n_experts] 1: need not be read */
   int32_t* order;          /* [n_experts] by falling score; on return the chosen first */
+  const float* logits; /* [n_experts] the router's, before any softmax or sigmoid; read by EDGEMOE_COUNT_MAP alone */
 } edgemoe_selection;
 
 /* Write resident[n_experts]: 1 where all of an expert is resident or being read. Returns how many experts the layer
@@ -38,7 +39,8 @@ EDGEMOE_API int32_t edgemoe_runtime_residents(edgemoe_runtime* runtime, int32_t 
 
 typedef enum edgemoe_count_rule {
   EDGEMOE_COUNT_OF_LAYER = 0, /* as many as n_of_layer says */
-  EDGEMOE_COUNT_TOP_P = 1     /* the fewest of the best that hold top_p of the mass of the n_used best */
+  EDGEMOE_COUNT_TOP_P = 1,    /* the fewest of the best that hold top_p of the mass of the n_used best */
+  EDGEMOE_COUNT_MAP = 2       /* as many as have a positive logit, from n_min to n_max */
 } edgemoe_count_rule;
 
 typedef struct edgemoe_count_options {
@@ -47,7 +49,8 @@ typedef struct edgemoe_count_options {
   int32_t n_layers;
   int32_t n_experts;         /* the most in a layer */
   const int32_t* n_of_layer; /* [n_layers], copied; 0: as many as the model has; NULL: the rule is another one */
-  double top_p;              /* 0 to 1; 1 is exact */
+  double top_p;              /* 0 to 1; 1 is exact; read by that rule alone, as the others */
+  int32_t n_min, n_max;      /* 1 to n_experts; never more than the model has */
 } edgemoe_count_options;
 
 typedef struct edgemoe_count_stats {
@@ -63,6 +66,8 @@ typedef struct edgemoe_count edgemoe_count;
 EDGEMOE_API int32_t edgemoe_count_open(const edgemoe_count_options* options, edgemoe_count** count,
                                        edgemoe_error* error);
 EDGEMOE_API void edgemoe_count_close(edgemoe_count* count);
+/* 1: selections must bring the router's logits. */
+EDGEMOE_API int32_t edgemoe_count_needs_logits(const edgemoe_count* count);
 /* Write how many of the selection's n_used best are to be used: 1 to n_used. */
 EDGEMOE_API int32_t edgemoe_count_select(edgemoe_count* count, const edgemoe_selection* selection, int32_t* n_used,
                                          edgemoe_error* error);

@@ -12,10 +12,18 @@ namespace {
 struct Choosers {
   edgemoe_runtime* runtime = nullptr;
   edgemoe_ggml_choosers who = {};
+  bool need_logits = false;
   uint64_t n_selections = 0;
   std::vector<uint8_t> resident;  // [expert], as many as the largest layer has
 };
 thread_local Choosers t_choosers;
+
+// A router's logits, copied before a softmax or sigmoid makes masses of them: their memory may become the masses'.
+struct Logits {
+  const ggml_tensor* masses = nullptr;
+  std::vector<float> values;  // [n_tokens][n_experts]
+};
+thread_local Logits t_logits;
 
 // The last choice, until the layer's products have taken it.
 struct Chosen {
@@ -108,6 +116,28 @@ bool FindChoice(const ggml_cgraph* graph, int i, Choice* choice) {
   return FindWeights(graph, i + 1, choice);
 }
 
+// Whether masses are made of a router's logits here.
+bool MakesMasses(const ggml_tensor* node) {
+  const bool is_softmax = node->op == GGML_OP_SOFT_MAX && node->src[1] == nullptr;
+  const bool is_sigmoid = node->op == GGML_OP_UNARY && node->op_params[0] == GGML_UNARY_OP_SIGMOID;
+  if (!(is_softmax || is_sigmoid) || !IsRows(node->src[0], GGML_TYPE_F32)) return false;
+  const ggml_tensor* router = FindRouter(node->src[0], static_cast<int64_t>(t_choosers.resident.size()));
+  return router != nullptr && router->ne[0] == node->ne[0] && LayerOf(router->src[0]) >= 0;
+}
+
+void KeepLogits(const ggml_tensor* masses) {
+  const ggml_tensor* logits = masses->src[0];
+  const float* const values = static_cast<const float*>(logits->data);
+  t_logits.masses = masses;
+  t_logits.values.assign(values, values + ggml_nelements(logits));
+}
+
+// [n_tokens][n_experts]; null where they are not known.
+const float* LogitsOf(const Choice& choice) {
+  if (choice.are_logits) return static_cast<const float*>(choice.masses->data);
+  return t_logits.masses == SkipViews(choice.masses) ? t_logits.values.data() : nullptr;
+}
+
 // Give the places from n_kept on no mixing weight.
 void Empty(const Choice& choice, const edgemoe_selection& selection, int32_t n_kept) {
   float* const masses = const_cast<float*>(selection.masses);
@@ -126,6 +156,7 @@ bool SelectFor(const Choice& choice, int64_t token, int32_t* ids) {
   selection.masses = static_cast<const float*>(choice.masses->data) + token * n_experts;
   selection.resident = t_choosers.resident.data();
   selection.order = static_cast<int32_t*>(choice.order->data) + token * n_experts;
+  if (t_choosers.need_logits) selection.logits = LogitsOf(choice) + token * n_experts;
   int32_t n_kept = choice.n_used;
   if (t_choosers.who.count != nullptr) {
     if (edgemoe_count_select(t_choosers.who.count, &selection, &n_kept, nullptr) != EDGEMOE_OK) return false;
@@ -145,6 +176,7 @@ bool Apply(const Choice& choice) {
   uint8_t* const resident = t_choosers.resident.data();
   if (edgemoe_runtime_residents(t_choosers.runtime, choice.layer, resident, n_experts) != n_experts) return true;
   if (t_choosers.who.count != nullptr && !choice.are_masses_free) return true;
+  if (t_choosers.need_logits && LogitsOf(choice) == nullptr) return true;
   t_chosen.layer = choice.layer;
   t_chosen.n_tokens = choice.order->ne[1];
   t_chosen.n_used = choice.n_used;
@@ -162,18 +194,24 @@ bool HasChoosers() { return t_choosers.runtime != nullptr; }
 ggml_status ComputeChosen(GraphCompute compute, ggml_backend_t cpu, ggml_cgraph* graph) {
   if (!HasChoosers()) return compute(cpu, graph);
   int begin = 0;
+  const auto compute_until = [&](int end) {
+    if (begin == end) return GGML_STATUS_SUCCESS;
+    if (begin == 0 && end == graph->n_nodes) return compute(cpu, graph);
+    ggml_cgraph view = ggml_graph_view(graph, begin, end);
+    begin = end;
+    return compute(cpu, &view);
+  };
   for (int i = 0; i < graph->n_nodes; ++i) {
+    if (t_choosers.need_logits && MakesMasses(graph->nodes[i])) {
+      if (const ggml_status status = compute_until(i); status != GGML_STATUS_SUCCESS) return status;
+      KeepLogits(graph->nodes[i]);
+    }
     Choice choice;
     if (!FindChoice(graph, i, &choice)) continue;
-    ggml_cgraph view = ggml_graph_view(graph, begin, i + 1);
-    if (const ggml_status status = compute(cpu, &view); status != GGML_STATUS_SUCCESS) return status;
+    if (const ggml_status status = compute_until(i + 1); status != GGML_STATUS_SUCCESS) return status;
     if (!Apply(choice)) return GGML_STATUS_FAILED;
-    begin = i + 1;
   }
-  if (begin == graph->n_nodes) return GGML_STATUS_SUCCESS;
-  if (begin == 0) return compute(cpu, graph);
-  ggml_cgraph view = ggml_graph_view(graph, begin, graph->n_nodes);
-  return compute(cpu, &view);
+  return compute_until(graph->n_nodes);
 }
 
 const int32_t* TakeChosen(const edgemoe_runtime* runtime, int32_t layer, int64_t n_tokens, int64_t n_used) {
@@ -190,8 +228,10 @@ uint64_t edgemoe_ggml_set_choosers(edgemoe_runtime* runtime, const edgemoe_ggml_
   const uint64_t n_selections = mine.n_selections;
   mine.runtime = runtime;
   mine.who = runtime != nullptr ? *choosers : edgemoe_ggml_choosers{};
+  mine.need_logits = mine.who.count != nullptr && edgemoe_count_needs_logits(mine.who.count) != 0;
   mine.n_selections = 0;
   mine.resident.resize(static_cast<size_t>(n_experts));
   edgemoe_ggml::t_chosen.layer = -1;
+  edgemoe_ggml::t_logits.masses = nullptr;
   return n_selections;
 }

@@ -4,8 +4,9 @@
 // that the experts chosen by libedgemoe come first. The nodes that follow read from it which experts to multiply with,
 // and gather the mixing weights from the model's own. Places that are to stay empty cannot be taken out of the graph:
 // their experts' mixing weights become 0 (or a logit of minus infinity) before they are gathered, so that whatever
-// normalization the model's graph has is over the others, and the plug-in's own products leave them out. Graph and
-// splits stay as they are. Per thread, as lone_rows.h.
+// normalization the model's graph has is over the others, and the plug-in's own products leave them out. Where a rule
+// asks for the router's logits, the graph is interrupted before they become masses, too. Graph and splits stay as they
+// are. Per thread, as lone_rows.h.
 #ifndef EDGEMOE_PLUGINS_GGML_SELECTION_H_
 #define EDGEMOE_PLUGINS_GGML_SELECTION_H_
 

@@ -157,10 +157,11 @@ NB_MODULE(_core, m) {
       .def_ro("kl", &edgemoe_count_stats::kl);
 
   nb::class_<ExpertCount>(m, "ExpertCount")
-      .def(nb::init<int, int, int, const std::vector<int32_t>&, double>(), nb::arg("rule"), nb::arg("n_layers"),
-           nb::arg("n_experts"), nb::arg("n_of_layer"), nb::arg("top_p"))
+      .def(nb::init<int, int, int, const std::vector<int32_t>&, double, int, int>(), nb::arg("rule"),
+           nb::arg("n_layers"), nb::arg("n_experts"), nb::arg("n_of_layer"), nb::arg("top_p"), nb::arg("n_min"),
+           nb::arg("n_max"))
       .def("select", &ExpertCount::Select, nb::arg("layer"), nb::arg("n_used"), nb::arg("scores"), nb::arg("masses"),
-           nb::arg("order"), nb::arg("are_logits") = false)
+           nb::arg("order"), nb::arg("are_logits") = false, nb::arg("logits").none() = nb::none())
       .def("stats", &ExpertCount::Stats)
       .def("reset_stats", &ExpertCount::ResetStats);
 

@@ -42,7 +42,8 @@ class ReuseBias {
                                          n_used,          are_probabilities,
                                          are_logits,      0,
                                          scores.data(),   masses.data(),
-                                         resident.data(), order.data()};
+                                         resident.data(), order.data(),
+                                         nullptr};
     edgemoe_error error = {};
     Check(edgemoe_reuse_select(reuse_, &selection, &error), error);
   }
@@ -62,7 +63,8 @@ class ReuseBias {
 class ExpertCount {
  public:
   // n_of_layer: empty where the rule is another one.
-  ExpertCount(int rule, int n_layers, int n_experts, const std::vector<int32_t>& n_of_layer, double top_p) {
+  ExpertCount(int rule, int n_layers, int n_experts, const std::vector<int32_t>& n_of_layer, double top_p, int n_min,
+              int n_max) {
     if (!n_of_layer.empty() && n_of_layer.size() != static_cast<size_t>(n_layers)) {
       throw CoreError{EDGEMOE_INVALID_ARGUMENT, "number of experts: expected one for each layer"};
     }
@@ -71,7 +73,9 @@ class ExpertCount {
                                            n_layers,
                                            n_experts,
                                            n_of_layer.empty() ? nullptr : n_of_layer.data(),
-                                           top_p};
+                                           top_p,
+                                           n_min,
+                                           n_max};
     edgemoe_error error = {};
     Check(edgemoe_count_open(&options, &count_, &error), error);
   }
@@ -80,14 +84,24 @@ class ExpertCount {
   ExpertCount& operator=(const ExpertCount&) = delete;
 
   // order: experts by falling score.
-  int Select(int layer, int n_used, const Floats& scores, const Floats& masses, const Order& order, bool are_logits) {
+  int Select(int layer, int n_used, const Floats& scores, const Floats& masses, const Order& order, bool are_logits,
+             const std::optional<Floats>& logits) {
     const size_t n_experts = scores.shape(0);
-    if (masses.shape(0) != n_experts || order.shape(0) != n_experts) {
+    if (masses.shape(0) != n_experts || order.shape(0) != n_experts ||
+        (logits.has_value() && logits->shape(0) != n_experts)) {
       throw CoreError{EDGEMOE_INVALID_ARGUMENT, "selection: arrays of different lengths"};
     }
-    const edgemoe_selection selection = {
-        layer,       static_cast<int32_t>(n_experts), n_used, 0, are_logits, 0, scores.data(), masses.data(), nullptr,
-        order.data()};
+    const edgemoe_selection selection = {layer,
+                                         static_cast<int32_t>(n_experts),
+                                         n_used,
+                                         0,
+                                         are_logits,
+                                         0,
+                                         scores.data(),
+                                         masses.data(),
+                                         nullptr,
+                                         order.data(),
+                                         logits.has_value() ? logits->data() : nullptr};
     edgemoe_error error = {};
     int32_t n = 0;
     Check(edgemoe_count_select(count_, &selection, &n, &error), error);

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""The keywords of `Llama` that change which experts decoded tokens get: what they ask for together, and who chooses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from edgemoe import _native, expert_count, price_curve, reuse
+from edgemoe.errors import BackendError
+from edgemoe.formats.gguf import GgufModel
+from edgemoe.selection import Selection
+
+_log = logging.getLogger("edgemoe")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked for. `keywords` are those of `Llama`, as they were given."""
+
+    keywords: dict[str, Any]
+    bias: price_curve.Request
+    count: expert_count.Settings | None
+
+    def check(self, model: GgufModel) -> None:
+        """Refuse what this model cannot do; for errors see `reuse.check` and `expert_count.check`."""
+        reuse.check(self.bias.settings, model)
+        expert_count.check(self.count, model)
+
+
+def parse(
+    reuse_bias: str | float = "off",
+    reuse_method: str = "cache-prior",
+    top_j: int | None = None,
+    reuse_price: str | float | None = None,
+    expert_top_k: str | int = "off",
+) -> Request:
+    """Check the keywords by themselves.
+
+    Raises:
+        ValueError: one of them makes no sense, or a price is asked for that other levers would change.
+    """
+    keywords = {
+        "reuse_bias": reuse_bias,
+        "reuse_method": reuse_method,
+        "top_j": top_j,
+        "reuse_price": reuse_price,
+        "expert_top_k": expert_top_k,
+    }
+    bias = price_curve.parse(reuse_bias, reuse_method, top_j, reuse_price)
+    count = expert_count.parse(expert_top_k)
+    if bias.price is not None and count is not None:
+        raise ValueError(
+            f"reuse_bias 'auto' and expert_top_k {expert_top_k!r} exclude each other: expected a number for the bias, "
+            "as remembered prices are those of a bias alone"
+        )
+    return Request(keywords, bias, count)
+
+
+class Choosers:
+    """Those who choose for one `Llama`; until `prepare`, and where nothing was asked for, the model alone."""
+
+    def __init__(
+        self, request: Request, model: GgufModel, progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
+        """For errors see `expert_count.make`."""
+        self._request = request
+        self._model = model
+        self._count = None if request.count is None else expert_count.make(request.count, model, progress)
+        self.selection: Selection | None = None
+        self.reuse_choice: price_curve.Choice | None = None
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """As they were given."""
+        return self._request.keywords
+
+    def expect(self, slots_bytes: int, eviction: str) -> None:
+        """Refuse before loading what `prepare` would refuse with so much memory for experts.
+
+        Raises:
+            PriceError: see `price_curve.Request.choose`.
+        """
+        self._request.bias.choose(self._model, slots_bytes, eviction)
+
+    def prepare(self, native: _native.Runtime, slots_bytes: int, eviction: str, *, is_hooked: bool) -> None:
+        """Choose from now on.
+
+        Raises:
+            PriceError: see `price_curve.Request.choose`.
+            BackendError: llama.cpp's graphs cannot be interrupted.
+        """
+        self._take(native, self._request.bias.choose(self._model, slots_bytes, eviction), is_hooked=is_hooked)
+
+    def prepare_again(self, native: _native.Runtime, slots_bytes: int, eviction: str) -> None:
+        """The memory for experts has changed: a price may allow another bias, or none any more."""
+        if self.reuse_choice is not None:
+            choice = self._request.bias.choose_again(self._model, slots_bytes, eviction)
+            self._take(native, choice, is_hooked=True)
+
+    def _take(self, native: _native.Runtime, choice: price_curve.Choice | None, *, is_hooked: bool) -> None:
+        before, self.reuse_choice = self.reuse_choice, choice
+        settings = self._request.bias.settings if choice is None else choice.settings
+        if choice is not None and choice != before:
+            _log.log(logging.WARNING if settings is None else logging.INFO, "%s", choice.text)
+        if settings is None and self._count is None:
+            self.selection = None
+            return
+        if self.selection is not None and before is not None and before.settings == settings:
+            return  # what the guard has learned stays
+        if not is_hooked:
+            raise BackendError(
+                "cannot change routing: llama.cpp's CPU backend cannot be told to leave the choice to edgemoe; "
+                "use reuse_bias='off' and expert_top_k='off'"
+            )
+        bias = None if settings is None else reuse.ReuseBias(settings, self._model)
+        self.selection = Selection(native, self._model, self._count, bias)
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Within: the experts of what this thread evaluates are chosen so; see `Selection.applied`."""
+        return contextlib.nullcontext() if self.selection is None else self.selection.applied()
+
+    def stats(self) -> dict[str, Any]:
+        """The fields of `Stats` that say what it costs."""
+        found = {} if self.selection is None else self.selection.stats()
+        return found | ({} if self.reuse_choice is None else self.reuse_choice.stats())
+
+    def reset_stats(self) -> None:
+        """Start the counters again; what a guard has learned stays."""
+        if self.selection is not None:
+            self.selection.reset_stats()
