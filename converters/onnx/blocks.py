@@ -53,7 +53,7 @@ def quantize(values: Floats, grid: Grid) -> tuple[Bytes, Floats]:
     largest = np.abs(blocks).argmax(axis=2, keepdims=True)
     scales = np.take_along_axis(blocks, largest, axis=2) / np.float32(-half)
     steps = np.rint(blocks / np.where(scales == 0, np.float32(1), scales))
-    codes = (np.clip(steps, -half, half - 1) + half).astype(np.uint8).reshape(n_rows, -1)
+    codes: Bytes = (np.clip(steps, -half, half - 1) + half).astype(np.uint8).reshape(n_rows, -1)
     if grid.bits == 4:
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+        codes = np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], 4, dtype=np.uint8))
     return np.ascontiguousarray(codes), np.ascontiguousarray(scales[:, :, 0])

@@ -208,8 +208,8 @@ class Decoder:
         self, layer: int, q: str, k: str, v: str, scale: float, sinks: str = "", *, is_interleaved: bool = False
     ) -> str:
         graph, s = self._graph, self.shape
-        past = ["batch", s.n_kv_heads, "past", s.head_dim]
-        present = ["batch", s.n_kv_heads, "total", s.head_dim]
+        past: list[int | str] = ["batch", s.n_kv_heads, "past", s.head_dim]
+        present: list[int | str] = ["batch", s.n_kv_heads, "total", s.head_dim]
         inputs = [q, k, v]
         inputs += [graph.input(f"past_key_values.{layer}.{part}", FLOAT, past) for part in ("key", "value")]
         inputs += [self._lengths, self._total, *self._tables, "", "", sinks]

@@ -29,8 +29,9 @@ ALIGNMENT_BYTES = 4096
 OPSET, MICROSOFT_OPSET, IR_VERSION = 21, 1, 10
 MICROSOFT = "com.microsoft"
 DENSE, EXPERTS = "model.onnx.data", "experts.bin"
-FLOAT, UINT8, INT32, INT64 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64
-_ITEM_BYTES = {FLOAT: 4, UINT8: 1, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
+FLOAT, FLOAT16, BFLOAT16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16), int(TensorProto.BFLOAT16)
+UINT8, INT32, INT64 = int(TensorProto.UINT8), int(TensorProto.INT32), int(TensorProto.INT64)
+_ITEM_BYTES = {FLOAT: 4, FLOAT16: 2, BFLOAT16: 2, UINT8: 1}
 
 
 @dataclasses.dataclass(frozen=True)

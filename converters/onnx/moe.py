@@ -8,6 +8,8 @@ and input 14 is left out only where the weights are that softmax.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from edgemoe.errors import ConversionError
@@ -138,7 +140,7 @@ def add_experts(
     names += [inputs["fc2_q"], inputs["fc2_scales"], biases[1]]
     if weights:
         names += [""] * 6 + [weights]
-    attributes: dict[str, object] = {} if activation.limit is None else {"swiglu_limit": activation.limit}
+    attributes: dict[str, Any] = {} if activation.limit is None else {"swiglu_limit": activation.limit}
     y = graph.nodes(
         "QMoE",
         names,

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from edgemoe.errors import ConversionError
@@ -82,7 +83,7 @@ class OutFolder:
         Raises:
             ConversionError: the disk is full or fails.
         """
-        view = memoryview(data).cast("B")
+        view = data.reshape(-1).view(np.uint8).data
         assert at + view.nbytes <= place.n_bytes  # jobs fill what they have described
         offset = place.offset + at
         with self._writing():

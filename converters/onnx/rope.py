@@ -95,9 +95,9 @@ def _yarn(rope: dict[str, Any], plain: Floats, n_dims: int, theta: float, hparam
     frequencies = plain / np.float32(scale) * ramp + plain * (1 - ramp)
     factor = rope.get("attention_factor")
     if factor is None:
-        mscale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+        mscale, all_dims = float(rope.get("mscale") or 0), float(rope.get("mscale_all_dim") or 0)
         both = mscale and all_dims
-        factor = _mscale(scale, float(mscale)) / _mscale(scale, float(all_dims)) if both else _mscale(scale)
+        factor = _mscale(scale, mscale) / _mscale(scale, all_dims) if both else _mscale(scale)
     return frequencies.astype(np.float32), float(factor)
 
 

@@ -9,15 +9,15 @@ import numpy as np
 
 from edgemoe.errors import ConversionError
 
-from ..hf.checkpoint import Checkpoint, Floats, StoredTensor
+from ..hf.checkpoint import Bytes, Checkpoint, Floats, StoredTensor
 from . import blocks
 from .blocks import Grid
-from .graph import FLOAT, MICROSOFT, UINT8, Graph, Job, TensorProto, Writer
+from .graph import BFLOAT16, FLOAT, FLOAT16, MICROSOFT, UINT8, Graph, Job, Writer
 
 _PIECE_ELEMENTS = 4 << 20
 """Elements that go through memory at a time: 16 MiB as float32, some five times that while they are quantized."""
 
-_STORED_AS = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+_STORED_AS = {"F32": FLOAT, "F16": FLOAT16, "BF16": BFLOAT16}
 
 
 class Weights:
@@ -68,7 +68,8 @@ class Weights:
     def vector(self, name: str, size: int) -> Floats:
         """float32 (size,), read now."""
         tensor = self.need(name, (size,))
-        return self.checkpoint.read_rows(tensor, 0, 1)[0]
+        values: Floats = self.checkpoint.read_rows(tensor, 0, 1)[0]
+        return values
 
     def matrix(self, name: str, n_rows: int, n_columns: int) -> str:
         """A matrix that stays float32, as a constant (n_rows, n_columns)."""
@@ -97,7 +98,9 @@ class Weights:
             at = 0
             for start, stop in pieces(n_rows, n_columns):
                 values = self.checkpoint.read_rows(tensor, start, stop)  # refuses what is not finite
-                data = values if data_type == FLOAT else self.checkpoint.read_raw(tensor, start, stop)
+                data: Floats | Bytes = values
+                if data_type != FLOAT:
+                    data = self.checkpoint.read_raw(tensor, start, stop)
                 writer.write(place, at, data)
                 at += data.nbytes
 
