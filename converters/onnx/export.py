@@ -103,6 +103,8 @@ def plan_export(folder: Path, recipe: Recipe | None = None) -> Plan:
     notes = _check_all_used(weights, family, hparams)
     if not decoder.n_moe_layers:
         raise ConversionError(f"cannot convert {folder}: no layer has a router; it is no Mixture-of-Experts model")
+    if any(name.endswith("_proj_blocks") for name in checkpoint.tensors):
+        notes.append(f"experts are MXFP4 in the checkpoint: rounding them to {recipe.quant} changes them")
     if decoder.shape.n_positions < hparams.count("max_position_embeddings"):
         notes.append(
             f"the context is {decoder.shape.n_positions} tokens, not {hparams.count('max_position_embeddings')} as in "

@@ -100,8 +100,7 @@ def find_family(hparams: Hparams) -> Family:
 
 
 def _check(family: Family, hparams: Hparams) -> None:
-    required = {"hidden_act": ("silu", "swish", None), "clip_qkv": (None,), "partial_rotary_factor": (None, 1.0)}
-    for field, accepted in {**required, **family.requires}.items():
+    for field, accepted in {"hidden_act": ("silu", "swish", None), **family.requires}.items():
         value = hparams.get(field)
         if value not in accepted:
             shown = " or ".join("nothing" if choice is None else str(choice) for choice in accepted)
@@ -174,7 +173,7 @@ _GRANITE_MULTIPLIERS = {
 _NO_WINDOW = {"use_sliding_window": (False, None)}
 
 FAMILIES = (
-    Family("OLMoE", ("OlmoeForCausalLM",), _softmax_of_all, uses_window=True),
+    Family("OLMoE", ("OlmoeForCausalLM",), _softmax_of_all, {"clip_qkv": (None,), "sliding_window": (None,)}),
     Family("Qwen2-MoE", ("Qwen2MoeForCausalLM",), _softmax_of_all, _NO_WINDOW),
     Family("Qwen3-MoE", ("Qwen3MoeForCausalLM",), _softmax_of_all, _NO_WINDOW),
     Family("Mixtral", ("MixtralForCausalLM",), _softmax_of_chosen, uses_window=True),
@@ -207,5 +206,11 @@ FAMILIES = (
         is_latent=True,
     ),
     Family("gpt-oss", ("GptOssForCausalLM",), _softmax_of_chosen, activation=_gpt_oss_activation),
-    Family("LFM2-MoE", ("Lfm2MoeForCausalLM",), _lfm2, {"conv_bias": (False, None)}, genai_type="lfm2_moe"),
+    Family(
+        "LFM2-MoE",
+        ("Lfm2MoeForCausalLM",),
+        _lfm2,
+        {"conv_bias": (False, None), "use_expert_bias": (True, None)},
+        genai_type="lfm2_moe",
+    ),
 )

@@ -71,6 +71,7 @@ class Graph:
         self._outputs: list[Any] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._n_named: dict[str, int] = {}
+        self._stored: set[str] = set()
 
     def input(self, name: str, data_type: int, shape: Sequence[int | str]) -> str:
         """An input of the model; axes of a name may have any size."""
@@ -124,6 +125,8 @@ class Graph:
 
     def stored(self, name: str, data_type: int, shape: Sequence[int], file: str = DENSE) -> Place:
         """Describe a tensor in a file of its own; a job has to fill it."""
+        assert name not in self._stored  # a matrix may be an embedding and the output's, under names of their own
+        self._stored.add(name)
         offset = -(-self.file_bytes.get(file, 0) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         place = Place(file, offset, math.prod(shape) * _ITEM_BYTES[data_type])
         self.file_bytes[file] = offset + place.n_bytes

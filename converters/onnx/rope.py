@@ -43,6 +43,11 @@ def find_rope(hparams: Hparams, n_dims: int, max_positions: int) -> Rope:
     """
     rope = hparams.rope
     kind = str(rope.get("rope_type") or "default").lower()
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ConversionError(
+            f"cannot convert the checkpoint: partial_rotary_factor is {rope['partial_rotary_factor']}, expected 1 "
+            f"({hparams.path})"
+        )
     theta = float(_need(rope, "rope_theta", hparams))
     n_positions = min(hparams.count("max_position_embeddings"), max_positions)
     exponents = np.arange(0, n_dims, 2, dtype=np.float32) / np.float32(n_dims)

@@ -113,7 +113,7 @@ class Weights:
         n_rows, n_columns = tensor.shape
         if self._dense is None:
             product = graph.node(
-                "Gemm", graph.reshape(x, -1, n_columns), self._floats(f"{name}.weight", tensor), transB=1
+                "Gemm", graph.reshape(x, -1, n_columns), self._floats(f"{name}.weight_fp32", tensor), transB=1
             )
             tokens = graph.node("Shape", x, end=2)
             shape = graph.node("Concat", tokens, graph.constant([n_rows], np.int64), axis=0)

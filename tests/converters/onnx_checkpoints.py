@@ -18,9 +18,12 @@ from tests.converters.checkpoints import Checkpoint
 Floats = npt.NDArray[np.float32]
 
 CHANGES: dict[str, dict[str, Any]] = {
+    "mixtral": {"sliding_window": 24},
+    "phimoe": {"router_jitter_noise": 0.3},
     "deepseek-v2-lite": {"num_hidden_layers": 3, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
 }
-"""Fields that differ from `families`: 27 layers are llama.cpp's business; groups are DeepSeek-V2's, not Lite's."""
+"""Fields that differ from `families`: a window shorter than the test's text, a sparse mixer that mixes in most tokens
+and not in few, fewer layers (27 are llama.cpp's business), and groups, which DeepSeek-V2 has and Lite has not."""
 
 
 def write_checkpoint(folder: Path, name: str, bits: int, **changes: Any) -> Checkpoint:
@@ -31,6 +34,8 @@ def write_checkpoint(folder: Path, name: str, bits: int, **changes: Any) -> Chec
     for path in folder.glob("*.safetensors"):
         state = safetensors.torch.load_file(path)
         for key, tensor in state.items():
+            if key.endswith("_blocks"):
+                state[key] = _mxfp4_on_grid(tensor)
             if tensor.dim() < 2 or not tensor.is_floating_point():
                 continue
             is_transposed = name.startswith("gpt-oss") and tensor.dim() == 3
@@ -56,6 +61,14 @@ def _on_grid(tensor: Any, bits: int) -> Any:
         steps.scatter_(-1, largest, half * block.gather(-1, largest).sign())
         result[..., start : start + 32] = steps * step
     return result.to(tensor.dtype)
+
+
+def _mxfp4_on_grid(packed: Any) -> Any:
+    """MXFP4 blocks [..., 16] of numbers up to 3, but for a first one of 4: multiples of 1/2 with one of 8 halves."""
+    nibbles = [(packed & 8) | (packed & 7).clamp(max=5), (packed >> 4 & 8) | (packed >> 4 & 7).clamp(max=5)]
+    result = nibbles[0] | nibbles[1] << 4
+    result[..., 0] = (result[..., 0] & 0xF0) | 6
+    return result
 
 
 class Runner:
