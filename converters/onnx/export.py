@@ -143,7 +143,7 @@ def export(plan: Plan, out: Path, *, force: bool = False, progress: Progress | N
         found = "the checkpoint itself" if out.is_dir() else "no folder"
         raise ConversionError(f"cannot write the model: OUT_DIR is {found} ({out}); name another folder")
     n_done, n_total = 0, sum(job.n_bytes for job in plan.jobs)
-    with OutFolder(out, plan.file_bytes) as folder:
+    with OutFolder(out, plan.file_bytes, plan.n_bytes) as folder:
         for job in plan.jobs:
             job.run(folder)
             n_done += job.n_bytes

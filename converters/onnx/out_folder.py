@@ -34,12 +34,13 @@ class OutFolder:
     Args:
         out: the final name; it must not exist, or `commit` replaces it.
         file_bytes: names and lengths of the files that `write` fills.
+        n_bytes: of the whole folder.
 
     Raises:
         ConversionError: another conversion writes to the same name, or there is no room or permission.
     """
 
-    def __init__(self, out: Path, file_bytes: Mapping[str, int]) -> None:
+    def __init__(self, out: Path, file_bytes: Mapping[str, int], n_bytes: int) -> None:
         self._out = Path(os.path.abspath(out))
         self.path = self._out.with_name(f".{self._out.name}.partial")
         self._files: dict[str, int] = {}
@@ -59,10 +60,10 @@ class OutFolder:
         try:
             with self._writing():
                 _empty(self.path)
-                self._check_free_space(sum(file_bytes.values()))
-                for name, n_bytes in file_bytes.items():
+                self._check_free_space(n_bytes)
+                for name, length in file_bytes.items():
                     self._files[name] = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666)
-                    os.truncate(self._files[name], n_bytes)
+                    os.truncate(self._files[name], length)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
