@@ -7,6 +7,8 @@ import fcntl
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -216,3 +218,25 @@ def test_an_embedding_keeps_its_type(olmoe: Path, tmp_path: Path) -> None:
         stored |= safetensors.torch.load_file(path)
     expected = stored["model.embed_tokens.weight"].float().numpy().view(np.uint32) >> 16
     assert found == expected.astype(np.uint16).tobytes()
+
+
+def test_without_onnx_the_error_says_what_to_install(olmoe: Path, tmp_path: Path) -> None:
+    """Guards against: a traceback where the extra is not installed."""
+    code = "import sys; sys.modules['onnx'] = None; from edgemoe.cli.main import main; main()"
+    arguments = [sys.executable, "-c", code, "convert", "onnx", str(olmoe), str(tmp_path / "out")]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert result.returncode == 1
+    assert "pip install 'edgemoe[convert]'" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_torch_and_transformers_are_not_needed(olmoe: Path, tmp_path: Path) -> None:
+    """Guards against: gigabytes of packages to install where a checkpoint is only rewritten."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'onnxruntime', 'safetensors']));"
+        "from edgemoe.cli.main import main; main()"
+    )
+    arguments = [sys.executable, "-c", code, "convert", "onnx", str(olmoe), str(tmp_path / "out")]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "model.onnx").is_file()
