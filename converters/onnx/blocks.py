@@ -14,7 +14,6 @@ import numpy as np
 
 from ..hf.checkpoint import Bytes, Floats
 
-BITS = (4, 8)
 BLOCKS = (32, 64, 128)
 
 

@@ -17,11 +17,11 @@ from edgemoe.errors import ConversionError
 
 from ..hf.checkpoint import SCALE_SUFFIX, Checkpoint, open_checkpoint
 from ..hf.family import Hparams
-from .blocks import BITS, BLOCKS, Grid
+from .blocks import BLOCKS, Grid
 from .decoder import Decoder
 from .families import Family, find_family
 from .genai import MODEL_NAME, TOKENIZER_FILES, genai_config
-from .graph import EXPERTS, Graph, Job
+from .graph import Graph, Job
 from .out_folder import OutFolder
 from .weights import Weights
 
@@ -184,6 +184,3 @@ def _check_all_used(weights: Weights, family: Family, hparams: Hparams) -> list[
     if n_ahead:
         return [f"{n_ahead} tensors of layers that predict further tokens were left out"]
     return []
-
-
-__all__ = ["BITS", "BLOCKS", "DENSE", "EXPERTS", "QUANTS", "Plan", "Progress", "Recipe", "export", "plan_export"]
