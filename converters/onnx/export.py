@@ -30,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 QUANTS = {"int4": 4, "int8": 8}
 DENSE = (*QUANTS, "fp32")
+EMBEDDINGS = (*QUANTS, "stored")
 DEFAULT_MAX_POSITIONS = 32768
 """The longest context: tables of RoPE take 4 bytes a position and dimension, 64 MiB for heads of 128 and 2^17."""
 
@@ -44,12 +45,14 @@ class Recipe:
     Attributes:
         quant: `int4` or `int8`: experts.
         dense: `int4`, `int8` or `fp32`: all other matrices but routers and the embedding; as `quant` if None.
+        embedding: `int4`, `int8` or `stored`: as the checkpoint has it; it also is where its rows are no whole blocks.
         block: columns that share a scale: 32, 64 or 128.
         max_positions: the longest context.
     """
 
     quant: str = "int4"
     dense: str | None = None
+    embedding: str = "int8"
     block: int = 32
     max_positions: int = DEFAULT_MAX_POSITIONS
 
@@ -98,8 +101,9 @@ def plan_export(folder: Path, recipe: Recipe | None = None) -> Plan:
     family = find_family(hparams)
     dense = recipe.dense or recipe.quant
     graph = Graph()
-    weights = Weights(checkpoint, graph, None if dense == "fp32" else Grid(QUANTS[dense], recipe.block))
-    decoder = Decoder(weights, family, hparams, Grid(QUANTS[recipe.quant], recipe.block), recipe.max_positions)
+    grids = {name: Grid(bits, recipe.block) for name, bits in QUANTS.items()}
+    weights = Weights(checkpoint, graph, grids.get(dense), grids.get(recipe.embedding))
+    decoder = Decoder(weights, family, hparams, grids[recipe.quant], recipe.max_positions)
     notes = _check_all_used(weights, family, hparams)
     if not decoder.n_moe_layers:
         raise ConversionError(f"cannot convert {folder}: no layer has a router; it is no Mixture-of-Experts model")
@@ -160,6 +164,7 @@ def _check(recipe: Recipe) -> None:
     for field, value, known in (
         ("quant", recipe.quant, tuple(QUANTS)),
         ("dense", recipe.dense or recipe.quant, DENSE),
+        ("embedding", recipe.embedding, EMBEDDINGS),
         ("block", recipe.block, BLOCKS),
     ):
         if value not in known:

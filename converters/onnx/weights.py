@@ -12,7 +12,7 @@ from edgemoe.errors import ConversionError
 from ..hf.checkpoint import Bytes, Checkpoint, Floats, StoredTensor
 from . import blocks
 from .blocks import Grid
-from .graph import BFLOAT16, FLOAT, FLOAT16, MICROSOFT, UINT8, Graph, Job, Writer
+from .graph import BFLOAT16, FLOAT, FLOAT16, MICROSOFT, UINT8, Graph, Job, Place, Writer
 
 _PIECE_ELEMENTS = 4 << 20
 """Elements that go through memory at a time: 16 MiB as float32, some five times that while they are quantized."""
@@ -21,12 +21,20 @@ _STORED_AS = {"F32": FLOAT, "F16": FLOAT16, "BF16": BFLOAT16}
 
 
 class Weights:
-    """The tensors of a checkpoint, and which of them the graph has used."""
+    """The tensors of a checkpoint, and which of them the graph has used.
 
-    def __init__(self, checkpoint: Checkpoint, graph: Graph, dense: Grid | None) -> None:
+    Args:
+        checkpoint: where they are.
+        graph: where they go.
+        dense: how matrices are quantized; None: they become float32.
+        embedding: how the embedding is quantized; None: it stays as it is stored.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, graph: Graph, dense: Grid | None, embedding: Grid | None) -> None:
         self.checkpoint = checkpoint
         self.graph = graph
         self._dense = dense
+        self._embedding = embedding
         self._used: set[str] = set()
 
     def has(self, name: str) -> bool:
@@ -89,8 +97,10 @@ class Weights:
         self.graph.jobs.append(Job(place.n_bytes, lambda writer: writer.write(place, 0, values)))
 
     def embedding(self, name: str, n_rows: int, n_columns: int, ids: str) -> str:
-        """Rows of the matrix, picked by ids (batch, sequence), as float32; the matrix stays as it is stored."""
+        """Rows of the matrix, picked by ids (batch, sequence), as float32."""
         tensor = self.need(name, (n_rows, n_columns))
+        if self._embedding is not None and n_columns % self._embedding.block == 0:
+            return self._quantized_embedding(name, tensor, ids, self._embedding)
         data_type = _STORED_AS.get(tensor.dtype, FLOAT)
         place = self.graph.stored(name, data_type, tensor.shape)
 
@@ -123,19 +133,32 @@ class Weights:
         q_name, s_name = f"{name}.weight_q{grid.bits}", f"{name}.weight_scales"
         q = graph.stored(q_name, UINT8, (n_rows, n_blocks, grid.block * grid.bits // 8))
         s = graph.stored(s_name, FLOAT, (n_rows * n_blocks,))
+        self._quantize(tensor, grid, q, s)
+        sizes = {"K": n_columns, "N": n_rows, "bits": grid.bits, "block_size": grid.block}
+        return graph.node("MatMulNBits", x, q_name, s_name, domain=MICROSOFT, **sizes)
+
+    def _quantized_embedding(self, name: str, tensor: StoredTensor, ids: str, grid: Grid) -> str:
+        n_rows, n_columns = tensor.shape
+        q_name, s_name = f"{name}_rows_q{grid.bits}", f"{name}_rows_scales"
+        q = self.graph.stored(q_name, UINT8, (n_rows, grid.row_bytes(n_columns)))
+        s = self.graph.stored(s_name, FLOAT, (n_rows, grid.n_blocks(n_columns)))
+        self._quantize(tensor, grid, q, s)
+        axes = {"bits": grid.bits, "block_size": grid.block, "gather_axis": 0, "quantize_axis": 1}
+        return self.graph.node("GatherBlockQuantized", q_name, ids, s_name, domain=MICROSOFT, **axes)
+
+    def _quantize(self, tensor: StoredTensor, grid: Grid, q: Place, s: Place) -> None:
+        """Fill both places with a matrix, some rows after the other."""
 
         def run(writer: Writer) -> None:
             q_at = s_at = 0
-            for start, stop in pieces(n_rows, n_columns):
+            for start, stop in pieces(tensor.n_rows, tensor.n_columns):
                 packed, scales = blocks.quantize(self.checkpoint.read_rows(tensor, start, stop), grid)
                 writer.write(q, q_at, packed)
                 writer.write(s, s_at, scales)
                 q_at += packed.nbytes
                 s_at += scales.nbytes
 
-        graph.jobs.append(Job(q.n_bytes + s.n_bytes, run))
-        sizes = {"K": n_columns, "N": n_rows, "bits": grid.bits, "block_size": grid.block}
-        return graph.node("MatMulNBits", x, q_name, s_name, domain=MICROSOFT, **sizes)
+        self.graph.jobs.append(Job(q.n_bytes + s.n_bytes, run))
 
     def _floats(self, name: str, tensor: StoredTensor) -> str:
         place = self.graph.stored(name, FLOAT, tensor.shape)

@@ -28,6 +28,13 @@ from edgemoe.sizes import format_size
     help="Type of all other matrices but routers and the embedding.  [default: that of the experts]",
 )
 @click.option(
+    "--embedding",
+    type=click.Choice(["int4", "int8", "stored"]),
+    default="int8",
+    show_default=True,
+    help="Type of the embedding; stored: as in CHECKPOINT.",
+)
+@click.option(
     "--block",
     type=click.Choice(["32", "64", "128"]),
     default="32",
@@ -48,6 +55,7 @@ def onnx(
     out: Path,
     quant: str,
     dense: str | None,
+    embedding: str,
     block: str,
     max_positions: int | None,
     force: bool,
@@ -59,7 +67,7 @@ def onnx(
     """
     from edgemoe.converters.onnx.export import DEFAULT_MAX_POSITIONS, Recipe, export, plan_export
 
-    recipe = Recipe(quant, dense, int(block), max_positions or DEFAULT_MAX_POSITIONS)
+    recipe = Recipe(quant, dense, embedding, int(block), max_positions or DEFAULT_MAX_POSITIONS)
     plan = plan_export(checkpoint, recipe)
     for note in plan.notes:
         say(f"edgemoe: note: {note}")

@@ -64,7 +64,7 @@ def _run(*arguments: object) -> Result:
 def test_the_command_writes_a_folder(olmoe: Path, tmp_path: Path) -> None:
     """Guards against: options that do not arrive, and files that genai or a tokenizer need and that are not there."""
     out = tmp_path / "out"
-    result = _run(olmoe, out, "--quant", "int8", "--dense", "int4", "--context", "128", "--json")
+    result = _run(olmoe, out, "--quant", "int8", "--dense", "int4", "--embedding", "int4", "--context", "128", "--json")
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout.splitlines()[-1])
     names = {path.name for path in out.iterdir()}
@@ -74,6 +74,7 @@ def test_the_command_writes_a_folder(olmoe: Path, tmp_path: Path) -> None:
     model = read_model(out / "model.onnx")
     assert {node.ints["expert_weight_bits"] for node in model.moe_nodes} == {8}
     assert "model.layers.0.self_attn.q_proj.weight_q4" in model.tensors
+    assert "model.embed_tokens.weight_rows_q4" in model.tensors
     assert model.tensors["rope.cos"].shape[0] == 128
     assert json.loads((out / "genai_config.json").read_text())["model"]["context_length"] == 128
     assert list(tmp_path.iterdir()) == [out]
@@ -206,10 +207,10 @@ def test_blocks_that_do_not_divide_rows_are_refused(olmoe: Path) -> None:
 
 
 def test_an_embedding_keeps_its_type(olmoe: Path, tmp_path: Path) -> None:
-    """Guards against: an embedding of twice its size in memory, or rounded."""
+    """Guards against: an embedding that was to stay as it is and is of twice its size in memory, or rounded."""
     import safetensors.torch
 
-    export(plan_export(olmoe), tmp_path / "out")
+    export(plan_export(olmoe, Recipe(embedding="stored")), tmp_path / "out")
     tensor = read_model(tmp_path / "out" / "model.onnx").tensors["model.embed_tokens.weight"]
     assert tensor.path is not None
     found = tensor.path.read_bytes()[tensor.offset : tensor.offset + tensor.n_bytes]
