@@ -152,6 +152,26 @@ def test_bytes_depend_on_the_checkpoint_and_the_recipe_alone(olmoe: Path, tmp_pa
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
+def test_experts_stored_together_become_the_same_file(olmoe: Path, tmp_path: Path) -> None:
+    """Guards against: gate and up exchanged, or experts, where transformers 5 has stored a layer's in one tensor."""
+    import torch
+
+    def fuse(state: dict[str, Any]) -> None:
+        for layer in range(3):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            gates, ups, downs = (
+                torch.stack([state.pop(f"{prefix}.{expert}.{name}_proj.weight") for expert in range(16)])
+                for name in ("gate", "up", "down")
+            )
+            state[f"{prefix}.gate_up_proj"] = torch.cat([gates, ups], dim=1)
+            state[f"{prefix}.down_proj"] = downs
+
+    export(plan_export(olmoe), tmp_path / "single.onnx")
+    export(plan_export(_change(olmoe, tmp_path / "fused", fuse)), tmp_path / "fused.onnx")
+    for name in ("model.onnx", "experts.bin", "model.onnx.data"):
+        assert (tmp_path / "fused.onnx" / name).read_bytes() == (tmp_path / "single.onnx" / name).read_bytes()
+
+
 def test_missing_and_foreign_tensors_are_named(olmoe: Path, tmp_path: Path) -> None:
     """Guards against: a graph without a part of the model, an adapter that is silently left out, a shard that is not
     there."""
