@@ -101,9 +101,11 @@ class Runner:
 
 
 def all_logits(session: Any, tokens: Sequence[int], n_first: int) -> Floats:
-    """Logits of each position: the first in one run, the others one by one."""
+    """Logits of each position: the first in two runs, the others one by one."""
     runner = Runner(session)
-    return np.concatenate([runner(tokens[:n_first]), *(runner([token]) for token in tokens[n_first:])])
+    cut = n_first * 2 // 3
+    prompt = [runner(tokens[:cut]), runner(tokens[cut:n_first])]
+    return np.concatenate([*prompt, *(runner([token]) for token in tokens[n_first:])])
 
 
 def greedy(session: Any, tokens: Sequence[int], n_new: int) -> list[int]:
