@@ -9,6 +9,7 @@ import click
 
 from edgemoe.cli.console import Progress, find_model
 from edgemoe.cli.convert_gguf import gguf
+from edgemoe.cli.convert_onnx import onnx
 from edgemoe.cli.convert_quantize import quantize
 from edgemoe.cli.convert_verify import verify
 from edgemoe.cli.repack import EXISTING_FILE, FILE, check_out, lowbit, pack, read_text
@@ -20,7 +21,7 @@ def convert() -> None:
     """Make one model out of another."""
 
 
-for _command in (gguf, verify, quantize, pack, lowbit):
+for _command in (gguf, onnx, verify, quantize, pack, lowbit):
     convert.add_command(_command)
 
 

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""Exported ONNX folders against transformers, in stock ONNX Runtime, in edgemoe, and in onnxruntime-genai.
+
+Checkpoints' matrices lie on the grid of the quantization already (`onnx_checkpoints`), so transformers computes with
+the dequantized weights. Relative errors are max |a - b| / max |b| over all positions and the vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for package in ("torch", "transformers", "safetensors.torch", "tokenizers", "sentencepiece"):
+        pytest.importorskip(package, reason=f"{package} is not installed (the extra edgemoe[verify])")
+
+from edgemoe import _native
+from edgemoe.converters.onnx import blocks
+from edgemoe.converters.onnx.export import Recipe, export, plan_export
+from edgemoe.formats.onnx_model import read_model
+from edgemoe.onnx import InferenceSession
+from tests.converters import checkpoints
+from tests.converters.onnx_checkpoints import Floats, Runner, all_logits, greedy, relative_error, write_checkpoint
+
+FAMILIES = (
+    "deepseek-v2-lite",
+    "deepseek-v3",
+    "gpt-oss",
+    "gpt-oss-bf16",
+    "granitemoe",
+    "granitemoe-shared",
+    "lfm2moe",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2moe",
+    "qwen3moe",
+)
+TOLERANCE = 1e-5
+N_TOKENS, N_PROMPT = 48, 24
+TOKENS = checkpoints.random_tokens(1, N_TOKENS)[0]
+
+Made = tuple[Path, Floats]
+Maker = Callable[..., Made]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Exports a checkpoint, once: the .onnx file, and transformers' logits (position, vocabulary) of TOKENS."""
+    folder = tmp_path_factory.mktemp("onnx")
+    made: dict[tuple[str, Recipe], Made] = {}
+
+    def make(family: str, recipe: Recipe | None = None) -> Made:
+        recipe = recipe or Recipe()
+        key = (family, recipe)
+        if key not in made:
+            name = f"{family}-{len(made)}"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                checkpoint = write_checkpoint(folder / name, family, int(recipe.quant.removeprefix("int")))
+                logits = checkpoints.reference_logits(checkpoint, [TOKENS], is_as_published=True)[0]
+            export(plan_export(checkpoint.path, recipe), folder / f"{name}.onnx")
+            made[key] = (folder / f"{name}.onnx" / "model.onnx", logits)
+        return made[key]
+
+    return make
+
+
+def _options() -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    return options
+
+
+def stock(path: Path) -> Any:
+    return onnxruntime.InferenceSession(path, _options())
+
+
+def streamed(path: Path) -> InferenceSession:
+    return InferenceSession(path, memory="16GiB", sess_options=_options())
+
+
+@pytest.mark.parametrize("open_session", [stock, streamed])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int4_computes_what_transformers_does(exported: Maker, family: str, open_session: Any) -> None:
+    """Guards against: a tensor misnamed, transposed or packed wrongly; rope, windows, sinks, norms, scales, groups and
+    mixing weights that are not the model's; a cache that is off by a position."""
+    path, expected = exported(family)
+    found = all_logits(open_session(path), TOKENS, N_PROMPT)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss", "olmoe"])
+def test_int8_computes_what_transformers_does(exported: Maker, family: str) -> None:
+    """Guards against: 8-bit weights packed wrongly. Stock quantizes activations of blockwise 8-bit experts, so that it
+    is no reference (docs/onnx.md)."""
+    path, expected = exported(family, Recipe("int8"))
+    assert relative_error(all_logits(streamed(path), TOKENS, N_PROMPT), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["granitemoe-shared", "lfm2moe"])
+def test_a_dense_part_in_floats_computes_the_same(exported: Maker, family: str) -> None:
+    """Guards against: `--dense fp32` with another product than the quantized one, an embedding as it is stored that is
+    the output's matrix too, and one in 4 bits."""
+    path, expected = exported(family, Recipe(dense="fp32", embedding="stored" if family == "lfm2moe" else "int4"))
+    assert relative_error(all_logits(streamed(path), TOKENS, N_PROMPT), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_stock(exported: Maker, family: str) -> None:
+    """Guards against: experts streamed while generating that are not those of the file."""
+    path, _ = exported(family)
+    ours = streamed(path)
+    assert greedy(ours, TOKENS[:N_PROMPT], 16) == greedy(stock(path), TOKENS[:N_PROMPT], 16)
+    assert ours.stats().n_streamed_nodes == len(read_model(path).moe_nodes) > 0
+    assert ours.stats().n_other_moe_nodes == 0
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek-v3"])
+def test_logits_do_not_depend_on_what_is_resident(exported: Maker, family: str) -> None:
+    """Guards against: the bits of an answer depending on the budget."""
+    path, _ = exported(family)
+    session = streamed(path)
+    expected = all_logits(session, TOKENS, N_PROMPT)
+    floor, bank = session.plan.token_cycle_bytes, session.plan.expert_bank_bytes
+    for slots_bytes in (floor, (floor + bank) // 2):
+        session = streamed(path)
+        _native.set_slots_bytes(session._runtime, slots_bytes)
+        np.testing.assert_array_equal(all_logits(session, TOKENS, N_PROMPT), expected)
+        if slots_bytes == floor:
+            assert session.stats().expert_misses > len(read_model(path).moe_nodes) * N_TOKENS
+
+
+def test_sequences_of_a_batch_do_not_mix(exported: Maker) -> None:
+    """Guards against: a graph that was made for one sequence."""
+    path, expected = exported("qwen3moe")
+    session = stock(path)
+    runner = Runner(session)
+    feed: dict[str, Any] = {name: np.repeat(value, 2, axis=0) for name, value in runner._cache.items()}
+    feed["input_ids"] = np.array([TOKENS, TOKENS[::-1]], np.int64)
+    feed["attention_mask"] = np.ones((2, N_TOKENS), np.int64)
+    found = session.run(["logits"], feed)[0]
+    assert relative_error(found[0], expected) <= TOLERANCE
+    assert relative_error(found[1], Runner(session)(TOKENS[::-1])) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt-oss"])
+def test_experts_lie_at_pages_of_a_file_of_their_own(exported: Maker, family: str) -> None:
+    """Guards against: experts that cannot be read past the page cache, or that ONNX Runtime maps with the rest."""
+    model = read_model(exported(family)[0])
+    names = {name for node in model.moe_nodes for name in node.inputs if name.endswith(("_q", "_scales"))}
+    assert len(names) == 4 * len(model.moe_nodes)
+    for tensor in model.tensors.values():
+        if tensor.path is not None:
+            assert tensor.offset % 4096 == 0
+            assert (tensor.path.name == "experts.bin") == (tensor.name in names)
+
+
+@pytest.fixture(scope="module")
+def genai() -> Any:
+    """onnxruntime-genai with our provider, which a process can register once."""
+    module = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    module.register_execution_provider_library("edgemoe", str(_native.ort_plugin_path()))
+    return module
+
+
+@pytest.mark.parametrize("provider", [None, "EdgeMoEExecutionProvider"])
+@pytest.mark.parametrize("family", ["olmoe", "deepseek-v3", "gpt-oss", "lfm2moe"])
+def test_genai_generates_from_the_folder(exported: Maker, genai: Any, family: str, provider: str | None) -> None:
+    """Guards against: names, shapes or a genai_config.json that onnxruntime-genai does not take, with its own kernels
+    or with our provider in it."""
+    path, _ = exported(family)
+    config = genai.Config(str(path.parent))
+    if provider is not None:
+        config.clear_providers()
+        config.append_provider(provider)
+        config.set_provider_option(provider, "strict", "1")
+    model = genai.Model(config)
+    options = genai.GeneratorParams(model)
+    options.set_search_options(max_length=N_PROMPT + 16, do_sample=False)
+    generator = genai.Generator(model, options)
+    generator.append_tokens([TOKENS[:N_PROMPT]])
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [int(token) for token in generator.get_sequence(0)][N_PROMPT:]
+    assert found == greedy(stock(path), TOKENS[:N_PROMPT], 16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [32, 128])
+def test_matrices_are_quantized_as_onnx_runtime_does(bits: int, block: int) -> None:
+    """Guards against: another rounding or scale than ONNX Runtime's own quantizer has, and nibbles the wrong way."""
+    from onnxruntime.capi import _pybind_state
+
+    n_rows, n_columns = 48, 320
+    values = np.random.default_rng(0).standard_normal((n_rows, n_columns)).astype(np.float32)
+    values[3, :block] = 0
+    grid = blocks.Grid(bits, block)
+    packed, scales = blocks.quantize(values, grid)
+    n_blocks = -(-n_columns // block)
+    theirs = np.zeros((n_rows, n_blocks, block * bits // 8), np.uint8)
+    their_scales = np.zeros(n_rows * n_blocks, np.float32)
+    zero_points = np.zeros(n_rows * n_blocks, np.uint8)
+    quantizer = getattr(_pybind_state, f"quantize_matmul_{bits}bits")
+    quantizer(theirs, np.ascontiguousarray(values.T), their_scales, zero_points, block, n_rows, n_columns, True)
+    np.testing.assert_array_equal(scales.reshape(-1), their_scales)
+    assert packed.shape == (n_rows, grid.row_bytes(n_columns))
+    # Columns beyond the last are padding: whatever they are, they are multiplied with nothing.
+    shape = (n_rows, n_columns * bits // 8)
+    found, expected = packed[:, : shape[1]], theirs.reshape(n_rows, -1)[:, : shape[1]]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_grid_is_kept_exactly() -> None:
+    """Guards against: checkpoints on a grid that are rounded after all, which would make the tests above moot."""
+    values = np.random.default_rng(0).integers(-7, 8, (16, 64)).astype(np.float32) / 4
+    values[:, ::32] = 2.0
+    packed, scales = blocks.quantize(values, blocks.Grid(4, 32))
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(16, 2, 32).astype(np.float32) - 8
+    np.testing.assert_array_equal((codes * scales[:, :, None]).reshape(16, 64), values)
