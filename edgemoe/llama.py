@@ -16,6 +16,7 @@ from typing import Any
 from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native, engine, host, planner, reuse, runtime, topology, warm
+from edgemoe import on_miss as misses
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
@@ -75,6 +76,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         reuse_bias: str | float = "off",
         reuse_method: str = "cache-prior",
         top_j: int | None = None,
+        on_miss: str = "wait",
+        on_miss_mass: float = misses.DEFAULT_MASS,
+        on_miss_skip_mass: float | None = None,
+        lowbit: str | Path | None = None,
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -103,6 +108,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 and `stats()` says what it costs. Prompts stay exact. See docs/routing.md.
             reuse_method: who is preferred how: `cache-prior`, `max-rank` or `cumulative`.
             top_j: so many of the best experts are chosen whatever is resident; None for 1 or, of more than 8, for 2.
+            on_miss: what becomes, while decoding, of an expert that would have to be read and comes behind
+                `on_miss_mass` of the token's mixing weight: `wait` reads it (exact), `skip` leaves it out, `lowbit`
+                takes its copy in the file `lowbit`, which shares the memory; behind `on_miss_skip_mass` (None: 0.9) it
+                is left out, too. This changes what is generated, as a reuse bias does. See docs/routing.md.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
@@ -112,7 +121,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             BackendError: llama.cpp refused the model, the environment's EDGEMOE_ISA cannot be had, `draft` cannot
                 be exact with this model, the draft model has another vocabulary, or its routers cannot be biased.
             ValueError: `eviction`, `kernels`, `prefetch`, `draft` or `reuse_method` is unknown, `reuse_bias` or `top_j`
-                makes no sense.
+                makes no sense, as well as `on_miss` and what belongs to it.
             AdapterError: the LoRA adapter changes routed experts.
         """
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
@@ -121,6 +130,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         check_prefetch(prefetch)
         planner.draft_path(draft)
         reuse_settings = reuse.parse(reuse_bias, reuse_method, top_j)
+        miss_settings = misses.parse(on_miss, on_miss_mass, on_miss_skip_mass, lowbit)
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)
@@ -137,10 +147,17 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._draft = draft
         self._draft_model: DraftModel | None = None
         self._reuse_kwargs = {"reuse_bias": reuse_bias, "reuse_method": reuse_method, "top_j": top_j}
+        self._on_miss_kwargs = {
+            "on_miss": on_miss,
+            "on_miss_mass": on_miss_mass,
+            "on_miss_skip_mass": on_miss_skip_mass,
+            "lowbit": lowbit,
+        }
         self._selection: Selection | None = None
         self._is_in_prompt = False
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         reuse.check(reuse_settings, model)
+        companion = misses.check(miss_settings, model)
         n_cores = topology.default_threads()
         kwargs = dict(
             llama_cpp_kwargs,
@@ -156,7 +173,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         budget_bytes = None if memory is None else parse_size(memory)
         report("planning", 0, 1)
         with _load_lock:
-            self._footprint = planner.measure(model, kwargs, kernels, prefetch, draft)
+            self._footprint = planner.measure(model, kwargs, kernels, prefetch, draft, companion)
             self.plan = self._footprint.plan(budget_bytes)
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
@@ -177,8 +194,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                     self._add_adapter(str(lora_path), lora_scale)
                 if draft != "off":
                     self._prepare_drafts(self._draft_model)
-                if reuse_settings is not None:
-                    self._prepare_reuse(reuse_settings)
+                if reuse_settings is not None or miss_settings is not None:
+                    self._prepare_selection(reuse_settings, miss_settings)
             except BaseException:
                 self.close()
                 raise
@@ -192,7 +209,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
     def _load(self, kwargs: dict[str, Any], eviction: str, lock_memory: bool, verbose: bool) -> None:
         model = self._gguf
         if model.expert_tensors:
-            self._runtime = runtime.open_runtime(model, self.plan.slots_bytes, eviction, self._kernels)
+            companion = self._footprint.companion
+            self._runtime = runtime.open_runtime(model, self.plan.slots_bytes, eviction, self._kernels, companion)
             runtime.start_prefetch(self._runtime, model, self._prefetch)
             paths = runtime.format_paths(model, self._runtime)
             if any(p.n_own for p in paths):
@@ -257,7 +275,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             raise planner.refusal(
                 dataclasses.replace(plan, fits=False, floor_bytes=plan.floor_bytes + short), self._gguf, self.n_ctx()
             )
-        sizes = runtime.slot_sizes(self._gguf, slots)
+        sizes = self._footprint.slot_sizes(slots)
         _native.set_slots_bytes(self._runtime, slots)
         self.plan = dataclasses.replace(plan, slots_bytes=int(sizes.slots_bytes))
 
@@ -275,15 +293,16 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             draft.total_bytes >> 20,
         )
 
-    def _prepare_reuse(self, settings: reuse.Settings) -> None:
+    def _prepare_selection(self, reuse_settings: reuse.Settings | None, miss: misses.Settings | None) -> None:
         assert self._runtime is not None
         if not self._is_hooked:
             raise BackendError(
-                "cannot bias routing: llama.cpp's CPU backend cannot be told to leave the choice to edgemoe; "
-                "use reuse_bias='off'"
+                "cannot change routing: llama.cpp's CPU backend cannot be told to leave the choice to edgemoe; "
+                "use reuse_bias='off' and on_miss='wait'"
             )
-        bias = reuse.ReuseBias(settings, self._gguf)
-        self._selection = Selection(self._runtime, self._gguf, reuse_bias=bias)
+        bias = None if reuse_settings is None else reuse.ReuseBias(reuse_settings, self._gguf)
+        rule = None if miss is None else misses.open_native(miss, self._gguf)
+        self._selection = Selection(self._runtime, self._gguf, reuse_bias=bias, miss=rule)
 
     def set_memory(self, memory: int | str) -> None:
         """Change the budget now: experts are dropped, coldest first, or get more room.
@@ -523,6 +542,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             draft=self._draft,
             warm_start=self._warm_start,
             **self._reuse_kwargs,
+            **self._on_miss_kwargs,
         )
 
 

@@ -42,6 +42,7 @@ class Stats:
             not have chosen.
         gate_mass_moved, kl_estimate: what that cost, per token and layer: the share of the exact choice's mixing
             weight that was dropped, and nats (see docs/routing.md).
+        lowbit_hits, skipped_experts: experts replaced by their low-bit copy / left out while decoding.
     """
 
     prompt_tokens: int
@@ -71,6 +72,8 @@ class Stats:
     selections_changed: float = 0.0
     gate_mass_moved: float = 0.0
     kl_estimate: float = 0.0
+    lowbit_hits: int = 0
+    skipped_experts: int = 0
 
     @property
     def expert_hit_rate(self) -> float:

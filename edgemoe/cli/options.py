@@ -118,6 +118,7 @@ n_tokens_option = click.option(
 )
 EVICTIONS = click.Choice(["auto", "lru", "lfu", "least-stale", "utility"])
 PREFETCH_DEPTHS = click.Choice(["off", "auto", "1", "2"])
+ON_MISS = click.Choice(["wait", "lowbit", "skip"])
 REUSE_METHODS = click.Choice(["cache-prior", "max-rank", "cumulative"])
 plot_option = click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: PNG, SVG or PDF.")
 # By the names of `Llama`'s keywords.
@@ -170,6 +171,34 @@ _LOAD_OPTIONS = {
         type=click.IntRange(min=1),
         metavar="J",
         help="With a reuse bias, so many of the best experts are always chosen.  [default: 1 or 2]",
+    ),
+    "on_miss": click.option(
+        "--on-miss",
+        type=ON_MISS,
+        default="wait",
+        show_default=True,
+        help="While decoding, what becomes of an expert that must be read and matters little: waited for, its low-bit "
+        "copy used, or left out. LOSSY, but for wait.",
+    ),
+    "on_miss_mass": click.option(
+        "--on-miss-mass",
+        type=click.FloatRange(0.0, 1.0),
+        default=0.6,
+        show_default=True,
+        metavar="0..1",
+        help="It matters little if experts with so much of the token's mixing weight come before it.",
+    ),
+    "on_miss_skip_mass": click.option(
+        "--on-miss-skip-mass",
+        type=click.FloatRange(0.0, 1.0),
+        metavar="0..1",
+        help="Behind so much not even its low-bit copy is used.  [default: 0.9]",
+    ),
+    "lowbit": click.option(
+        "--lowbit",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="The model's low-bit copy, as `edgemoe convert lowbit` makes it.",
     ),
     "warm_start": click.option(
         "--warm-start/--no-warm-start",

@@ -97,6 +97,7 @@ Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, in
   has_begun_.assign(static_cast<size_t>(n_layers), 0);
   for (size_t i = 0; i < file.tensors().size(); ++i) {
     const ExpertTensor& t = file.tensors()[i];
+    if (t.copy_of >= 0) continue;
     const size_t layer = static_cast<size_t>(t.layer);
     n_used_of_layer_[layer] = t.n_experts_used;
     n_experts_of_layer_[layer] = t.n_experts;
