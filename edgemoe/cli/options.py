@@ -69,6 +69,16 @@ def _check_reuse_bias(_ctx: click.Context, _param: click.Parameter, reuse_bias: 
     return reuse_bias
 
 
+def _check_on_miss(load: dict[str, Any]) -> None:
+    from edgemoe import on_miss
+
+    names = ("on_miss", "on_miss_mass", "on_miss_skip_mass", "lowbit")
+    try:
+        on_miss.parse(**{name: load[name] for name in names})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 model_argument = click.argument("model", required=False, type=click.Path(path_type=Path))
 memory_option = click.option(
     "--memory",
@@ -215,6 +225,7 @@ def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def with_load(*args: Any, **kwargs: Any) -> Any:
         load = {name: kwargs.pop(name) for name in _LOAD_OPTIONS}
+        _check_on_miss(load)
         return command(*args, **kwargs, load=load)
 
     for option in reversed(_LOAD_OPTIONS.values()):

@@ -83,7 +83,7 @@ void MoeLayer::PrepareFfn(const edgemoe_ffn& ffn) {
   const size_t n_threads = static_cast<size_t>(n_threads_);
   const ExpertTensor& down = Tensor(ffn.down);
   uint64_t row_bytes = arithmetic_.RowBytes(down, ffn.down);
-  if (has_chosen_copies_) row_bytes = std::max(row_bytes, arithmetic_.RowBytes(Tensor(down.copy), ffn.down));
+  if (makes_room_for_copies_) row_bytes = std::max(row_bytes, arithmetic_.RowBytes(Tensor(down.copy), ffn.down));
   row_bytes = RoundUp(row_bytes, 64);
   const uint64_t hidden_bytes = row_bytes * static_cast<uint64_t>(n_pairs_) + 64;
   if (hidden_.size() < hidden_bytes) hidden_.resize(hidden_bytes);

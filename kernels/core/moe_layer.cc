@@ -106,6 +106,7 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
     c.n_pairs = 0;
   }
   n_pairs_ = first_pair;
+  makes_room_for_copies_ = has_chosen_copies_ || (has_copies && n_tokens <= kMostDecodeTokens);
   for (int64_t token = 0; token < n_tokens; ++token) {
     for (int64_t used = 0; used < n_used; ++used) {
       const int32_t id = id_at(token, used);

@@ -115,8 +115,9 @@ class MoeLayer {
   int64_t last_n_tokens_ = 0;
   double batch_time_ = 0.0;  // time of the batch's first token
   std::vector<int32_t> tensor_idxs_;
-  std::vector<ChosenExpert> chosen_;  // in the order in which they are acquired
-  int32_t n_experts_ = 0;             // of the layer; ids of copies begin there
+  std::vector<ChosenExpert> chosen_;    // in the order in which they are acquired
+  int32_t n_experts_ = 0;               // of the layer; ids of copies begin there
+  bool makes_room_for_copies_ = false;  // in all buffers, so that decoding never allocates
   bool has_chosen_copies_ = false;
   std::vector<int32_t> chosen_of_id_;
   std::vector<Pair> pairs_;
@@ -139,7 +140,8 @@ class MoeLayer {
   bool foreseen_ = true;    // what follows from the layer in progress
   Foresight foresight_;
 
-  // The products in progress: n_matmuls_ with the experts, then as many with their low-bit copies, if any are chosen.
+  // The products in progress: n_matmuls_ with the experts, then as many with their low-bit copies, if some may be
+  // chosen.
   std::vector<edgemoe_matmul> matmuls_;
   int n_matmuls_ = 0;
   std::unique_ptr<Task[]> tasks_;

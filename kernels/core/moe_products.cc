@@ -71,7 +71,7 @@ Status MoeLayer::SetProducts(const edgemoe_matmul* matmuls, int n_matmuls) {
   }
   matmuls_.assign(matmuls, matmuls + n_matmuls);
   n_matmuls_ = n_matmuls;
-  if (has_chosen_copies_) AddProductsWithCopies();
+  if (makes_room_for_copies_) AddProductsWithCopies();
   return Status();
 }
 
@@ -166,7 +166,7 @@ void MoeLayer::QuantizeInputs() {
     const InputRows& in = inputs_[i];
     bool done = false;
     for (size_t j = 0; j < i; ++j) done |= inputs_[j].offset == in.offset;
-    if (done) continue;
+    if (done || (i >= static_cast<size_t>(n_matmuls_) && !has_chosen_copies_)) continue;
     Shared shared{this, &matmuls_[i], base + in.offset, in.row_bytes, n_tokens * in.n_used, {}};
     const auto quantize = [](void* arg, int32_t, int32_t) {
       Shared* s = static_cast<Shared*>(arg);

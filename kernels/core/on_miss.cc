@@ -32,6 +32,11 @@ OnMiss::OnMiss(const edgemoe_miss_options& options)
 
 Status OnMiss::Select(const edgemoe_selection& s, int32_t* ids) {
   if (Status status = CheckShape(s, options_.n_layers, options_.n_experts); !status.ok()) return status;
+  for (int i = 0; i < s.n_used; ++i) {
+    if (s.order[i] >= 0 && s.order[i] < s.n_experts) continue;
+    return Status(EDGEMOE_INVALID_ARGUMENT, Format("order in layer %d: place %d holds %d, expected 0..%d", s.layer, i,
+                                                   s.order[i], s.n_experts - 1));
+  }
   ReadMasses(s, s.n_used, masses_.data());
   std::iota(places_.begin(), places_.begin() + s.n_used, 0);
   const bool is_known = std::isfinite(std::accumulate(masses_.begin(), masses_.begin() + s.n_used, 0.0));

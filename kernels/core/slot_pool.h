@@ -17,7 +17,7 @@
 namespace edgemoe {
 
 // Of the memory that a slice of the model gets, what a low-bit copy gets for each of its bytes.
-inline constexpr double kCopyShare = 0.5;
+inline constexpr double kCopyShare = 0.2;
 
 struct SlotClass {
   uint64_t slot_bytes = 0;
