@@ -325,13 +325,12 @@ class WarmStart:
         _native.preload(self._runtime, slices)
 
     def _hot_experts(self) -> npt.NDArray[np.uint32]:
-        hot = np.array(self._runtime.hot_slices(), dtype=np.int64)
-        experts = self._expert_of_slice[hot[hot < len(self._expert_of_slice)]]  # low-bit copies come behind
+        experts = self._expert_of_slice[np.array(self._runtime.hot_slices(), dtype=np.int64)]
         _, first = np.unique(experts, return_index=True)
         return experts[np.sort(first)].astype(np.uint32)
 
     def _counts(self) -> Counts:
-        n_uses = self._runtime.slice_uses()[: len(self._expert_of_slice)]
+        n_uses = self._runtime.slice_uses()[: len(self._expert_of_slice)]  # low-bit copies come behind
         counts = np.zeros(self._shape[0] * self._shape[1], np.uint64)
         # A layer's tensors are used alike; the greatest, as a tensor that llama.cpp reads by itself is not counted.
         np.maximum.at(counts, self._expert_of_slice, np.array(n_uses, np.uint64))

@@ -197,8 +197,8 @@ def test_all_but_the_best_are_the_companions(
     outputs: list[Any] = []
 
     def look(node: Any, ask: bool) -> bool:
-        name = node.name.decode().partition("-")[0]
-        if name not in ("ffn_norm", "ffn_moe_out") or node.ne[1] != 1:
+        name, _, layer = node.name.decode().partition("-")
+        if name not in ("ffn_norm", "ffn_moe_out") or not layer.isdecimal() or node.ne[1] != 1:
             return False
         if not ask:
             (inputs if name == "ffn_norm" else outputs).append(_array(node, np.single).copy())
@@ -221,18 +221,19 @@ def test_all_but_the_best_are_the_companions(
                 llm.eval([token])
         stats, n_layers = llm.stats(), llm._gguf.n_moe_layers
     k = WIDE["n_experts_used"]
-    assert stats.lowbit_hits == (k - 1) * 6 * n_layers
     recorded = trace.load(tmp_path / "trace")
-    assert recorded.weights is not None
+    assert recorded.weights is not None and recorded.resident is not None
     ids, mixing = (a.reshape(len(inputs), -1)[:, :k] for a in (recorded.experts, recorded.weights))
+    here = np.take_along_axis(recorded.resident.reshape(len(inputs), -1), ids.astype(np.int64), axis=1)
+    is_full = here | (np.arange(k) == mixing.argmax(axis=1, keepdims=True))
+    assert stats.lowbit_hits == (~is_full).sum() > 0.9 * (k - 1) * len(inputs)
     full, copies = _weights(path), _weights(low)
     for i, (x, found) in enumerate(zip(inputs, outputs, strict=True)):
-        best = int(np.argmax(mixing[i]))
         sums = []
-        for of_best, of_others in ((full, copies), (full, full), (copies, copies)):
+        for of_full, of_copies in ((full, copies), (full, full), (copies, copies)):
             total = np.zeros_like(found)
             for used, (expert, weight) in enumerate(zip(ids[i], mixing[i], strict=True)):
-                source = of_best if used == best else of_others
+                source = of_full if is_full[i, used] else of_copies
                 gate, up, down = (
                     source[f"blk.{i % n_layers}.ffn_{p}_exps.weight"][expert] for p in ("gate", "up", "down")
                 )
@@ -339,7 +340,7 @@ def test_both_precisions_share_the_budget(tmp_path: Path) -> None:
         assert peak_rss_bytes <= memory
         assert slots_bytes == planned_bytes
         assert lowbit_hits > 0
-    assert runs[1][2] > runs[0][2] + (40 << 20)
+    assert runs[1][2] > runs[0][2] + (16 << 20)
 
 
 def test_settings_survive_a_pickle(write_model: ModelWriter) -> None:

@@ -6,16 +6,21 @@ The reference is written from the paper (HOBBIT, arXiv 2411.01433): cumulative s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgemoe import _native, on_miss
+from edgemoe.cli.completion import miss_price
+from edgemoe.cli.main import cli
+from tests.unit.fakes import STATS
 
 Ids = npt.NDArray[np.int32]
 N_EXPERTS = 24
@@ -103,8 +108,9 @@ def test_one_is_exact_and_the_best_is_always_waited_for(case: Any) -> None:
     order, nobody = rng.permutation(N_EXPERTS), np.zeros(N_EXPERTS)
     assert select(rule(has_copies, 1.0), masses, nobody, order, k, are_logits).tolist() == order[:k].tolist()
     ids = select(rule(has_copies, 0.0, a), masses, nobody, order, k, are_logits)
-    best = order[:k][np.argmax(masses[order[:k]])]
-    assert ids[np.argmax(masses[order[:k]])] == best
+    mass = np.exp(masses.astype(np.float64) - masses.max()) if are_logits else masses
+    best = int(np.argmax(mass[order[:k]]))
+    assert ids[best] == order[best]
     everyone = np.ones(N_EXPERTS)
     assert select(rule(has_copies, 0.0, a), masses, everyone, order, k, are_logits).tolist() == order[:k].tolist()
 
@@ -191,3 +197,27 @@ def test_the_core_refuses_what_python_lets_through() -> None:
     ):
         with pytest.raises(_native._core.CoreError):
             native.select(*bad)
+
+
+def test_the_footer_tells_the_price() -> None:
+    """Guards against a loss that is not shown."""
+    stats = dataclasses.replace(STATS, lowbit_hits=7, skipped_experts=3, gate_mass_moved=0.021, kl_estimate=0.0123)
+    assert miss_price(stats) == "7 low-bit copies, 3 experts left out: 2.1% of their weight, KL 0.012"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--on-miss", "lowbit"], "needs the model's low-bit copy"),
+        (["--on-miss", "skip", "--on-miss-mass", "nan"], "on_miss_mass is nan"),
+        (["--on-miss", "skip", "--on-miss-mass", "1.5"], "1.5 is not in the range"),
+        (["--lowbit", "x.gguf"], "does not use it"),
+        (["--on-miss", "drop"], "'drop' is not one of"),
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], message: str) -> None:
+    """Guards against a traceback, and an error that comes after the model was loaded."""
+    for command in ("plan", "generate"):
+        done = CliRunner().invoke(cli, [command, "missing.gguf", *arguments])
+        assert done.exit_code == 2
+        assert message in " ".join(done.output.split())
