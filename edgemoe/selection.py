@@ -51,7 +51,7 @@ class Selection:
         if n_selections == 0:
             raise BackendError(
                 f"cannot change routing: in llama.cpp's graph of {self._model.path} ({self._model.architecture}) "
-                "no choice of experts was recognized; use reuse_bias='off', expert_top_k='off' and on_miss='wait'"
+                "no choice of experts was recognized; use reuse_bias='off' and expert_top_k='off' and on_miss='wait'"
             )
 
     def stats(self) -> dict[str, Any]:
