@@ -202,6 +202,16 @@ TEST(CopiesCacheTest, OnlyTheCopyIsReadAndItsExpertStaysAbsent) {
   std::vector<uint8_t> here(kOwnExperts);
   EXPECT_EQ(runtime->cache.Residents(0, here.data(), kOwnExperts), kOwnExperts);
   EXPECT_EQ(here, std::vector<uint8_t>(kOwnExperts));
+  const int32_t all[] = {2, 4, EDGEMOE_NO_EXPERT};
+  std::vector<float> gate(kUsed * kFf), down(kUsed * kEmbd), h(kUsed * kFf, 0.5f);
+  ASSERT_EQ(edgemoe_session_begin_layer(session.get(), all, 1, kUsed, 0, tensor_idxs, 3, nullptr), EDGEMOE_OK);
+  const edgemoe_matmul matmuls[] = {model.Matmul(0, x.data(), 1, up.data(), kUsed),
+                                    model.Matmul(1, h.data(), kUsed, down.data(), kUsed),
+                                    model.Matmul(2, x.data(), 1, gate.data(), kUsed)};
+  ASSERT_EQ(edgemoe_session_matmul(session.get(), matmuls, 3, nullptr), EDGEMOE_OK);
+  edgemoe_session_end_layer(session.get());
+  runtime->cache.Residents(0, here.data(), kOwnExperts);
+  EXPECT_EQ(here, (std::vector<uint8_t>{0, 0, 1, 0, 1, 0, 0, 0})) << "whether their copies are there or not";
   const int32_t beyond[] = {0, 1, 2 * kOwnExperts};
   EXPECT_EQ(run(beyond), EDGEMOE_INVALID_ARGUMENT);
   OwnModel alone(kUpDownGate, 0);
