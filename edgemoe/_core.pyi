@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 # (name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format)
-_Tensor: TypeAlias = tuple[str, int, int, int, int, int, int, int, int, int]
+_Tensor: TypeAlias = tuple[str, int, int, int, int, int, int, int, int, int, int]
 
 # (layer, float32 weights [n_experts, n_cols], norm [n_cols] or None, bias [n_experts] or None, sigmoid)
 _Router: TypeAlias = tuple[int, Any, Any | None, Any | None, bool]
@@ -267,6 +267,37 @@ class ExpertCount:
     def reset_stats(self) -> None: ...
 
 @final
+class MissStats:
+    @property
+    def n_selections(self) -> int: ...
+    @property
+    def n_chosen(self) -> int: ...
+    @property
+    def n_copies(self) -> int: ...
+    @property
+    def n_skipped(self) -> int: ...
+    @property
+    def mass_moved(self) -> float: ...
+    @property
+    def kl(self) -> float: ...
+
+@final
+class OnMiss:
+    def __init__(self, has_copies: bool, n_layers: int, n_experts: int, wait_mass: float, copy_mass: float) -> None: ...
+    # arrays [n_experts]; ids [n_used] is written
+    def select(
+        self,
+        layer: int,
+        masses: npt.NDArray[np.float32],
+        resident: npt.NDArray[np.uint8],
+        order: npt.NDArray[np.int32],
+        ids: npt.NDArray[np.int32],
+        are_logits: bool = False,
+    ) -> None: ...
+    def stats(self) -> MissStats: ...
+    def reset_stats(self) -> None: ...
+
+@final
 class GgmlPlugin:
     def __init__(self, path: str) -> None: ...
     def begin_load(self, runtime: Runtime) -> bool: ...
@@ -275,7 +306,12 @@ class GgmlPlugin:
     def set_profiled(self, runtime: Runtime | None, n_experts: int) -> None: ...
     # returns how many selections were made since the last call
     def set_choosers(
-        self, runtime: Runtime | None, count: ExpertCount | None, reuse: ReuseBias | None, n_experts: int
+        self,
+        runtime: Runtime | None,
+        count: ExpertCount | None,
+        reuse: ReuseBias | None,
+        miss: OnMiss | None,
+        n_experts: int,
     ) -> int: ...
     def populate(self, path: str, ranges: Sequence[tuple[int, int, int]], n_threads: int) -> None: ...
     def built_against(self) -> str: ...

@@ -39,6 +39,7 @@ ReplayPhase = _core.ReplayPhase
 ReplayResult = _core.ReplayResult
 ReuseBias = _core.ReuseBias
 ExpertCount = _core.ExpertCount
+OnMiss = _core.OnMiss
 Runtime = _core.Runtime
 Sizes = _core.Sizes
 
@@ -47,7 +48,8 @@ Sizes = _core.Sizes
 class TensorExtent:
     """Where one stacked expert projection lies: expert e at `offset + e * expert_bytes` of file `file_idx`.
 
-    One expert's matrix has `n_rows` rows of `n_cols` elements in `format`, as `find_format` gives it.
+    One expert's matrix has `n_rows` rows of `n_cols` elements in `format`, as `find_format` gives it. `copy_of` is the
+    index of the extent whose low-bit copy this one is, or -1.
     """
 
     name: str
@@ -60,6 +62,7 @@ class TensorExtent:
     n_cols: int
     n_rows: int
     format: int
+    copy_of: int = -1
 
 
 @dataclasses.dataclass(frozen=True)

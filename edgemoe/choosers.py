@@ -8,9 +8,11 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from edgemoe import _native, expert_count, price_curve, reuse
+from edgemoe import on_miss as misses
 from edgemoe.errors import BackendError
 from edgemoe.formats.gguf import GgufModel
 from edgemoe.selection import Selection
@@ -25,11 +27,16 @@ class Request:
     keywords: dict[str, Any]
     bias: price_curve.Request
     count: expert_count.Settings | None
+    miss: misses.Settings | None
 
-    def check(self, model: GgufModel) -> None:
-        """Refuse what this model cannot do; for errors see `reuse.check` and `expert_count.check`."""
+    def check(self, model: GgufModel) -> GgufModel | None:
+        """Refuse what this model cannot do; the header of the low-bit companion, if there is to be one.
+
+        For errors see `reuse.check`, `expert_count.check` and `on_miss.check`.
+        """
         reuse.check(self.bias.settings, model)
         expert_count.check(self.count, model)
+        return misses.check(self.miss, model)
 
 
 def parse(
@@ -38,6 +45,10 @@ def parse(
     top_j: int | None = None,
     reuse_price: str | float | None = None,
     expert_top_k: str | int = "off",
+    on_miss: str = "wait",
+    on_miss_mass: float = misses.DEFAULT_MASS,
+    on_miss_skip_mass: float | None = None,
+    lowbit: str | Path | None = None,
 ) -> Request:
     """Check the keywords by themselves.
 
@@ -50,15 +61,21 @@ def parse(
         "top_j": top_j,
         "reuse_price": reuse_price,
         "expert_top_k": expert_top_k,
+        "on_miss": on_miss,
+        "on_miss_mass": on_miss_mass,
+        "on_miss_skip_mass": on_miss_skip_mass,
+        "lowbit": lowbit,
     }
     bias = price_curve.parse(reuse_bias, reuse_method, top_j, reuse_price)
     count = expert_count.parse(expert_top_k)
-    if bias.price is not None and count is not None:
+    miss = misses.parse(on_miss, on_miss_mass, on_miss_skip_mass, lowbit)
+    if bias.price is not None and (count is not None or miss is not None):
+        other = f"expert_top_k {expert_top_k!r}" if count is not None else f"on_miss {on_miss!r}"
         raise ValueError(
-            f"reuse_bias 'auto' and expert_top_k {expert_top_k!r} exclude each other: expected a number for the bias, "
-            "as remembered prices are those of a bias alone"
+            f"reuse_bias 'auto' and {other} exclude each other: expected a number for the bias, as remembered prices "
+            "are those of a bias alone"
         )
-    return Request(keywords, bias, count)
+    return Request(keywords, bias, count, miss)
 
 
 class Choosers:
@@ -71,6 +88,7 @@ class Choosers:
         self._request = request
         self._model = model
         self._count = None if request.count is None else expert_count.make(request.count, model, progress)
+        self._miss = None if request.miss is None else misses.open_native(request.miss, model)
         self.selection: Selection | None = None
         self.reuse_choice: price_curve.Choice | None = None
 
@@ -107,7 +125,7 @@ class Choosers:
         settings = self._request.bias.settings if choice is None else choice.settings
         if choice is not None and choice != before:
             _log.log(logging.WARNING if settings is None else logging.INFO, "%s", choice.text)
-        if settings is None and self._count is None:
+        if settings is None and self._count is None and self._miss is None:
             self.selection = None
             return
         if self.selection is not None and before is not None and before.settings == settings:
@@ -115,10 +133,10 @@ class Choosers:
         if not is_hooked:
             raise BackendError(
                 "cannot change routing: llama.cpp's CPU backend cannot be told to leave the choice to edgemoe; "
-                "use reuse_bias='off' and expert_top_k='off'"
+                "use reuse_bias='off', expert_top_k='off' and on_miss='wait'"
             )
         bias = None if settings is None else reuse.ReuseBias(settings, self._model)
-        self.selection = Selection(native, self._model, self._count, bias)
+        self.selection = Selection(native, self._model, self._count, bias, self._miss)
 
     def applied(self) -> AbstractContextManager[None]:
         """Within: the experts of what this thread evaluates are chosen so; see `Selection.applied`."""

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgemoe import expert_count, reuse
+from edgemoe import expert_count, on_miss, reuse
 
-LEVER_KEYWORDS = ("reuse_bias", "reuse_method", "top_j", "expert_top_k")
+_OF_MISS = ("on_miss", "on_miss_mass", "on_miss_skip_mass", "lowbit")
+LEVER_KEYWORDS = ("reuse_bias", "reuse_method", "top_j", "expert_top_k", *_OF_MISS)
 """The keywords of `Llama` that a lever may set, in the order in which it is written."""
 
 
@@ -43,11 +44,21 @@ def _top_k(text: str) -> str:
     return text
 
 
+def _on_miss(text: str) -> str:
+    if text not in on_miss.ACTIONS:
+        raise ValueError(text)
+    return text
+
+
 _CONVERTERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "reuse_bias": (_strength, "a number from 0 to 1"),
     "reuse_method": (_method, f"one of {', '.join(reuse.METHODS)}"),
     "top_j": (_count, "a whole number of at least 1"),
     "expert_top_k": (_top_k, expert_count.FORMS),
+    "on_miss": (_on_miss, f"one of {', '.join(on_miss.ACTIONS)}"),
+    "on_miss_mass": (_strength, "a number from 0 to 1"),
+    "on_miss_skip_mass": (_strength, "a number from 0 to 1"),
+    "lowbit": (str, "a file"),
 }
 """For each of them what makes its value of a text, or raises ValueError, and what it expects."""
 _MODEL = "model"
@@ -81,6 +92,9 @@ class Lever:
         for name in _OF_REUSE:
             if name in names and "reuse_bias" not in names:
                 raise ValueError(f"{name} without reuse_bias changes nothing: expected both")
+        for name in _OF_MISS[1:]:
+            if name in names and "on_miss" not in names:
+                raise ValueError(f"{name} without on_miss changes nothing: expected both")
         if not given and model is None:
             raise ValueError("the lever is empty: expected at least one keyword, such as reuse_bias=0.1")
         return cls(given, None if model is None else Path(model))

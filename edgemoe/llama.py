@@ -16,6 +16,7 @@ from typing import Any
 from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native, choosers, engine, host, planner, price_curve, runtime, topology, warm
+from edgemoe import on_miss as misses
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
@@ -76,6 +77,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         top_j: int | None = None,
         reuse_price: str | float | None = None,
         expert_top_k: str | int = "off",
+        on_miss: str = "wait",
+        on_miss_mass: float = misses.DEFAULT_MASS,
+        on_miss_skip_mass: float | None = None,
+        lowbit: str | Path | None = None,
         progress: Progress | None = None,
         verbose: bool = False,
         **llama_cpp_kwargs: Any,
@@ -110,6 +115,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 `top-p:P` (the fewest with that share of the weight), `map` or `map:MIN-MAX` (those with a positive
                 logit), `lexi:MEAN` or `lexi:MEAN@FILE` (what each layer can spare, measured at load or by
                 `edgemoe lexi`). This changes what is generated; `stats()` says how much. See docs/routing.md.
+            on_miss: what becomes, while decoding, of an expert that would have to be read and comes behind
+                `on_miss_mass` of the token's mixing weight: `wait` reads it (exact), `skip` leaves it out, `lowbit`
+                takes its copy in the file `lowbit`, which shares the memory; behind `on_miss_skip_mass` (None: 0.9) it
+                is left out, too. This changes what is generated, as a reuse bias does. See docs/routing.md.
             progress: called as (stage, done, total) while loading.
             llama_cpp_kwargs: as for `llama_cpp.Llama`. `use_mmap` has no effect: weights are always mapped.
 
@@ -120,7 +129,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 be exact with this model, the draft model has another vocabulary, its routers cannot be biased, or it
                 cannot do `expert_top_k`.
             ValueError: `eviction`, `kernels`, `prefetch`, `draft` or `reuse_method` is unknown, `reuse_bias`, `top_j`,
-                `reuse_price` or `expert_top_k` makes no sense.
+                `reuse_price`, `expert_top_k`, `on_miss` or what belongs to it makes no sense.
             PriceError: `auto` finds no measurement of this model with so much memory for experts, or less.
             AdapterError: the LoRA adapter changes routed experts.
         """
@@ -129,7 +138,9 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         _native.check_kernels(kernels)
         check_prefetch(prefetch)
         planner.draft_path(draft)
-        request = choosers.parse(reuse_bias, reuse_method, top_j, reuse_price, expert_top_k)
+        request = choosers.parse(
+            reuse_bias, reuse_method, top_j, reuse_price, expert_top_k, on_miss, on_miss_mass, on_miss_skip_mass, lowbit
+        )
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)
@@ -147,7 +158,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._draft_model: DraftModel | None = None
         self._is_in_prompt = False
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
-        request.check(model)
+        companion = request.check(model)
         self._choosers = choosers.Choosers(request, model, progress)
         n_cores = topology.default_threads()
         kwargs = dict(
@@ -164,7 +175,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         budget_bytes = None if memory is None else parse_size(memory)
         report("planning", 0, 1)
         with _load_lock:
-            self._footprint = planner.measure(model, kwargs, kernels, prefetch, draft)
+            self._footprint = planner.measure(model, kwargs, kernels, prefetch, draft, companion)
             self.plan = self._footprint.plan(budget_bytes)
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
@@ -201,7 +212,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
     def _load(self, kwargs: dict[str, Any], eviction: str, lock_memory: bool, verbose: bool) -> None:
         model = self._gguf
         if model.expert_tensors:
-            self._runtime = runtime.open_runtime(model, self.plan.slots_bytes, eviction, self._kernels)
+            companion = self._footprint.companion
+            self._runtime = runtime.open_runtime(model, self.plan.slots_bytes, eviction, self._kernels, companion)
             runtime.start_prefetch(self._runtime, model, self._prefetch)
             paths = runtime.format_paths(model, self._runtime)
             if any(p.n_own for p in paths):
@@ -266,7 +278,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             raise planner.refusal(
                 dataclasses.replace(plan, fits=False, floor_bytes=plan.floor_bytes + short), self._gguf, self.n_ctx()
             )
-        sizes = runtime.slot_sizes(self._gguf, slots)
+        sizes = self._footprint.slot_sizes(slots)
         _native.set_slots_bytes(self._runtime, slots)
         self.plan = dataclasses.replace(plan, slots_bytes=int(sizes.slots_bytes))
 

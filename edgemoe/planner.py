@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe import _native, choosers, engine, host, runtime, topology
+from edgemoe import on_miss as misses
 from edgemoe.demo import demo_model
 from edgemoe.draft import reserved_bytes
 from edgemoe.draft_model import DraftFootprint, rehearsed
@@ -25,6 +26,8 @@ _CONTEXT_MULTIPLE = 256
 _ROW_EXTRA_BYTES = 64
 # The most rows that our kernels interleave into one group, over all instruction sets (AVX-512: one in each lane).
 _GROUP_ROWS = 16
+# A batch of so many tokens may be a draft; kernels/core/expert_cache.h, kMostDecodeTokens.
+_MOST_DECODE_TOKENS = 8
 # What a thread interleaves at a time of rows that lie as in the file; kernels/core/arithmetic.cc, kInterleavedBytes.
 _INTERLEAVED_BYTES = 288 << 10
 DEFAULT_PREFETCH = "auto"
@@ -49,7 +52,7 @@ def _panel_bytes(t: GgufTensor) -> int:
     return n_cols + -(-n_cols // 32) * 4 + -(-n_cols // 16) * 4 + _ROW_EXTRA_BYTES
 
 
-def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int) -> int:
+def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int, companion: GgufModel | None = None) -> int:
     """Buffers of our kernels: activation rows of a layer, what each thread gathers of them, and where rows are packed.
 
     Gate and up take one row a token, down takes one for each expert that a token uses.
@@ -58,7 +61,8 @@ def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int) -> int:
         return 0
     shared = used = n_ff = packing = 0
     has_format = set()
-    for t in model.expert_tensors:
+    tensors = [*model.expert_tensors, *(companion.expert_tensors if companion is not None else ())]
+    for t in tensors:
         if "_down_" in t.name:
             used, n_ff = max(used, _panel_bytes(t)), max(n_ff, t.shape[0])
         else:
@@ -68,13 +72,16 @@ def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int) -> int:
     used *= model.n_experts_used
     # A block that is not ours as a whole keeps down's rows where others keep gate's; theirs have a place of their own.
     rows = n_ubatch * (shared + used * len(has_format))
-    widest = max(_panel_bytes(t) for t in model.expert_tensors)
+    if companion is not None:
+        # The same row once more in the format of the copies, while decoding.
+        rows += min(n_ubatch, _MOST_DECODE_TOKENS) * shared
+    widest = max(_panel_bytes(t) for t in tensors)
     scratch = n_ubatch * widest + max(packing, _INTERLEAVED_BYTES)
     scratch = -(-scratch // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     return rows + n_threads * (scratch + 4 * n_ff) + runtime.N_IO_THREADS * packing
 
 
-def _batch_bytes(model: GgufModel, llama_kwargs: dict[str, Any]) -> int:
+def _batch_bytes(model: GgufModel, llama_kwargs: dict[str, Any], companion: GgufModel | None = None) -> int:
     """Buffers of our own and of llama_cpp's that grow with the batch; enough for our kernels and for ggml's."""
     n_ctx = int(llama_kwargs["n_ctx"])
     n_batch = min(n_ctx, int(llama_kwargs.get("n_batch", 512)))
@@ -86,7 +93,8 @@ def _batch_bytes(model: GgufModel, llama_kwargs: dict[str, Any]) -> int:
         rows = n_ubatch * (1 + model.n_experts_used)
         n_bytes = max(n_bytes, int(rows * (t.shape[0] * element_bytes + _ROW_EXTRA_BYTES)))
     asked = [int(llama_kwargs.get(key) or 0) for key in ("n_threads", "n_threads_batch")]
-    n_bytes = max(n_bytes, _own_bytes(model, n_ubatch, max(asked) or topology.default_threads()))
+    n_threads = max(asked) or topology.default_threads()
+    n_bytes = max(n_bytes, _own_bytes(model, n_ubatch, n_threads, companion))
     if llama_kwargs.get("logits_all"):
         tokens = model.metadata.get("tokenizer.ggml.tokens", [])
         n_bytes += 4 * len(tokens) * (n_ctx + n_batch)
@@ -104,15 +112,20 @@ class Footprint:
     draft: DraftFootprint | None = None
     prefetch_bytes: int = 0  # this and the next are parts of buffers_bytes
     draft_buffers_bytes: int = 0
+    companion: GgufModel | None = None  # low-bit copies, which share the slots
 
     @property
     def draft_bytes(self) -> int:
         """What a draft model takes: weights, cache, compute buffers."""
         return self.draft.total_bytes if self.draft is not None else 0
 
+    def slot_sizes(self, slots_bytes: int) -> _native.Sizes:
+        """What slots take if there are `slots_bytes` for them."""
+        return runtime.slot_sizes(self.model, slots_bytes, self.companion)
+
     def slots_bytes(self, budget_bytes: int, fixed_bytes: int) -> int | None:
         """Memory for expert slots beside `fixed_bytes` and the slack; None when it cannot hold a token's experts."""
-        cycle_bytes = int(runtime.slot_sizes(self.model, 0).cycle_slot_bytes)
+        cycle_bytes = int(self.slot_sizes(0).cycle_slot_bytes)
         slots = budget_bytes - fixed_bytes - host.slack_bytes(budget_bytes)
         return max(slots, cycle_bytes) if slots + host.TOLERANCE_BYTES >= cycle_bytes else None
 
@@ -120,14 +133,14 @@ class Footprint:
         """Divide a budget; None: what this machine has, and no more than the model can use."""
         model = self.model
         fixed = model.dense_bytes + self.kv_bytes + self.buffers_bytes + self.draft_bytes + host.SLACK_BYTES
-        sizes = runtime.slot_sizes(model, 0)
+        sizes = self.slot_sizes(0)
         floor = int((fixed + sizes.cycle_slot_bytes) / (1 - host.SLACK_SHARE))
         if budget_bytes is None:
             everything = int((fixed + sizes.bank_slot_bytes) / (1 - host.SLACK_SHARE)) + host.SLACK_BYTES
             budget_bytes = min(everything, host.default_budget_bytes())
         slack = host.slack_bytes(budget_bytes)
         slots = self.slots_bytes(budget_bytes, fixed - host.SLACK_BYTES)
-        sizes = runtime.slot_sizes(model, slots if slots is not None else 0)
+        sizes = self.slot_sizes(slots if slots is not None else 0)
         return Plan(
             fits=slots is not None,
             budget_bytes=budget_bytes,
@@ -168,20 +181,21 @@ def measure(
     kernels: str = "auto",
     prefetch: str = DEFAULT_PREFETCH,
     draft: str | Path = "off",
+    companion: GgufModel | None = None,
 ) -> Footprint:
     """Rehearse the load; for errors see `engine.rehearsal`, `runtime.open_runtime`, `draft_path` and `rehearsed`."""
     path = draft_path(draft)
     expert_runtime = None
     if model.expert_tensors:
-        bank_bytes = int(runtime.slot_sizes(model, 0).bank_slot_bytes)
-        expert_runtime = runtime.open_runtime(model, bank_bytes, kernels=kernels)
+        bank_bytes = int(runtime.slot_sizes(model, 0, companion).bank_slot_bytes)
+        expert_runtime = runtime.open_runtime(model, bank_bytes, kernels=kernels, companion=companion)
     with contextlib.ExitStack() as stack:
         if expert_runtime is not None:
             stack.callback(expert_runtime.close)
         # Held while the model itself is rehearsed: its vocabulary and graph are part of what the process takes.
         drafts = None if path is None else stack.enter_context(rehearsed(read_model(path), model, llama_kwargs))
         sizes = stack.enter_context(engine.rehearsal(model, expert_runtime, llama_kwargs))
-    batch_bytes = _batch_bytes(model, llama_kwargs)
+    batch_bytes = _batch_bytes(model, llama_kwargs, companion)
     draft_buffers_bytes = 0
     if draft != "off":
         n_vocab = len(model.metadata.get("tokenizer.ggml.tokens", []))
@@ -189,7 +203,9 @@ def measure(
     batch_bytes += draft_buffers_bytes
     prefetch_bytes = runtime.prefetch_bytes(model, prefetch)
     buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes + prefetch_bytes
-    return Footprint(model, sizes.kv_bytes, buffers, batch_bytes, drafts, prefetch_bytes, draft_buffers_bytes)
+    return Footprint(
+        model, sizes.kv_bytes, buffers, batch_bytes, drafts, prefetch_bytes, draft_buffers_bytes, companion
+    )
 
 
 def refusal(plan: Plan, model: GgufModel, n_ctx: int) -> BudgetError:
@@ -225,6 +241,10 @@ def plan(
     top_j: int | None = None,
     reuse_price: str | float | None = None,
     expert_top_k: str | int = "off",
+    on_miss: str = "wait",
+    on_miss_mass: float = misses.DEFAULT_MASS,
+    on_miss_skip_mass: float | None = None,
+    lowbit: str | Path | None = None,
     **llama_kwargs: Any,
 ) -> Plan:
     """Plan a memory budget for a model without loading it.
@@ -238,20 +258,23 @@ def plan(
         draft: how tokens will be drafted, as for `Llama`.
         eviction, warm_start, reuse_bias, reuse_method, top_j, reuse_price, expert_top_k: as for `Llama`; none takes
             memory that counts. What `auto` would choose is not looked up.
+        on_miss, on_miss_mass, on_miss_skip_mass, lowbit: as for `Llama`; low-bit copies take slots.
         llama_kwargs: what `Llama` will be given; those that change its memory count.
 
     Raises:
         ModelFormatError, BudgetError, BackendError: the file, the size or the model cannot be used. A budget that
         is too small is not an error: `Plan.fits` says so.
-        ValueError: `kernels`, `prefetch`, `draft`, `eviction` or `reuse_method` is unknown, `reuse_bias`, `top_j` or
-        `reuse_price` or `expert_top_k` makes no sense.
+        `reuse_price`, `expert_top_k`, `on_miss` or what belongs to it makes no sense.
     """
     _native.check_kernels(kernels)
     _native.check_eviction(eviction)
     check_prefetch(prefetch)
     draft_path(draft)
-    request = choosers.parse(reuse_bias, reuse_method, top_j, reuse_price, expert_top_k)
+    request = choosers.parse(
+        reuse_bias, reuse_method, top_j, reuse_price, expert_top_k, on_miss, on_miss_mass, on_miss_skip_mass, lowbit
+    )
     model = read_model(model_path if model_path is not None else demo_model())
-    request.check(model)
+    companion = request.check(model)
     kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))
-    return measure(model, kwargs, kernels, prefetch, draft).plan(None if memory is None else parse_size(memory))
+    footprint = measure(model, kwargs, kernels, prefetch, draft, companion)
+    return footprint.plan(None if memory is None else parse_size(memory))

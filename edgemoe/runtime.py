@@ -16,9 +16,10 @@ from edgemoe.routers import PREFETCH_DEPTHS, find_routers, read_tensor
 N_IO_THREADS = 4
 
 
-def extents(model: GgufModel) -> list[_native.TensorExtent]:
-    """Where the experts of a model lie; empty for a dense model."""
-    return [
+def extents(model: GgufModel, companion: GgufModel | None = None) -> list[_native.TensorExtent]:
+    """Where the experts of a model lie; empty for a dense model. Behind them their low-bit copies, with file indices
+    that go on from the model's."""
+    found = [
         _native.TensorExtent(
             name=t.name,
             file_idx=t.file_idx,
@@ -33,16 +34,43 @@ def extents(model: GgufModel) -> list[_native.TensorExtent]:
         )
         for t in model.expert_tensors
     ]
+    if companion is None:
+        return found
+    index_of = {t.name: i for i, t in enumerate(found)}
+    copies = [
+        dataclasses.replace(
+            copy,
+            name=f"{copy.name} (low-bit copy)",
+            file_idx=len(model.files) + copy.file_idx,
+            layer=found[index_of[copy.name]].layer,
+            n_experts_used=found[index_of[copy.name]].n_experts_used,
+            copy_of=index_of[copy.name],
+        )
+        for copy in extents(companion)
+    ]
+    return found + copies
 
 
-def slot_sizes(model: GgufModel, slots_bytes: int) -> _native.Sizes:
-    """What slots for this model's experts take; `slots_bytes` is how much memory there is for them."""
-    return _native.measure(extents(model), max(0, slots_bytes))
+def slot_sizes(model: GgufModel, slots_bytes: int, companion: GgufModel | None = None) -> _native.Sizes:
+    """What slots for this model's experts, and their low-bit copies, take; `slots_bytes` is how much memory there is
+    for them."""
+    return _native.measure(extents(model, companion), max(0, slots_bytes))
 
 
-def open_runtime(model: GgufModel, slots_bytes: int, eviction: str = "auto", kernels: str = "auto") -> _native.Runtime:
-    """Open the model's files for streaming; see `_native.open_runtime` for errors."""
-    return _native.open_runtime(model.files, extents(model), slots_bytes, N_IO_THREADS, eviction, kernels)
+def open_runtime(
+    model: GgufModel,
+    slots_bytes: int,
+    eviction: str = "auto",
+    kernels: str = "auto",
+    companion: GgufModel | None = None,
+) -> _native.Runtime:
+    """Open the model's files for streaming; see `_native.open_runtime` for errors.
+
+    Raises:
+        BackendError: also if our kernels do not multiply by the low-bit copies.
+    """
+    files = [*model.files, *(companion.files if companion is not None else ())]
+    return _native.open_runtime(files, extents(model, companion), slots_bytes, N_IO_THREADS, eviction, kernels)
 
 
 def trace_header(model: GgufModel) -> str:

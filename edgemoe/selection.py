@@ -16,7 +16,8 @@ from edgemoe.formats.gguf import GgufModel
 
 
 class Selection:
-    """Those who choose the experts of one model's decoded tokens: how many, and which. None: the model."""
+    """Those who choose the experts of one model's decoded tokens: how many, which, and of those that would have to be
+    read, in which precision. None: the model."""
 
     def __init__(
         self,
@@ -24,11 +25,13 @@ class Selection:
         model: GgufModel,
         count: _native.ExpertCount | None = None,
         reuse_bias: reuse.ReuseBias | None = None,
+        miss: _native.OnMiss | None = None,
     ) -> None:
         self._runtime = native
         self._model = model
         self._count = count
         self._reuse = reuse_bias
+        self._miss = miss
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -39,22 +42,22 @@ class Selection:
         """
         plugin = _native.plugin()
         reuse_bias = self._reuse.native if self._reuse is not None else None
-        plugin.set_choosers(self._runtime, self._count, reuse_bias, self._model.n_experts)
+        plugin.set_choosers(self._runtime, self._count, reuse_bias, self._miss, self._model.n_experts)
         n_selections = 0
         try:
             yield
         finally:
-            n_selections = plugin.set_choosers(None, None, None, 0)
+            n_selections = plugin.set_choosers(None, None, None, None, 0)
         if n_selections == 0:
             raise BackendError(
                 f"cannot change routing: in llama.cpp's graph of {self._model.path} ({self._model.architecture}) "
-                "no choice of experts was recognized; use reuse_bias='off' and expert_top_k='off'"
+                "no choice of experts was recognized; use reuse_bias='off', expert_top_k='off' and on_miss='wait'"
                 + (" (`map` also needs a router with a softmax or a sigmoid)" if self._count is not None else "")
             )
 
     def stats(self) -> dict[str, Any]:
         """The fields of `Stats` that say what it costs."""
-        n_selections = n_chosen = n_changed = 0
+        n_selections = n_chosen = n_changed = n_skipped = 0
         mass_moved = kl = 0.0
         found: dict[str, Any] = {}
         if self._reuse is not None:
@@ -65,11 +68,22 @@ class Selection:
         if self._count is not None:
             # All that the model would have chosen, of which a bias sees only those that are left.
             counted = self._count.stats()
+            n_skipped += counted.n_dropped
             n_selections, n_chosen = counted.n_selections, counted.n_chosen
             n_changed += counted.n_dropped
             mass_moved += counted.mass_moved
             kl += counted.kl
+        if self._miss is not None:
+            missed = self._miss.stats()
+            n_selections = n_selections or missed.n_selections
+            n_chosen = n_chosen or missed.n_chosen
+            n_skipped += missed.n_skipped
+            n_changed += missed.n_skipped
+            mass_moved += missed.mass_moved
+            kl += missed.kl
+            found["lowbit_hits"] = missed.n_copies
         return found | {
+            "skipped_experts": n_skipped,
             "selections_changed": n_changed / max(n_chosen, 1),
             "gate_mass_moved": mass_moved / max(n_selections, 1),
             "kl_estimate": kl / max(n_selections, 1),
@@ -81,3 +95,5 @@ class Selection:
             self._reuse.native.reset_stats()
         if self._count is not None:
             self._count.reset_stats()
+        if self._miss is not None:
+            self._miss.reset_stats()

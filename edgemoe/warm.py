@@ -340,7 +340,7 @@ class WarmStart:
         return experts[np.sort(first)].astype(np.uint32)
 
     def _counts(self) -> Counts:
-        n_uses = self._runtime.slice_uses()
+        n_uses = self._runtime.slice_uses()[: len(self._expert_of_slice)]  # low-bit copies come behind
         counts = np.zeros(self._shape[0] * self._shape[1], np.uint64)
         # A layer's tensors are used alike; the greatest, as a tensor that llama.cpp reads by itself is not counted.
         np.maximum.at(counts, self._expert_of_slice, np.array(n_uses, np.uint64))

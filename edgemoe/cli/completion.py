@@ -112,6 +112,7 @@ class Completion:
             f"{(end.expert_bytes_read - first.expert_bytes_read) / n_decoded / 2**20:.2f} MiB read/token",
             *([f"drafts {n_accepted} of {n_drafted} right"] if n_drafted else []),
             *([reuse_price(end)] if is_lossy(end) else []),
+            *([miss_price(end)] if end.lowbit_hits or end.skipped_experts else []),
             f"stall {end.stall_s - start.stall_s:.2f} s",
             f"memory peak {format_size(end.peak_rss_bytes)} of {format_size(end.budget_bytes)}",
         ]
@@ -136,6 +137,11 @@ def reuse_price(stats: Stats) -> str:
         f"{bias}{stats.selections_changed:.1%} of experts changed, "
         f"{stats.gate_mass_moved:.1%} of their weight, KL {stats.kl_estimate:.3f}{expected}"
     )
+
+
+def miss_price(stats: Stats) -> str:
+    """What became of experts that were not used, or not exactly, over all that was decoded so far."""
+    return f"{stats.lowbit_hits} low-bit copies, {stats.skipped_experts} experts left out"
 
 
 def text_prompt(llm: Llama, text: str) -> list[int]:

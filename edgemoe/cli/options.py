@@ -95,6 +95,16 @@ def _check_expert_top_k(_ctx: click.Context, _param: click.Parameter, expert_top
     return expert_top_k
 
 
+def _check_on_miss(load: dict[str, Any]) -> None:
+    from edgemoe import on_miss
+
+    names = ("on_miss", "on_miss_mass", "on_miss_skip_mass", "lowbit")
+    try:
+        on_miss.parse(**{name: load[name] for name in names})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 model_argument = click.argument("model", required=False, type=click.Path(path_type=Path))
 memory_option = click.option(
     "--memory",
@@ -144,6 +154,7 @@ n_tokens_option = click.option(
 )
 EVICTIONS = click.Choice(["auto", "lru", "lfu", "least-stale", "utility"])
 PREFETCH_DEPTHS = click.Choice(["off", "auto", "1", "2"])
+ON_MISS = click.Choice(["wait", "lowbit", "skip"])
 REUSE_METHODS = click.Choice(["cache-prior", "max-rank", "cumulative"])
 plot_option = click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: PNG, SVG or PDF.")
 # By the names of `Llama`'s keywords.
@@ -214,6 +225,34 @@ _LOAD_OPTIONS = {
         help="While decoding, use fewer experts: K; top-p:P for the best with that share of the weight; map for those "
         "with a positive logit; lexi:MEAN[@FILE] for what each layer can spare. LOSSY: it changes the answer.",
     ),
+    "on_miss": click.option(
+        "--on-miss",
+        type=ON_MISS,
+        default="wait",
+        show_default=True,
+        help="While decoding, what becomes of an expert that must be read and matters little: waited for, its low-bit "
+        "copy used, or left out. LOSSY, but for wait.",
+    ),
+    "on_miss_mass": click.option(
+        "--on-miss-mass",
+        type=click.FloatRange(0.0, 1.0),
+        default=0.6,
+        show_default=True,
+        metavar="0..1",
+        help="It matters little if experts with so much of the token's mixing weight come before it.",
+    ),
+    "on_miss_skip_mass": click.option(
+        "--on-miss-skip-mass",
+        type=click.FloatRange(0.0, 1.0),
+        metavar="0..1",
+        help="Behind so much not even its low-bit copy is used.  [default: 0.9]",
+    ),
+    "lowbit": click.option(
+        "--lowbit",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="The model's low-bit copy, as `edgemoe convert lowbit` makes it.",
+    ),
     "warm_start": click.option(
         "--warm-start/--no-warm-start",
         default=True,
@@ -229,6 +268,7 @@ def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def with_load(*args: Any, **kwargs: Any) -> Any:
         load = {name: kwargs.pop(name) for name in _LOAD_OPTIONS}
+        _check_on_miss(load)
         return command(*args, **kwargs, load=load)
 
     for option in reversed(_LOAD_OPTIONS.values()):

@@ -9,6 +9,7 @@
 
 #include "core/arithmetic.h"
 #include "core/expert_count.h"
+#include "core/on_miss.h"
 #include "core/replay.h"
 #include "core/reuse_bias.h"
 #include "core/runtime.h"
@@ -340,6 +341,24 @@ int32_t edgemoe_count_select(edgemoe_count* count, const edgemoe_selection* sele
 
 void edgemoe_count_read_stats(const edgemoe_count* count, edgemoe_count_stats* stats) { *stats = count->count.stats(); }
 void edgemoe_count_reset_stats(edgemoe_count* count) { count->count.ResetStats(); }
+
+int32_t edgemoe_miss_open(const edgemoe_miss_options* options, edgemoe_miss** miss, edgemoe_error* error) {
+  return Guard(error, [&] {
+    if (Status s = edgemoe::OnMiss::Check(*options); !s.ok()) return s;
+    *miss = new edgemoe_miss{edgemoe::OnMiss(*options)};
+    return Status();
+  });
+}
+
+void edgemoe_miss_close(edgemoe_miss* miss) { delete miss; }
+
+int32_t edgemoe_miss_select(edgemoe_miss* miss, const edgemoe_selection* selection, int32_t* ids,
+                            edgemoe_error* error) {
+  return Guard(error, [&] { return miss->rule.Select(*selection, ids); });
+}
+
+void edgemoe_miss_read_stats(const edgemoe_miss* miss, edgemoe_miss_stats* stats) { *stats = miss->rule.stats(); }
+void edgemoe_miss_reset_stats(edgemoe_miss* miss) { miss->rule.ResetStats(); }
 
 int32_t edgemoe_runtime_residents(edgemoe_runtime* runtime, int32_t layer, uint8_t* resident, int32_t n_experts) {
   return runtime->cache.Residents(layer, resident, n_experts);

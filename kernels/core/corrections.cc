@@ -24,6 +24,12 @@ size_t TableIdx(int layer, int distance) {
   return static_cast<size_t>((layer + 1) * Predictor::kMaxDepth + distance - 1);
 }
 
+// The row of an id; -1: none.
+int SourceOf(int32_t id, int n_sources) {
+  if (id >= n_sources) id -= n_sources;
+  return id >= 0 && id < n_sources ? id : -1;
+}
+
 float SpreadOf(const float* scores, int n) {
   float sum = 0.0f, squares = 0.0f;
   for (int i = 0; i < n; ++i) {
@@ -95,19 +101,25 @@ bool Corrections::Apply(int layer, int distance, const int32_t* chosen, int64_t 
     for (int e = 0; e < n; ++e) scores[e] += share * row[e];
   };
   for (int64_t i = 0; i < n_chosen; ++i) {
-    if (chosen[i] >= 0 && chosen[i] < table->n_sources) add(chosen[i], unit / static_cast<float>(n_chosen));
+    if (const int source = SourceOf(chosen[i], table->n_sources); source >= 0) {
+      add(source, unit / static_cast<float>(n_chosen));
+    }
   }
   add(table->n_sources, unit * kCommonShare);
   return table->advantage > 0.0;
 }
 
-void Corrections::Learn(const Guess& guess, const std::vector<int32_t>& chosen_of_expert) {
+void Corrections::Learn(const Guess& guess, const std::vector<int32_t>& chosen_of_id) {
   std::lock_guard<std::mutex> lock(mutex_);
   Table* const table = Find(guess.layer, guess.distance);
-  if (table == nullptr || chosen_of_expert.size() != static_cast<size_t>(table->n_targets) || guess.chosen.empty()) {
-    return;
-  }
-  const auto is_chosen = [&](int32_t e) { return chosen_of_expert[static_cast<size_t>(e)] >= 0; };
+  if (table == nullptr || guess.chosen.empty()) return;
+  const size_t n_targets = static_cast<size_t>(table->n_targets);
+  const bool has_copies = chosen_of_id.size() == 2 * n_targets;
+  if (chosen_of_id.size() != n_targets && !has_copies) return;
+  const auto is_chosen = [&](int32_t e) {
+    const size_t id = static_cast<size_t>(e);
+    return chosen_of_id[id] >= 0 || (has_copies && chosen_of_id[n_targets + id] >= 0);
+  };
   const auto n_right = [&](const std::vector<int32_t>& named) {
     return static_cast<double>(std::count_if(named.begin(), named.end(), is_chosen));
   };
@@ -120,8 +132,8 @@ void Corrections::Learn(const Guess& guess, const std::vector<int32_t>& chosen_o
               ->rows[static_cast<size_t>(source) * static_cast<size_t>(table->n_targets) + static_cast<size_t>(target)];
       c = std::clamp(c + by, -kLargest, kLargest);
     };
-    for (int32_t source : guess.chosen) {
-      if (source >= 0 && source < table->n_sources) step(source, sign * rate);
+    for (int32_t id : guess.chosen) {
+      if (const int source = SourceOf(id, table->n_sources); source >= 0) step(source, sign * rate);
     }
     step(table->n_sources, sign * kRate * kCommonShare);
   };

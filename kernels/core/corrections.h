@@ -40,10 +40,12 @@ class Corrections {
   static uint64_t Bytes(const edgemoe_router* routers, int n_routers, int max_depth);
 
   // scores[n_experts of the target], the router's alone -> corrected by the rows of the experts chosen in `layer`; ids
-  // below 0 are none. Returns whether corrected scores have been the better ones so far.
+  // as a layer begins with them, so below 0 are none, and an expert's low-bit copy counts as the expert. Returns
+  // whether corrected scores have been the better ones so far.
   bool Apply(int layer, int distance, const int32_t* chosen, int64_t n_chosen, float* scores);
-  // The guess's target has chosen the experts with chosen_of_expert >= 0.
-  void Learn(const Guess& guess, const std::vector<int32_t>& chosen_of_expert);
+  // The guess's target has chosen the ids with chosen_of_id >= 0: those of its experts, and of their copies if it has
+  // any.
+  void Learn(const Guess& guess, const std::vector<int32_t>& chosen_of_id);
 
  private:
   struct Table {

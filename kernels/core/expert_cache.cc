@@ -181,6 +181,7 @@ void ExpertCache::StartDuel() {
   const auto& tensors = file_->tensors();
   std::vector<size_t> first_of_layer;
   for (size_t t = 0; t < tensors.size(); ++t) {
+    if (tensors[t].copy_of >= 0) continue;
     if (t == 0 || tensors[t].layer != tensors[t - 1].layer) first_of_layer.push_back(t);
   }
   const size_t n_samples = std::min<size_t>(first_of_layer.size(), EvictionDuel::kMaxSamples);
@@ -405,7 +406,7 @@ int ExpertCache::Residents(int layer, uint8_t* resident, int n_experts) {
   int n_found = 0;
   std::lock_guard<std::mutex> lock(mutex_);
   for (const ExpertTensor& t : file_->tensors()) {
-    if (t.layer != layer) continue;
+    if (t.layer != layer || t.copy_of >= 0) continue;
     const bool is_first = n_found == 0;
     n_found = t.n_experts;
     if (n_found != n_experts) return n_found;

@@ -83,7 +83,7 @@ class ExpertCache {
   const simd::KernelTable* kernels() const { return kernels_; }
   CacheCounters& counters() { return counters_; }
   void SlotTotals(int64_t* n_slots, uint64_t* slots_bytes);
-  // Resident slices, the hottest first.
+  // Resident slices, the hottest first; without low-bit copies, which the next run reads when it misses.
   std::vector<int64_t> HotSlices();
   // [slice] how many tokens used it since Start.
   std::vector<uint64_t> Uses();

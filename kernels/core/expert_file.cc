@@ -13,6 +13,21 @@ SliceExtent ExtentOf(const ExpertTensor& tensor, int64_t expert) {
   return {offset, RoundUp(head + tensor.expert_bytes, kIoAlignment), head, head + tensor.expert_bytes};
 }
 
+// A low-bit copy has the shape of what it copies, which comes before it and has no other.
+Status CheckCopy(const ExpertTensor& copy, const std::vector<ExpertTensor>& before) {
+  const ExpertTensor none;
+  const bool is_known = static_cast<size_t>(copy.copy_of) < before.size();
+  const ExpertTensor& t = is_known ? before[static_cast<size_t>(copy.copy_of)] : none;
+  if (is_known && t.copy_of < 0 && t.copy < 0 && t.layer == copy.layer && t.n_experts == copy.n_experts &&
+      t.n_cols == copy.n_cols && t.n_rows == copy.n_rows) {
+    return Status();
+  }
+  return Status(EDGEMOE_INVALID_ARGUMENT,
+                Format("tensor %s: low-bit copy of tensor %d (%s), expected one before it that has its layer and shape "
+                       "and no other copy",
+                       copy.name.c_str(), copy.copy_of, is_known ? t.name.c_str() : "unknown"));
+}
+
 }  // namespace
 
 uint64_t SlotBytes(const ExpertTensor& tensor) {
@@ -52,6 +67,11 @@ Status ExpertFile::Describe(const edgemoe_options& options, std::vector<ExpertTe
     tensor.n_cols = t.n_cols;
     tensor.n_rows = t.n_rows;
     tensor.format = t.format;
+    tensor.copy_of = t.copy_of - 1;
+    if (tensor.copy_of >= 0) {
+      if (Status s = CheckCopy(tensor, *tensors); !s.ok()) return s;
+      (*tensors)[static_cast<size_t>(tensor.copy_of)].copy = i;
+    }
     first_slice += t.n_experts;
     tensors->push_back(std::move(tensor));
   }

@@ -30,6 +30,8 @@ struct ExpertTensor {
   int64_t n_rows = 0;
   int32_t format = 0;  // edgemoe_format
   bool own = false;    // multiplied by our kernels; see arithmetic.h
+  int copy = -1;       // the tensor that holds the low-bit copies of these experts
+  int copy_of = -1;    // the tensor whose experts these are low-bit copies of
 };
 
 // The aligned range that holds a slice, and where the slice begins in it.

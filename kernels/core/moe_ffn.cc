@@ -42,11 +42,11 @@ Status MoeLayer::Ffn(const edgemoe_ffn& ffn) {
   if (!status.ok()) return status;
 
   if (status = SetProducts(&ffn.down, 1); !status.ok()) return status;
-  inputs_.assign(1, hidden_rows_);
+  inputs_.assign(matmuls_.size(), hidden_rows_);
   const size_t n_pairs = static_cast<size_t>(n_pairs_);
-  if (x_rows_.size() < n_pairs) x_rows_.resize(n_pairs);
-  for (size_t p = 0; p < n_pairs; ++p) {
-    x_rows_[p] = hidden_.data() + hidden_rows_.offset + p * hidden_rows_.row_bytes;
+  if (x_rows_.size() < n_pairs * matmuls_.size()) x_rows_.resize(n_pairs * matmuls_.size());
+  for (size_t i = 0; i < n_pairs * matmuls_.size(); ++i) {
+    x_rows_[i] = hidden_.data() + hidden_rows_.offset + i % n_pairs * hidden_rows_.row_bytes;
   }
   if (ffn.out == nullptr) ZeroResultsOfNoExpert(ffn.down);
   if (status = RunTasks(); !status.ok()) return status;
@@ -81,7 +81,10 @@ Status MoeLayer::CheckFfn(const edgemoe_ffn& ffn) const {
 
 void MoeLayer::PrepareFfn(const edgemoe_ffn& ffn) {
   const size_t n_threads = static_cast<size_t>(n_threads_);
-  const uint64_t row_bytes = RoundUp(arithmetic_.RowBytes(Tensor(ffn.down), ffn.down), 64);
+  const ExpertTensor& down = Tensor(ffn.down);
+  uint64_t row_bytes = arithmetic_.RowBytes(down, ffn.down);
+  if (makes_room_for_copies_) row_bytes = std::max(row_bytes, arithmetic_.RowBytes(Tensor(down.copy), ffn.down));
+  row_bytes = RoundUp(row_bytes, 64);
   const uint64_t hidden_bytes = row_bytes * static_cast<uint64_t>(n_pairs_) + 64;
   if (hidden_.size() < hidden_bytes) hidden_.resize(hidden_bytes);
   hidden_rows_ = {(64 - reinterpret_cast<uint64_t>(hidden_.data()) % 64) % 64, row_bytes, n_used_};
@@ -110,8 +113,10 @@ void MoeLayer::Activate(int thread_idx, const ChosenExpert& chosen) {
   const edgemoe_ffn& ffn = *ffn_;
   const int64_t n_ff = NFf(ffn);
   const simd::GluParams params = {static_cast<simd::GluKind>(ffn.glu), ffn.alpha, ffn.limit};
-  const float* gate_bias = BiasOf(ffn.gate_bias, ffn.gate_bias_expert_bytes, chosen.expert);
-  const float* up_bias = BiasOf(ffn.up_bias, ffn.up_bias_expert_bytes, chosen.expert);
+  const int32_t expert = ExpertOf(chosen.id);
+  const ExpertTensor& down = IsCopy(chosen.id) ? Tensor(Tensor(ffn.down).copy) : Tensor(ffn.down);
+  const float* gate_bias = BiasOf(ffn.gate_bias, ffn.gate_bias_expert_bytes, expert);
+  const float* up_bias = BiasOf(ffn.up_bias, ffn.up_bias_expert_bytes, expert);
   if (ffn.merged && up_bias != nullptr) {
     gate_bias = up_bias;
     up_bias += n_ff;
@@ -130,7 +135,7 @@ void MoeLayer::Activate(int thread_idx, const ChosenExpert& chosen) {
     }
     const bool alone = up == nullptr;
     arithmetic_.table().glu(params, gate, alone ? up_bias : gate_bias, up, alone ? nullptr : up_bias, act, n_ff);
-    arithmetic_.Quantize(Tensor(ffn.down), ffn.down, act,
+    arithmetic_.Quantize(down, ffn.down, act,
                          hidden_.data() + hidden_rows_.offset + static_cast<uint64_t>(p) * hidden_rows_.row_bytes);
   }
 }

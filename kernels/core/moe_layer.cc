@@ -27,8 +27,9 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
                            tensors[static_cast<size_t>(t)].n_experts));
     }
   }
-  if (Status s = Choose(ids, n_tokens, n_used, ids_token_bytes, first.n_experts); !s.ok()) return s;
-  if (n_tokens == 1) prefetch_->Learn(first.layer, chosen_of_expert_, &foresight_);
+  n_experts_ = first.n_experts;
+  if (Status s = Choose(ids, n_tokens, n_used, ids_token_bytes); !s.ok()) return s;
+  if (n_tokens == 1) prefetch_->Learn(first.layer, chosen_of_id_, &foresight_);
   // Room for the most pins and reads that this many experts can take, so that decoding never allocates.
   pinned_.reserve(tensor_idxs_.size() * chosen_.size());
   ahead_.reserve(tensor_idxs_.size() * chosen_.size());
@@ -44,7 +45,7 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   last_layer_ = layer_ = first.layer;
   last_n_tokens_ = n_tokens;
   active_ = true;
-  prefetch_->BeginLayer(first.layer, tensor_idxs_, chosen_of_expert_, chosen_.size());
+  prefetch_->BeginLayer(first.layer, tensor_idxs_, chosen_of_id_, chosen_.size());
   trace_.Begin(*cache_, tensor_idxs_, expert_of_.data(), n_tokens, n_used);
   CountAndPin();
   // A prompt's layer that does not fit needs every slot for itself.
@@ -53,8 +54,12 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   return Status();
 }
 
-Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes, int n_experts) {
-  chosen_of_expert_.assign(static_cast<size_t>(n_experts), -1);
+Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes) {
+  const bool has_copies =
+      std::all_of(tensor_idxs_.begin(), tensor_idxs_.end(), [&](int32_t t) { return Tensor(t).copy >= 0; });
+  const int32_t n_ids = has_copies ? 2 * n_experts_ : n_experts_;
+  has_chosen_copies_ = false;
+  chosen_of_id_.assign(static_cast<size_t>(n_ids), -1);
   chosen_.clear();
   n_used_ = n_used;
   const size_t n_pairs = static_cast<size_t>(n_tokens * n_used);
@@ -66,18 +71,21 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
   };
   for (int64_t token = 0; token < n_tokens; ++token) {
     for (int64_t used = 0; used < n_used; ++used) {
-      const int32_t expert = id_at(token, used);
-      expert_of_[static_cast<size_t>(token * n_used + used)] = expert;
-      if (expert == EDGEMOE_NO_EXPERT) continue;
-      if (expert < 0 || expert >= n_experts) {
-        return Status(EDGEMOE_INVALID_ARGUMENT, Format("token %lld selects expert %d, expected 0..%d",
-                                                       static_cast<long long>(token), expert, n_experts - 1));
+      const int32_t id = id_at(token, used);
+      expert_of_[static_cast<size_t>(token * n_used + used)] = ExpertOf(id);
+      if (id == EDGEMOE_NO_EXPERT) continue;
+      if (id < 0 || id >= n_ids) {
+        return Status(
+            EDGEMOE_INVALID_ARGUMENT,
+            Format("token %lld selects expert %d, expected 0..%d (%d experts%s)", static_cast<long long>(token), id,
+                   n_ids - 1, n_experts_, has_copies ? " and their low-bit copies" : ", no low-bit copies"));
       }
-      int32_t& idx = chosen_of_expert_[static_cast<size_t>(expert)];
+      has_chosen_copies_ |= IsCopy(id);
+      int32_t& idx = chosen_of_id_[static_cast<size_t>(id)];
       if (idx < 0) {
         idx = static_cast<int32_t>(chosen_.size());
         chosen_.emplace_back();
-        chosen_.back().expert = expert;
+        chosen_.back().id = id;
       }
       ++chosen_[static_cast<size_t>(idx)].n_pairs;
       chosen_[static_cast<size_t>(idx)].last_time = static_cast<double>(token);
@@ -88,7 +96,7 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
     std::stable_sort(chosen_.begin(), chosen_.end(),
                      [](const ChosenExpert& a, const ChosenExpert& b) { return a.n_pairs > b.n_pairs; });
     for (size_t c = 0; c < chosen_.size(); ++c)
-      chosen_of_expert_[static_cast<size_t>(chosen_[c].expert)] = static_cast<int32_t>(c);
+      chosen_of_id_[static_cast<size_t>(chosen_[c].id)] = static_cast<int32_t>(c);
   }
   int64_t first_pair = 0;
   max_pairs_ = 0;
@@ -99,11 +107,12 @@ Status MoeLayer::Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, ui
     c.n_pairs = 0;
   }
   n_pairs_ = first_pair;
+  makes_room_for_copies_ = has_chosen_copies_ || (has_copies && n_tokens <= kMostDecodeTokens);
   for (int64_t token = 0; token < n_tokens; ++token) {
     for (int64_t used = 0; used < n_used; ++used) {
-      const int32_t expert = expert_of_[static_cast<size_t>(token * n_used + used)];
-      if (expert == EDGEMOE_NO_EXPERT) continue;
-      ChosenExpert& c = chosen_[static_cast<size_t>(chosen_of_expert_[static_cast<size_t>(expert)])];
+      const int32_t id = id_at(token, used);
+      if (id == EDGEMOE_NO_EXPERT) continue;
+      ChosenExpert& c = chosen_[static_cast<size_t>(chosen_of_id_[static_cast<size_t>(id)])];
       pairs_[static_cast<size_t>(c.first_pair + c.n_pairs++)] = {static_cast<int32_t>(token),
                                                                  static_cast<int32_t>(used)};
     }
@@ -119,7 +128,7 @@ void MoeLayer::CountAndPin() {
     bool absent = false, loading = false;
     const double time = batch_time_ + c.last_time;
     for (int32_t t : tensor_idxs_) {
-      const int64_t slice = Slice(t, c.expert);
+      const int64_t slice = Slice(t, c.id);
       absent |= cache_->Absent(slice);
       loading |= !cache_->Resident(slice);
       cache_->TouchSlice(slice, time, c.n_pairs);
@@ -131,7 +140,7 @@ void MoeLayer::CountAndPin() {
   next_ahead_ = 0;
   for (int32_t t : tensor_idxs_) {
     for (const ChosenExpert& c : chosen_) {
-      const int64_t slice = Slice(t, c.expert);
+      const int64_t slice = Slice(t, c.id);
       ClassShare& share = shares_[static_cast<size_t>(cache_->ClassIdx(slice))];
       if (cache_->Absent(slice) || (!share.fits && share.n_promised == 0)) {
         ahead_.push_back(slice);
@@ -150,7 +159,7 @@ void MoeLayer::CountAndPin() {
 void MoeLayer::Promise() {
   shares_.assign(static_cast<size_t>(cache_->n_classes()), ClassShare());
   for (int32_t t : tensor_idxs_) {
-    shares_[static_cast<size_t>(cache_->ClassIdx(Slice(t, 0)))].n_needed += static_cast<int64_t>(chosen_.size());
+    for (const ChosenExpert& c : chosen_) ++shares_[static_cast<size_t>(cache_->ClassIdx(Slice(t, c.id)))].n_needed;
   }
   bool fits = true;
   for (size_t i = 0; i < shares_.size(); ++i) {

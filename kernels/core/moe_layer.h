@@ -43,7 +43,7 @@ class MoeLayer {
  private:
   // The tokens that chose one expert: pairs [first_pair, first_pair + n_pairs) of pairs_.
   struct ChosenExpert {
-    int32_t expert = 0;
+    int32_t id = 0;  // as Begin was given it: of an expert, or of its low-bit copy
     int32_t n_pairs = 0;
     int64_t first_pair = 0;
     double last_time = 0.0;
@@ -66,11 +66,12 @@ class MoeLayer {
     std::atomic<int32_t> n_done{0};
   };
 
-  Status Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes, int n_experts);
+  Status Choose(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes);
   void CountAndPin();
   void Foresee();
   void Promise();
   Status SetProducts(const edgemoe_matmul* matmuls, int n_matmuls);
+  void AddProductsWithCopies();
   void QuantizeInputs();
   void ZeroResultsOfNoExpert(const edgemoe_matmul& m);
   Status RunTasks();
@@ -92,11 +93,13 @@ class MoeLayer {
     return reinterpret_cast<float*>(reinterpret_cast<char*>(m.y) + static_cast<uint64_t>(token) * m.y_token_bytes +
                                     static_cast<uint64_t>(used) * m.y_used_bytes);
   }
-  const ExpertTensor& Tensor(const edgemoe_matmul& m) const {
-    return cache_->file().tensors()[static_cast<size_t>(m.tensor_idx)];
-  }
-  int64_t Slice(int tensor_idx, int expert) const {
-    return cache_->file().tensors()[static_cast<size_t>(tensor_idx)].first_slice + expert;
+  const ExpertTensor& Tensor(int tensor_idx) const { return cache_->file().tensors()[static_cast<size_t>(tensor_idx)]; }
+  const ExpertTensor& Tensor(const edgemoe_matmul& m) const { return Tensor(m.tensor_idx); }
+  bool IsCopy(int32_t id) const { return id >= n_experts_; }
+  int32_t ExpertOf(int32_t id) const { return IsCopy(id) ? id - n_experts_ : id; }
+  int64_t Slice(int tensor_idx, int32_t id) const {
+    const ExpertTensor& t = Tensor(tensor_idx);
+    return IsCopy(id) ? Tensor(t.copy).first_slice + id - n_experts_ : t.first_slice + id;
   }
 
   ExpertCache* const cache_;
@@ -112,8 +115,11 @@ class MoeLayer {
   int64_t last_n_tokens_ = 0;
   double batch_time_ = 0.0;  // time of the batch's first token
   std::vector<int32_t> tensor_idxs_;
-  std::vector<ChosenExpert> chosen_;  // in the order in which they are acquired
-  std::vector<int32_t> chosen_of_expert_;
+  std::vector<ChosenExpert> chosen_;    // in the order in which they are acquired
+  int32_t n_experts_ = 0;               // of the layer; ids of copies begin there
+  bool makes_room_for_copies_ = false;  // in all buffers, so that decoding never allocates
+  bool has_chosen_copies_ = false;
+  std::vector<int32_t> chosen_of_id_;
   std::vector<Pair> pairs_;
   int64_t n_pairs_ = 0;
   int64_t n_used_ = 0;
@@ -134,8 +140,9 @@ class MoeLayer {
   bool foreseen_ = true;    // what follows from the layer in progress
   Foresight foresight_;
 
-  // The products in progress.
-  const edgemoe_matmul* matmuls_ = nullptr;
+  // The products in progress: n_matmuls_ with the experts, then as many with their low-bit copies, if some may be
+  // chosen.
+  std::vector<edgemoe_matmul> matmuls_;
   int n_matmuls_ = 0;
   std::unique_ptr<Task[]> tasks_;
   size_t tasks_capacity_ = 0;
@@ -166,7 +173,7 @@ class MoeLayer {
   std::vector<char> hidden_;  // [pair] what act gave, as down's activation rows
   InputRows hidden_rows_ = {};
   std::vector<float> act_;          // [thread][n_ff]
-  std::vector<int32_t> expert_of_;  // [token][used], or EDGEMOE_NO_EXPERT
+  std::vector<int32_t> expert_of_;  // [token][used], whichever copy of it, or EDGEMOE_NO_EXPERT
   struct CombineRows {
     std::vector<const float*> rows, biases;
     std::vector<float> weights;

@@ -69,9 +69,21 @@ Status MoeLayer::SetProducts(const edgemoe_matmul* matmuls, int n_matmuls) {
                            static_cast<long long>(t.n_cols), static_cast<long long>(t.n_rows)));
     }
   }
-  matmuls_ = matmuls;
+  matmuls_.assign(matmuls, matmuls + n_matmuls);
   n_matmuls_ = n_matmuls;
+  if (makes_room_for_copies_) AddProductsWithCopies();
   return Status();
+}
+
+void MoeLayer::AddProductsWithCopies() {
+  for (int i = 0; i < n_matmuls_; ++i) {
+    edgemoe_matmul m = matmuls_[static_cast<size_t>(i)];
+    m.tensor_idx = Tensor(m).copy;
+    const ExpertTensor& copy = Tensor(m);
+    m.type = -1 - copy.format;  // none of the plug-in's
+    m.row_bytes = copy.expert_bytes / static_cast<uint64_t>(m.n_rows);
+    matmuls_.push_back(m);
+  }
 }
 
 Status MoeLayer::RunTasks() {
@@ -100,16 +112,16 @@ Status MoeLayer::RunTasks() {
 void MoeLayer::Foresee() {
   if (foreseen_) return;
   foreseen_ = true;
-  const edgemoe_matmul* const end = matmuls_ + n_matmuls_;
-  const edgemoe_matmul* const m = std::find_if(matmuls_, end, [](const edgemoe_matmul& p) { return p.x_n_used == 1; });
-  const bool is_known = m != end && m->n_cols == prefetch_->predictor.n_cols();
+  const auto m =
+      std::find_if(matmuls_.begin(), matmuls_.end(), [](const edgemoe_matmul& p) { return p.x_n_used == 1; });
+  const bool is_known = m != matmuls_.end() && m->n_cols == prefetch_->predictor.n_cols();
   const char* const x = is_known ? reinterpret_cast<const char*>(m->x) : nullptr;
   const uint64_t x_token_bytes = is_known ? m->x_token_bytes : 0;
   if (last_n_tokens_ <= kMostDecodeTokens) {
     prefetch_->Foresee(layer_, is_known ? prefetch_depth_ : 0, x, x_token_bytes, last_n_tokens_,
                        {expert_of_.data(), n_used_}, &foresight_);
   } else {
-    prefetch_->ForeseePrompt(layer_, chosen_.size(), chosen_of_expert_.size(), x, x_token_bytes, last_n_tokens_,
+    prefetch_->ForeseePrompt(layer_, chosen_.size(), static_cast<size_t>(n_experts_), x, x_token_bytes, last_n_tokens_,
                              &foresight_);
   }
   std::lock_guard<std::mutex> lock(cache_->mutex());
@@ -121,18 +133,19 @@ void MoeLayer::QuantizeInputs() {
   inputs_.clear();
   uint64_t total = 0;
   const int64_t n_tokens = last_n_tokens_;
-  for (int i = 0; i < n_matmuls_; ++i) {
+  const size_t n_products = matmuls_.size();
+  for (size_t i = 0; i < n_products; ++i) {
     const edgemoe_matmul& m = matmuls_[i];
-    int same = -1;
-    for (int j = 0; j < i && same < 0; ++j) {
+    size_t same = i;
+    for (size_t j = 0; j < i && same == i; ++j) {
       const edgemoe_matmul& o = matmuls_[j];
       if (o.x == m.x && o.type == m.type && Tensor(o).own == Tensor(m).own && o.n_cols == m.n_cols &&
           o.x_used_bytes == m.x_used_bytes && o.x_token_bytes == m.x_token_bytes && o.x_n_used == m.x_n_used) {
         same = j;
       }
     }
-    if (same >= 0) {
-      inputs_.push_back(inputs_[static_cast<size_t>(same)]);
+    if (same < i) {
+      inputs_.push_back(InputRows(inputs_[same]));
       continue;
     }
     const uint64_t row_bytes = RoundUp(arithmetic_.RowBytes(Tensor(m), m), 64);
@@ -150,11 +163,11 @@ void MoeLayer::QuantizeInputs() {
     int64_t n_rows;
     std::atomic<int64_t> next{0};
   };
-  for (int i = 0; i < n_matmuls_; ++i) {
-    const InputRows& in = inputs_[static_cast<size_t>(i)];
+  for (size_t i = 0; i < n_products; ++i) {
+    const InputRows& in = inputs_[i];
     bool done = false;
-    for (int j = 0; j < i; ++j) done |= inputs_[static_cast<size_t>(j)].offset == in.offset;
-    if (done) continue;
+    for (size_t j = 0; j < i; ++j) done |= inputs_[j].offset == in.offset;
+    if (done || (i >= static_cast<size_t>(n_matmuls_) && !has_chosen_copies_)) continue;
     Shared shared{this, &matmuls_[i], base + in.offset, in.row_bytes, n_tokens * in.n_used, {}};
     const auto quantize = [](void* arg, int32_t, int32_t) {
       Shared* s = static_cast<Shared*>(arg);
@@ -173,13 +186,12 @@ void MoeLayer::QuantizeInputs() {
     }
   }
   const size_t n_pairs = static_cast<size_t>(n_pairs_);
-  if (x_rows_.size() < n_pairs * static_cast<size_t>(n_matmuls_))
-    x_rows_.resize(n_pairs * static_cast<size_t>(n_matmuls_));
-  for (int i = 0; i < n_matmuls_; ++i) {
-    const InputRows& in = inputs_[static_cast<size_t>(i)];
+  if (x_rows_.size() < n_pairs * n_products) x_rows_.resize(n_pairs * n_products);
+  for (size_t i = 0; i < n_products; ++i) {
+    const InputRows& in = inputs_[i];
     for (size_t p = 0; p < n_pairs; ++p) {
       const int64_t row = pairs_[p].token * in.n_used + pairs_[p].used % in.n_used;
-      x_rows_[static_cast<size_t>(i) * n_pairs + p] = base + in.offset + static_cast<uint64_t>(row) * in.row_bytes;
+      x_rows_[i * n_pairs + p] = base + in.offset + static_cast<uint64_t>(row) * in.row_bytes;
     }
   }
 }
@@ -188,8 +200,8 @@ void MoeLayer::PrepareTasks() {
   uint64_t row_bytes = 0;
   for (const InputRows& in : inputs_) row_bytes = std::max(row_bytes, in.row_bytes);
   uint64_t weight_row_bytes = 0;
-  for (int i = 0; i < n_matmuls_; ++i) {
-    if (Tensor(matmuls_[i]).own) weight_row_bytes = std::max(weight_row_bytes, matmuls_[i].row_bytes);
+  for (const edgemoe_matmul& m : matmuls_) {
+    if (Tensor(m).own) weight_row_bytes = std::max(weight_row_bytes, m.row_bytes);
   }
   arithmetic_.Prepare(n_threads_, max_pairs_, row_bytes, weight_row_bytes);
   const size_t y_rows = static_cast<size_t>(n_threads_) * static_cast<size_t>(max_pairs_);
@@ -204,16 +216,16 @@ void MoeLayer::PrepareTasks() {
   for (size_t c = 0; c < chosen_.size(); ++c) {
     for (int i = 0; i < n_matmuls_; ++i) {
       Task& task = tasks_[static_cast<size_t>(n++)];
-      task.slice = Slice(matmuls_[i].tensor_idx, chosen_[c].expert);
-      task.matmul = i;
+      const edgemoe_matmul& m = matmuls_[static_cast<size_t>(i)];
+      task.slice = Slice(m.tensor_idx, chosen_[c].id);
+      task.matmul = IsCopy(chosen_[c].id) ? n_matmuls_ + i : i;
       task.chosen = static_cast<int32_t>(c);
       task.rows_per_chunk = kDecodeRows;
       if (chosen_[c].n_pairs >= kPrefillPairs) {
         const int64_t units = std::max<int64_t>(1, n_threads_ * kPrefillUnitsPerThread / n_tasks_);
-        task.rows_per_chunk =
-            static_cast<int32_t>(RoundUp(static_cast<uint64_t>(matmuls_[i].n_rows / units), kPrefillRows));
+        task.rows_per_chunk = static_cast<int32_t>(RoundUp(static_cast<uint64_t>(m.n_rows / units), kPrefillRows));
       }
-      task.n_chunks = static_cast<int32_t>((matmuls_[i].n_rows + task.rows_per_chunk - 1) / task.rows_per_chunk);
+      task.n_chunks = static_cast<int32_t>((m.n_rows + task.rows_per_chunk - 1) / task.rows_per_chunk);
       task.next_chunk.store(0, std::memory_order_relaxed);
       task.n_done.store(0, std::memory_order_relaxed);
     }
@@ -227,7 +239,7 @@ void MoeLayer::PrepareTasks() {
   // Reading ahead begins behind the products at hand.
   const auto at_hand = [&](int64_t slice) {
     const int32_t tensor_idx = cache_->file().TensorOf(slice);
-    return std::any_of(matmuls_, matmuls_ + n_matmuls_,
+    return std::any_of(matmuls_.begin(), matmuls_.end(),
                        [&](const edgemoe_matmul& m) { return m.tensor_idx == tensor_idx; });
   };
   while (next_ahead_ < ahead_.size() && at_hand(ahead_[next_ahead_])) ++next_ahead_;
@@ -353,7 +365,7 @@ int MoeLayer::RunLength(const Task& task, int n_tasks_left) const {
 }
 
 void MoeLayer::RunChunks(int thread_idx, const Task& task, int chunk, int n_chunks) {
-  const edgemoe_matmul& m = matmuls_[task.matmul];
+  const edgemoe_matmul& m = matmuls_[static_cast<size_t>(task.matmul)];
   const ChosenExpert& chosen = chosen_[static_cast<size_t>(task.chosen)];
   const size_t n_pairs = static_cast<size_t>(n_pairs_);
   const int64_t first_row = static_cast<int64_t>(chunk) * task.rows_per_chunk;
@@ -371,8 +383,8 @@ void MoeLayer::RunChunks(int thread_idx, const Task& task, int chunk, int n_chun
   product.row_bytes = m.row_bytes;
   product.x = x_rows_.data() + static_cast<size_t>(task.matmul) * n_pairs + chosen.first_pair;
   product.y = y;
-  // Products that share an input share its rows: gate and up of one expert.
-  product.x_key = inputs_[static_cast<size_t>(task.matmul)].offset * 65536 + static_cast<uint64_t>(chosen.expert) + 1;
+  // Products that share an input share its rows: gate and up of one expert, or of one copy.
+  product.x_key = inputs_[static_cast<size_t>(task.matmul)].offset * 65536 + static_cast<uint64_t>(chosen.id) + 1;
   arithmetic_.Multiply(thread_idx, Tensor(m), task.packed, product);
 }
 

@@ -98,6 +98,7 @@ Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, in
   has_begun_.assign(static_cast<size_t>(n_layers), 0);
   for (size_t i = 0; i < file.tensors().size(); ++i) {
     const ExpertTensor& t = file.tensors()[i];
+    if (t.copy_of >= 0) continue;
     const size_t layer = static_cast<size_t>(t.layer);
     n_used_of_layer_[layer] = t.n_experts_used;
     n_experts_of_layer_[layer] = t.n_experts;
@@ -164,11 +165,11 @@ void Prefetch::KeepGuess(int layer, int distance, int target, const int32_t* ids
   guess.corrected.assign(f->corrected.begin(), f->corrected.end());
 }
 
-void Prefetch::Learn(int layer, const std::vector<int32_t>& chosen_of_expert, Foresight* f) {
+void Prefetch::Learn(int layer, const std::vector<int32_t>& chosen_of_id, Foresight* f) {
   const auto learn = [&](Foresight* from) {
     for (Guess& guess : from->guesses) {
       if (guess.target < 0) continue;
-      if (guess.target == layer) corrections.Learn(guess, chosen_of_expert);
+      if (guess.target == layer) corrections.Learn(guess, chosen_of_id);
       // Those of a layer at or behind this one are of a batch that has ended.
       if (guess.target <= layer || guess.layer >= layer) guess.target = -1;
     }

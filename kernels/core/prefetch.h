@@ -54,8 +54,8 @@ class Prefetch {
   // of the next `depth` layers.
   void Foresee(int layer, int depth, const char* x, uint64_t x_token_bytes, int64_t n_tokens, const Choice& choice,
                Foresight* f);
-  // A layer has chosen the experts with chosen_of_expert >= 0: learn from what was foreseen of it.
-  void Learn(int layer, const std::vector<int32_t>& chosen_of_expert, Foresight* f);
+  // A layer has chosen the ids with chosen_of_id >= 0, copies among them: learn from what was foreseen of it.
+  void Learn(int layer, const std::vector<int32_t>& chosen_of_id, Foresight* f);
   // A prompt's layer has chosen n_chosen of its n_experts: the experts of the next one. It needs nearly all where this
   // one did; otherwise those that some of the tokens, evenly spread, are predicted to choose.
   void ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const char* x, uint64_t x_token_bytes,

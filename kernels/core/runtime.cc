@@ -19,6 +19,13 @@ Status OpenRuntime(const edgemoe_options& options, const FileOpener& opener, edg
   const simd::KernelTable* kernels = nullptr;
   if (Status s = KernelsFor(options.arithmetic, &kernels); !s.ok()) return s;
   for (size_t i = 0; i < file->tensors().size(); ++i) file->SetOwn(i, IsOwn(kernels, file->tensors()[i]));
+  for (const ExpertTensor& t : file->tensors()) {
+    if (t.copy_of < 0 || t.own) continue;
+    return Status(EDGEMOE_INVALID_ARGUMENT,
+                  Format("low-bit copy %s: libedgemoe's own kernels are to multiply it, and they do not; use them "
+                         "(kernels 'auto'), and a companion in a format that they have, such as Q2_K or Q4_0",
+                         t.name.c_str()));
+  }
   auto result =
       std::make_unique<edgemoe_runtime>(std::move(file), static_cast<edgemoe_eviction>(options.eviction), kernels);
   if (Status s = result->cache.Start(options.slots_bytes, options.n_io_threads); !s.ok()) return s;

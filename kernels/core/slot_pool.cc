@@ -12,6 +12,19 @@ namespace {
 
 constexpr uint64_t kHugePageBytes = 2u << 20;
 
+// The low-bit copies that one token can ask for at once, in the layer that has the most of a class.
+int64_t CopiesOfALayer(const std::vector<ExpertTensor>& tensors, const std::vector<int>& class_of_tensor,
+                       int class_idx) {
+  std::vector<int64_t> n_of_layer;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const ExpertTensor& t = tensors[i];
+    if (t.copy_of < 0 || class_of_tensor[i] != class_idx) continue;
+    n_of_layer.resize(std::max(n_of_layer.size(), static_cast<size_t>(t.layer) + 1));
+    n_of_layer[static_cast<size_t>(t.layer)] += t.n_experts_used;
+  }
+  return *std::max_element(n_of_layer.begin(), n_of_layer.end());
+}
+
 }  // namespace
 
 SlotPool::~SlotPool() {
@@ -32,8 +45,17 @@ std::vector<SlotClass> SlotPool::Classes(const std::vector<ExpertTensor>& tensor
       it->slot_bytes = bytes;
     }
     it->n_slices += t.n_experts;
-    it->n_cycle_slices += t.n_experts_used;
     class_of_tensor->push_back(static_cast<int>(it - classes.begin()));
+    if (t.copy_of < 0) {
+      it->n_cycle_slices += t.n_experts_used;
+    } else {
+      it->n_copy_slices += t.n_experts;
+    }
+  }
+  for (size_t c = 0; c < classes.size(); ++c) {
+    if (classes[c].n_copy_slices > 0) {
+      classes[c].n_cycle_slices += CopiesOfALayer(tensors, *class_of_tensor, static_cast<int>(c));
+    }
   }
   return classes;
 }
@@ -45,20 +67,23 @@ uint64_t SlotPool::Distribute(uint64_t slots_bytes, std::vector<SlotClass>* clas
   long double rest_bytes = 0;
   for (SlotClass& c : *classes) {
     c.n_slots = has_floor ? c.n_floor_slots() : 0;
-    rest_bytes += static_cast<long double>(c.slot_bytes) * (c.n_slices - c.n_slots);
+    rest_bytes += static_cast<long double>(c.slot_bytes) * c.weight() * (c.n_slices - c.n_slots);
   }
   const long double free_bytes = slots_bytes - (has_floor ? floor_bytes : 0);
   const long double share = rest_bytes > 0 ? std::min<long double>(1.0L, free_bytes / rest_bytes) : 0;
   uint64_t taken = 0;
   for (SlotClass& c : *classes) {
-    c.n_slots += static_cast<int64_t>(share * (c.n_slices - c.n_slots));
+    c.n_slots += static_cast<int64_t>(share * c.weight() * (c.n_slices - c.n_slots));
     taken += static_cast<uint64_t>(c.n_slots) * c.slot_bytes;
   }
+  const auto fullness = [](const SlotClass& c) {
+    return static_cast<double>(c.n_slots) / (c.weight() * static_cast<double>(c.n_slices));
+  };
   for (;;) {
     SlotClass* poorest = nullptr;
     for (SlotClass& c : *classes) {
       if (c.n_slots >= c.n_slices || taken + c.slot_bytes > slots_bytes) continue;
-      if (poorest == nullptr || c.n_slots * poorest->n_slices < poorest->n_slots * c.n_slices) poorest = &c;
+      if (poorest == nullptr || fullness(c) < fullness(*poorest)) poorest = &c;
     }
     if (poorest == nullptr) return taken;
     ++poorest->n_slots;

@@ -16,14 +16,23 @@
 
 namespace edgemoe {
 
+// Of the memory that a slice of the model gets, what a low-bit copy gets for each of its bytes.
+inline constexpr double kCopyShare = 0.2;
+
 struct SlotClass {
   uint64_t slot_bytes = 0;
   int64_t n_slices = 0;        // slices of this size in the model
-  int64_t n_cycle_slices = 0;  // of which one token uses so many
+  int64_t n_cycle_slices = 0;  // of which one token uses so many; of low-bit copies, one layer of it
+  int64_t n_copy_slices = 0;   // of which so many are low-bit copies
   int64_t n_slots = 0;
   char* base = nullptr;
   uint64_t reserved_bytes = 0;
 
+  // What a slice counts when memory is divided: 1, and less where some are low-bit copies.
+  double weight() const {
+    const double n_full = static_cast<double>(n_slices - n_copy_slices);
+    return (n_full + kCopyShare * static_cast<double>(n_copy_slices)) / static_cast<double>(n_slices);
+  }
   // Slots without which a token's experts do not fit; two at least, so that one slice loads while another is used.
   int64_t n_floor_slots() const { return std::max(n_cycle_slices, std::min<int64_t>(2, n_slices)); }
 };
@@ -37,8 +46,8 @@ class SlotPool {
 
   // One class per distinct slot size; class_of_tensor[i] is the class of tensor i.
   static std::vector<SlotClass> Classes(const std::vector<ExpertTensor>& tensors, std::vector<int>* class_of_tensor);
-  // Give each class its floor if all of them can have it, then the same share of its other slices, then the
-  // remainder to the class that is shortest of slots.
+  // Give each class its floor if all of them can have it, then the same share of its other slices, where a low-bit
+  // copy counts kCopyShare of a slice, then the remainder to the class that is shortest of slots.
   // Fills n_slots; returns the bytes taken, at most slots_bytes.
   static uint64_t Distribute(uint64_t slots_bytes, std::vector<SlotClass>* classes);
 

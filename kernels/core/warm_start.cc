@@ -15,7 +15,8 @@ std::vector<int64_t> ExpertCache::HotSlices() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (int64_t slice = 0; slice < file_->n_slices(); ++slice) {
-      if (Resident(slice)) found.emplace_back(-order_.Warmth(slice), slice);
+      const bool is_copy = file_->tensors()[static_cast<size_t>(file_->TensorOf(slice))].copy_of >= 0;
+      if (Resident(slice) && !is_copy) found.emplace_back(-order_.Warmth(slice), slice);
     }
   }
   std::sort(found.begin(), found.end());

@@ -182,6 +182,66 @@ TEST(OwnAllocationTest, DecodeStepsOfWholeBlocksAllocateNothingAfterWarmUp) {
   }
 }
 
+// Guards against: rooms for low-bit copies that grow when the first of them is chosen, in the middle of an answer.
+TEST(OwnAllocationTest, FirstUsesOfCopiesAllocateNothing) {
+  constexpr int kEmbd = 256, kFf = 512, kUsed = 4;
+  OwnModel model({{simd::kQ4_0, kFf, kEmbd}, {simd::kQ4_0, kEmbd, kFf}, {simd::kQ8_0, kFf, kEmbd}}, 4096 + 96,
+                 {simd::kQ2_K, simd::kQ3_K, simd::kQ4_0});
+  if (!model.TryToOpen().ok()) GTEST_SKIP() << "this CPU has only the portable kernels";
+  RuntimePtr runtime = model.Open(4);
+  const edgemoe_kernels kernels = SerialToyKernels();
+  edgemoe_session* session = nullptr;
+  ASSERT_EQ(edgemoe_session_create(runtime.get(), &kernels, &session, nullptr), EDGEMOE_OK);
+  const edgemoe_miss_options options = {sizeof(edgemoe_miss_options), 1, 1, kOwnExperts, 0.3, 0.8};
+  edgemoe_miss* miss = nullptr;
+  ASSERT_EQ(edgemoe_miss_open(&options, &miss, nullptr), EDGEMOE_OK);
+  std::mt19937 rng(2);
+  const std::vector<float> x = RandomRows(&rng, 1, kEmbd), weights = RandomRows(&rng, 1, kUsed);
+  std::vector<float> gate(kUsed * kFf), up(kUsed * kFf), down(kUsed * kEmbd), out(kEmbd), masses(kOwnExperts);
+  std::vector<uint8_t> resident(kOwnExperts);
+  std::vector<int32_t> order(kOwnExperts);
+  edgemoe_ffn ffn = {};
+  ffn.up = model.Matmul(0, x.data(), 1, up.data(), kUsed);
+  ffn.down = model.Matmul(1, nullptr, kUsed, down.data(), kUsed);
+  ffn.gate = model.Matmul(2, x.data(), 1, gate.data(), kUsed);
+  ffn.weights = weights.data();
+  ffn.weights_used_bytes = sizeof(float);
+  ffn.out = out.data();
+  const int32_t tensor_idxs[] = {0, 2, 1};
+  int32_t ids[kUsed] = {0, 1, 2, 3};
+  int32_t failed = 0;
+  for (int step = 0; step < 300; ++step) {
+    if (step == 1) {
+      g_n_allocations = 0;
+      g_counting = true;
+      edgemoe_miss_reset_stats(miss);
+    }
+    if (step > 0) {
+      failed += edgemoe_runtime_residents(runtime.get(), 0, resident.data(), kOwnExperts) == kOwnExperts ? 0 : 1;
+      for (int32_t e = 0; e < kOwnExperts; ++e) {
+        order[static_cast<size_t>(e)] = (e + step) % kOwnExperts;
+        masses[static_cast<size_t>(e)] = 1.0f / static_cast<float>(1 + (e + step) % 3);
+      }
+      const edgemoe_selection selection = {
+          0, kOwnExperts, kUsed, 0, 0, 0, masses.data(), masses.data(), resident.data(), order.data()};
+      failed |= edgemoe_miss_select(miss, &selection, ids, nullptr);
+    }
+    failed |= edgemoe_session_begin_layer(session, ids, 1, kUsed, sizeof(ids), tensor_idxs, 3, nullptr);
+    failed |= edgemoe_session_ffn(session, &ffn, nullptr);
+    edgemoe_session_end_layer(session);
+  }
+  g_counting = false;
+  EXPECT_EQ(failed, 0);
+  EXPECT_EQ(g_n_allocations.load(), 0);
+  edgemoe_miss_stats stats;
+  edgemoe_miss_read_stats(miss, &stats);
+  EXPECT_EQ(stats.n_selections, 299u);
+  EXPECT_GT(stats.n_copies, 20u);
+  EXPECT_GT(stats.n_skipped, 20u);
+  edgemoe_miss_close(miss);
+  edgemoe_session_destroy(session);
+}
+
 // Guards against: an order, a list of residents or a message that is made anew for each token.
 TEST(ReuseBiasAllocationTest, BiasedSelectionAllocatesNothing) {
   ToyModel model({});

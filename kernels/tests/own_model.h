@@ -34,11 +34,13 @@ struct Matrix {
 // One layer of gate, up and down (or up and down, or up alone) in a file in memory.
 class OwnModel {
  public:
-  OwnModel(const std::vector<Matrix>& matrices, uint64_t first_offset) : matrices_(matrices) {
+  // copies: formats of low-bit copies, as many as matrices or none; they are tensors behind the others.
+  OwnModel(const std::vector<Matrix>& matrices, uint64_t first_offset, const std::vector<simd::Format>& copies = {})
+      : matrices_(WithCopies(matrices, copies)) {
     std::mt19937 rng(3);
     std::vector<char> bytes(first_offset);
-    for (size_t i = 0; i < matrices.size(); ++i) {
-      const Matrix& m = matrices[i];
+    for (size_t i = 0; i < matrices_.size(); ++i) {
+      const Matrix& m = matrices_[i];
       edgemoe_tensor t = {};
       t.name = kNames[i];
       t.n_experts = kOwnExperts;
@@ -48,6 +50,7 @@ class OwnModel {
       t.n_rows = m.n_rows;
       t.n_cols = m.n_cols;
       t.format = m.format;
+      t.copy_of = i < matrices.size() ? 0 : static_cast<int32_t>(i - matrices.size()) + 1;
       const std::vector<char> weights = RandomWeights(&rng, m.format, m.n_rows * kOwnExperts, m.n_cols);
       bytes.insert(bytes.end(), weights.begin(), weights.end());
       tensors_.push_back(t);
@@ -55,7 +58,9 @@ class OwnModel {
     storage_ = std::make_unique<FakeStorage>(std::move(bytes));
   }
 
-  RuntimePtr Open(uint64_t n_slots_each, edgemoe_arithmetic arithmetic = EDGEMOE_ARITHMETIC_AUTO) {
+  std::vector<edgemoe_tensor>& tensors() { return tensors_; }
+
+  edgemoe_options Options(edgemoe_arithmetic arithmetic) {
     static const char* const kPath = "own.gguf";
     edgemoe_options options = {};
     options.struct_size = sizeof(options);
@@ -65,6 +70,12 @@ class OwnModel {
     options.n_io_threads = 2;
     options.tensors = tensors_.data();
     options.arithmetic = arithmetic;
+    return options;
+  }
+
+  // n_slots_each: as many slots of each tensor, where no class has low-bit copies; the same bytes otherwise.
+  RuntimePtr Open(uint64_t n_slots_each, edgemoe_arithmetic arithmetic = EDGEMOE_ARITHMETIC_AUTO) {
+    edgemoe_options options = Options(arithmetic);
     std::vector<ExpertTensor> described;
     EXPECT_TRUE(ExpertFile::Describe(options, &described).ok());
     for (const ExpertTensor& t : described) options.slots_bytes += n_slots_each * SlotBytes(t);
@@ -72,6 +83,14 @@ class OwnModel {
     const Status s = OpenRuntime(options, storage_->Opener(), &runtime);
     EXPECT_TRUE(s.ok()) << s.message();
     return RuntimePtr(runtime);
+  }
+  Status TryToOpen(edgemoe_arithmetic arithmetic = EDGEMOE_ARITHMETIC_AUTO) {
+    edgemoe_options options = Options(arithmetic);
+    options.slots_bytes = UINT64_MAX;
+    edgemoe_runtime* runtime = nullptr;
+    const Status s = OpenRuntime(options, storage_->Opener(), &runtime);
+    if (runtime != nullptr) edgemoe_runtime_release(runtime);
+    return s;
   }
 
   const Matrix& matrix(size_t i) const { return matrices_[i]; }
@@ -107,7 +126,13 @@ class OwnModel {
   }
 
  private:
-  static constexpr const char* kNames[] = {"blk.0.a", "blk.0.b", "blk.0.c"};
+  static std::vector<Matrix> WithCopies(std::vector<Matrix> matrices, const std::vector<simd::Format>& copies) {
+    for (size_t i = 0; i < copies.size(); ++i) matrices.push_back({copies[i], matrices[i].n_rows, matrices[i].n_cols});
+    return matrices;
+  }
+
+  static constexpr const char* kNames[] = {"blk.0.a",      "blk.0.b",      "blk.0.c",
+                                           "blk.0.a copy", "blk.0.b copy", "blk.0.c copy"};
   const std::vector<Matrix> matrices_;
   std::vector<edgemoe_tensor> tensors_;
   std::unique_ptr<FakeStorage> storage_;

@@ -257,7 +257,9 @@ def test_unknown_graphs_are_refused(write_model: ModelWriter) -> None:
         assert llm._choosers.selection is not None
         llm._choosers.selection._model = types.SimpleNamespace(n_experts=1, path="x.gguf", architecture="new")  # type: ignore[assignment]
         llm.eval(PROMPT)
-        with pytest.raises(BackendError, match=r"no choice of experts was recognized; use reuse_bias='off' and"):
+        with pytest.raises(
+            BackendError, match=r"no choice of experts was recognized; use reuse_bias='off', expert_top_k"
+        ):
             llm.eval(STEPS[:1])
 
 

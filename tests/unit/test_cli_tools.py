@@ -64,7 +64,8 @@ def test_plan_has_the_options_of_loading(model: str, monkeypatch: pytest.MonkeyP
     assert run("plan", model, "--memory", "300MiB", "--kernels", "ggml", *chosen, *chosen_bias).exit_code == 1
     expected = {"prefetch": "2", "draft": "ngram", "eviction": "lfu", "warm_start": False, "kernels": "ggml"}
     expected |= {"reuse_bias": "off", "reuse_method": "cache-prior", "top_j": None, "reuse_price": None}
-    expected |= {"expert_top_k": "off"}
+    expected |= {"expert_top_k": "off", "on_miss": "wait", "on_miss_mass": 0.6, "on_miss_skip_mass": None}
+    expected |= {"lowbit": None}
     biased = [options for options in asked if options["reuse_bias"] == "0.1"]
     assert len(biased) == 3
     assert all((options["reuse_method"], options["top_j"]) == ("max-rank", 2) for options in biased)

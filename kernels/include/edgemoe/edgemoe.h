@@ -63,7 +63,7 @@ typedef struct edgemoe_tensor {
   uint64_t expert_bytes;
   int64_t n_cols; /* of one expert's matrix; 0 where format is EDGEMOE_FORMAT_OTHER and nobody knows */
   int64_t n_rows;
-  int32_t format, reserved; /* edgemoe_format */
+  int32_t format, copy_of; /* edgemoe_format; 1 + the tensor that this is the low-bit copy of (selection.h), or 0 */
 } edgemoe_tensor;
 
 typedef enum edgemoe_eviction {
@@ -234,7 +234,7 @@ EDGEMOE_API int32_t edgemoe_session_create(edgemoe_runtime* runtime, const edgem
 EDGEMOE_API void edgemoe_session_destroy(edgemoe_session* session);
 EDGEMOE_API void edgemoe_session_set_threads(edgemoe_session* session, int32_t n_threads);
 /* One layer of one batch: which experts the router chose, and the tensors that will multiply, in the order of use.
- * ids: [n_tokens][n_used] or -1 (selection.h), rows `ids_token_bytes` apart. Reads begin with the first product. */
+ * ids: [n_tokens][n_used], more in selection.h, rows `ids_token_bytes` apart. Reads begin with the first product. */
 EDGEMOE_API int32_t edgemoe_session_begin_layer(edgemoe_session* session, const int32_t* ids, int64_t n_tokens,
                                                 int64_t n_used, uint64_t ids_token_bytes, const int32_t* tensor_idxs,
                                                 int32_t n_tensors, edgemoe_error* error);

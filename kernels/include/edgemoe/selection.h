@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /* selection.h: the part of libedgemoe's C ABI that changes which experts a token gets, and so changes results;
  * edgemoe.h is the rest, with scheduler.h. All is arithmetic on one token's scores in one layer, for whoever has a
- * router's scores at hand. An engine asks in this order: how many experts (edgemoe_count), then which (edgemoe_reuse);
- * places beyond the count get EDGEMOE_NO_EXPERT in the ids of edgemoe_session_begin_layer, and no mixing weight. Thread
- * promise: each object for one thread at a time. Selecting allocates nothing. */
+ * router's scores at hand. An engine asks in this order: how many experts (edgemoe_count), then which (edgemoe_reuse),
+ * then what becomes of those that would have to be read (edgemoe_miss); places beyond the count get EDGEMOE_NO_EXPERT
+ * in the ids of edgemoe_session_begin_layer, and no mixing weight. Thread promise: each object for one thread at a
+ * time. Selecting allocates nothing. */
 #ifndef EDGEMOE_SELECTION_H_
 #define EDGEMOE_SELECTION_H_
 
@@ -13,8 +14,10 @@
 extern "C" {
 #endif
 
-/* An id for edgemoe_session_begin_layer: no expert. Its results are zeros, it is no part of a sum, and nothing is read.
- */
+/* Ids for edgemoe_session_begin_layer, in a layer of n experts: 0 to n - 1 are the experts, n to 2n - 1 their low-bit
+ * copies, where all tensors have some (edgemoe_tensor.copy_of), and this is no expert: its results are zeros, it is no
+ * part of a sum, and nothing is read. A copy has the shape of what it copies and a format of its own, which
+ * libedgemoe's kernels multiply; biases and mixing weights are the expert's. */
 #define EDGEMOE_NO_EXPERT (-1)
 
 /* One token in one layer. Scores that are not finite mark experts that may not be chosen. */
@@ -112,6 +115,36 @@ EDGEMOE_API int32_t edgemoe_reuse_select(edgemoe_reuse* reuse, const edgemoe_sel
                                          edgemoe_error* error);
 EDGEMOE_API void edgemoe_reuse_read_stats(const edgemoe_reuse* reuse, edgemoe_reuse_stats* stats);
 EDGEMOE_API void edgemoe_reuse_reset_stats(edgemoe_reuse* reuse);
+
+/* --- miss: experts that matter little are not waited for --- */
+
+typedef struct edgemoe_miss_options {
+  uint32_t struct_size;
+  int32_t has_copies; /* 1: low-bit copies stand in, 0: experts are left out */
+  int32_t n_layers;
+  int32_t n_experts; /* the most in a layer */
+  double wait_mass;  /* 0 to 1: behind so much of the chosen's mass nothing is waited for; 1 is exact */
+  double copy_mass;  /* wait_mass to 1: behind so much of it not even for a copy */
+} edgemoe_miss_options;
+
+typedef struct edgemoe_miss_stats {
+  uint64_t n_selections;
+  uint64_t n_chosen;  /* experts */
+  uint64_t n_copies;  /* of them, those that a low-bit copy stands in for */
+  uint64_t n_skipped; /* of them, those that were left out */
+  double mass_moved;  /* sums over selections: the share of the chosen's mass that was left out */
+  double kl;          /* the same in nats */
+} edgemoe_miss_stats;
+
+typedef struct edgemoe_miss edgemoe_miss;
+
+EDGEMOE_API int32_t edgemoe_miss_open(const edgemoe_miss_options* options, edgemoe_miss** miss, edgemoe_error* error);
+EDGEMOE_API void edgemoe_miss_close(edgemoe_miss* miss);
+/* Write ids[n_used] for edgemoe_session_begin_layer, from the first places of the selection's order. */
+EDGEMOE_API int32_t edgemoe_miss_select(edgemoe_miss* miss, const edgemoe_selection* selection, int32_t* ids,
+                                        edgemoe_error* error);
+EDGEMOE_API void edgemoe_miss_read_stats(const edgemoe_miss* miss, edgemoe_miss_stats* stats);
+EDGEMOE_API void edgemoe_miss_reset_stats(edgemoe_miss* miss);
 
 #ifdef __cplusplus
 }

@@ -46,6 +46,7 @@ EDGEMOE_API void edgemoe_ggml_set_profiled(edgemoe_runtime* runtime, int32_t n_e
 typedef struct edgemoe_ggml_choosers {
   edgemoe_count* count;
   edgemoe_reuse* reuse;
+  edgemoe_miss* miss;
 } edgemoe_ggml_choosers;
 /* From now on, tokens that this thread evaluates in such contexts get the experts that the choosers select, given what
  * the runtime has resident; runtime NULL: the model's choice again. n_experts: the most in a layer. Returns how many

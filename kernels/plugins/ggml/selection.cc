@@ -138,10 +138,12 @@ const float* LogitsOf(const Choice& choice) {
   return t_logits.masses == SkipViews(choice.masses) ? t_logits.values.data() : nullptr;
 }
 
-// Give the places from n_kept on no mixing weight.
-void Empty(const Choice& choice, const edgemoe_selection& selection, int32_t n_kept) {
+// Give the places that stay empty no mixing weight.
+void Empty(const Choice& choice, const edgemoe_selection& selection, const int32_t* ids) {
   float* const masses = const_cast<float*>(selection.masses);
-  for (int32_t i = n_kept; i < choice.n_used; ++i) masses[selection.order[i]] = choice.are_logits ? -INFINITY : 0.0f;
+  for (int32_t i = 0; i < choice.n_used; ++i) {
+    if (ids[i] == EDGEMOE_NO_EXPERT) masses[selection.order[i]] = choice.are_logits ? -INFINITY : 0.0f;
+  }
 }
 
 bool SelectFor(const Choice& choice, int64_t token, int32_t* ids) {
@@ -166,7 +168,14 @@ bool SelectFor(const Choice& choice, int64_t token, int32_t* ids) {
     if (edgemoe_reuse_select(t_choosers.who.reuse, &selection, nullptr) != EDGEMOE_OK) return false;
   }
   for (int32_t i = 0; i < choice.n_used; ++i) ids[i] = i < n_kept ? selection.order[i] : EDGEMOE_NO_EXPERT;
-  Empty(choice, selection, n_kept);
+  if (t_choosers.who.miss != nullptr) {
+    if (edgemoe_miss_select(t_choosers.who.miss, &selection, ids, nullptr) != EDGEMOE_OK) return false;
+    // What is waited for is there for the tokens that come after in the batch.
+    for (int32_t i = 0; i < n_kept; ++i) {
+      if (ids[i] == selection.order[i]) t_choosers.resident[static_cast<size_t>(ids[i])] = 1;
+    }
+  }
+  Empty(choice, selection, ids);
   ++t_choosers.n_selections;
   return true;
 }
@@ -175,7 +184,8 @@ bool Apply(const Choice& choice) {
   const int32_t n_experts = static_cast<int32_t>(choice.order->ne[0]);
   uint8_t* const resident = t_choosers.resident.data();
   if (edgemoe_runtime_residents(t_choosers.runtime, choice.layer, resident, n_experts) != n_experts) return true;
-  if (t_choosers.who.count != nullptr && !choice.are_masses_free) return true;
+  const bool may_empty = t_choosers.who.count != nullptr || t_choosers.who.miss != nullptr;
+  if (may_empty && !choice.are_masses_free) return true;
   if (t_choosers.need_logits && LogitsOf(choice) == nullptr) return true;
   t_chosen.layer = choice.layer;
   t_chosen.n_tokens = choice.order->ne[1];

@@ -21,8 +21,8 @@ bool HasChoosers();
 // `compute` applied to the graph, interrupted behind each choice of experts if this thread's choices are changed.
 ggml_status ComputeChosen(GraphCompute compute, ggml_backend_t cpu, ggml_cgraph* graph);
 
-// The ids of the choice made last, [n_tokens][n_used] with EDGEMOE_NO_EXPERT, for the products of that layer that are
-// asked for now; null when the graph's ids hold. Given out once.
+// The ids of the choice made last, [n_tokens][n_used] as edgemoe_session_begin_layer takes them, for the products of
+// that layer that are asked for now; null when the graph's ids hold. Given out once.
 const int32_t* TakeChosen(const edgemoe_runtime* runtime, int32_t layer, int64_t n_tokens, int64_t n_used);
 
 }  // namespace edgemoe_ggml

@@ -165,6 +165,22 @@ NB_MODULE(_core, m) {
       .def("stats", &ExpertCount::Stats)
       .def("reset_stats", &ExpertCount::ResetStats);
 
+  nb::class_<edgemoe_miss_stats>(m, "MissStats")
+      .def_ro("n_selections", &edgemoe_miss_stats::n_selections)
+      .def_ro("n_chosen", &edgemoe_miss_stats::n_chosen)
+      .def_ro("n_copies", &edgemoe_miss_stats::n_copies)
+      .def_ro("n_skipped", &edgemoe_miss_stats::n_skipped)
+      .def_ro("mass_moved", &edgemoe_miss_stats::mass_moved)
+      .def_ro("kl", &edgemoe_miss_stats::kl);
+
+  nb::class_<OnMiss>(m, "OnMiss")
+      .def(nb::init<bool, int, int, double, double>(), nb::arg("has_copies"), nb::arg("n_layers"), nb::arg("n_experts"),
+           nb::arg("wait_mass"), nb::arg("copy_mass"))
+      .def("select", &OnMiss::Select, nb::arg("layer"), nb::arg("masses"), nb::arg("resident"), nb::arg("order"),
+           nb::arg("ids").noconvert(), nb::arg("are_logits") = false)
+      .def("stats", &OnMiss::Stats)
+      .def("reset_stats", &OnMiss::ResetStats);
+
   nb::class_<GgmlPlugin>(m, "GgmlPlugin")
       .def(nb::init<const std::string&>(), nb::arg("path"))
       .def("begin_load", &GgmlPlugin::BeginLoad, nb::arg("runtime"))
@@ -172,7 +188,7 @@ NB_MODULE(_core, m) {
       .def("set_lone_rows", &GgmlPlugin::SetLoneRows, nb::arg("n_tokens"))
       .def("set_profiled", &GgmlPlugin::SetProfiled, nb::arg("runtime").none(), nb::arg("n_experts"))
       .def("set_choosers", &GgmlPlugin::SetChoosers, nb::arg("runtime").none(), nb::arg("count").none(),
-           nb::arg("reuse").none(), nb::arg("n_experts"))
+           nb::arg("reuse").none(), nb::arg("miss").none(), nb::arg("n_experts"))
       .def("populate", &GgmlPlugin::Populate, nb::arg("path"), nb::arg("ranges"), nb::arg("n_threads"))
       .def("built_against", &GgmlPlugin::BuiltAgainst)
       .def("llama_cpp_python", &GgmlPlugin::LlamaCppPython)

@@ -119,6 +119,51 @@ class ExpertCount {
   edgemoe_count* count_ = nullptr;
 };
 
+// Decides what becomes of experts that would have to be read.
+class OnMiss {
+ public:
+  OnMiss(bool has_copies, int n_layers, int n_experts, double wait_mass, double copy_mass) {
+    const edgemoe_miss_options options = {
+        sizeof(edgemoe_miss_options), has_copies, n_layers, n_experts, wait_mass, copy_mass};
+    edgemoe_error error = {};
+    Check(edgemoe_miss_open(&options, &miss_, &error), error);
+  }
+  ~OnMiss() { edgemoe_miss_close(miss_); }
+  OnMiss(const OnMiss&) = delete;
+  OnMiss& operator=(const OnMiss&) = delete;
+
+  // order: experts, the n_used chosen first; ids: written, as many as are chosen.
+  void Select(int layer, const Floats& masses, const Bytes& resident, const Order& order, const Order& ids,
+              bool are_logits) {
+    const size_t n_experts = masses.shape(0), n_used = ids.shape(0);
+    if (resident.shape(0) != n_experts || order.shape(0) != n_experts || n_used > n_experts) {
+      throw CoreError{EDGEMOE_INVALID_ARGUMENT, "selection: arrays of different lengths"};
+    }
+    const edgemoe_selection selection = {layer,
+                                         static_cast<int32_t>(n_experts),
+                                         static_cast<int32_t>(n_used),
+                                         0,
+                                         are_logits,
+                                         0,
+                                         masses.data(),
+                                         masses.data(),
+                                         resident.data(),
+                                         order.data()};
+    edgemoe_error error = {};
+    Check(edgemoe_miss_select(miss_, &selection, ids.data(), &error), error);
+  }
+  edgemoe_miss_stats Stats() const {
+    edgemoe_miss_stats stats;
+    edgemoe_miss_read_stats(miss_, &stats);
+    return stats;
+  }
+  void ResetStats() { edgemoe_miss_reset_stats(miss_); }
+  edgemoe_miss* get() const { return miss_; }
+
+ private:
+  edgemoe_miss* miss_ = nullptr;
+};
+
 // The loaded ggml plug-in. It stays loaded: ggml keeps pointers into it for the life of the process.
 class GgmlPlugin {
  public:
@@ -144,9 +189,10 @@ class GgmlPlugin {
   void SetProfiled(Runtime* runtime, int n_experts) {
     set_profiled_(runtime == nullptr ? nullptr : runtime->get(), n_experts);
   }
-  uint64_t SetChoosers(Runtime* runtime, ExpertCount* count, ReuseBias* reuse, int n_experts) {
+  uint64_t SetChoosers(Runtime* runtime, ExpertCount* count, ReuseBias* reuse, OnMiss* miss, int n_experts) {
     const edgemoe_ggml_choosers choosers = {count == nullptr ? nullptr : count->get(),
-                                            reuse == nullptr ? nullptr : reuse->get()};
+                                            reuse == nullptr ? nullptr : reuse->get(),
+                                            miss == nullptr ? nullptr : miss->get()};
     return set_choosers_(runtime == nullptr ? nullptr : runtime->get(), &choosers, n_experts);
   }
   // ranges: (file offset, length, address)

@@ -39,8 +39,8 @@ inline void Check(int32_t code, const edgemoe_error& error) {
   if (code != EDGEMOE_OK) throw CoreError{code, error.message};
 }
 
-// (name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format)
-using TensorTuple = std::tuple<std::string, int, int, int, int, uint64_t, uint64_t, int64_t, int64_t, int>;
+// (name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format, copy_of or -1)
+using TensorTuple = std::tuple<std::string, int, int, int, int, uint64_t, uint64_t, int64_t, int64_t, int, int>;
 
 struct Options {
   std::vector<const char*> paths;
@@ -50,10 +50,10 @@ struct Options {
   Options(const std::vector<std::string>& files, const std::vector<TensorTuple>& tuples, uint64_t slots_bytes,
           int n_io_threads, int eviction, int arithmetic) {
     for (const std::string& f : files) paths.push_back(f.c_str());
-    for (const auto& [name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format] :
-         tuples) {
-      tensors.push_back(
-          {name.c_str(), file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format, 0});
+    for (const auto& [name, file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows, format,
+                      copy_of] : tuples) {
+      tensors.push_back({name.c_str(), file_idx, layer, n_experts, n_experts_used, offset, expert_bytes, n_cols, n_rows,
+                         format, copy_of + 1});
     }
     options.struct_size = sizeof(options);
     options.n_files = static_cast<int32_t>(paths.size());
