@@ -109,8 +109,9 @@ def test_one_is_exact_and_the_best_is_always_waited_for(case: Any) -> None:
     assert select(rule(has_copies, 1.0), masses, nobody, order, k, are_logits).tolist() == order[:k].tolist()
     ids = select(rule(has_copies, 0.0, a), masses, nobody, order, k, are_logits)
     mass = np.exp(masses.astype(np.float64) - masses.max()) if are_logits else masses
-    best = int(np.argmax(mass[order[:k]]))
-    assert ids[best] == order[best]
+    # Several may be the best: float64 does not tell exp of logits that are nearly equal apart.
+    best = np.flatnonzero(mass[order[:k]] >= mass[order[:k]].max() * (1 - 1e-12))
+    assert any(ids[i] == order[i] for i in best)
     everyone = np.ones(N_EXPERTS)
     assert select(rule(has_copies, 0.0, a), masses, everyone, order, k, are_logits).tolist() == order[:k].tolist()
 
