@@ -223,7 +223,7 @@ TEST(OwnAllocationTest, FirstUsesOfCopiesAllocateNothing) {
         masses[static_cast<size_t>(e)] = 1.0f / static_cast<float>(1 + (e + step) % 3);
       }
       const edgemoe_selection selection = {
-          0, kOwnExperts, kUsed, 0, 0, 0, masses.data(), masses.data(), resident.data(), order.data()};
+          0, kOwnExperts, kUsed, 0, 0, 0, masses.data(), masses.data(), resident.data(), order.data(), nullptr};
       failed |= edgemoe_miss_select(miss, &selection, ids, nullptr);
     }
     failed |= edgemoe_session_begin_layer(session, ids, 1, kUsed, sizeof(ids), tensor_idxs, 3, nullptr);
