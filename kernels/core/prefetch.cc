@@ -125,6 +125,11 @@ void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_byt
                        const Choice& choice, Foresight* f) {
   f->n_layers = 0;
   predictor.Reserve(&f->scratch);
+  const size_t n_most = static_cast<size_t>(std::max<int64_t>(predictor.max_experts(), choice.n_used));
+  f->corrected.reserve(n_most);
+  for (Guess& guess : f->guesses) {
+    for (std::vector<int32_t>* experts : {&guess.chosen, &guess.plain, &guess.corrected}) experts->reserve(n_most);
+  }
   for (int distance = 1; distance <= depth; ++distance) {
     Foresight::Layer& next = f->layers[distance - 1];
     next.layer = predictor.TargetOf(layer, distance);
