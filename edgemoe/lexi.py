@@ -14,12 +14,9 @@ and the expectation a mean over samples. Shared experts are in both outputs and 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from edgemoe.atomic import replacing
 from edgemoe.converters.gguf_writer import read_range
 from edgemoe.converters.quantize.blocks import QUANTIZABLE, dequantize
 from edgemoe.errors import BackendError, ModelFormatError
@@ -191,18 +189,9 @@ def save(losses: Losses, path: Path) -> None:
         "seed": losses.seed,
         "losses": {str(layer): list(table) for layer, table in losses.of_layer.items()},
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        try:
-            with open(partial, "x", encoding="utf-8") as file:
-                json.dump(fields, file)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(OSError):  # after the rename there is nothing to remove
-                partial.unlink()
+        with replacing(path) as file:
+            file.write(json.dumps(fields).encode() + b"\n")
     except OSError as error:
         raise ModelFormatError(
             f"cannot write what fewer experts cost: {error.strerror or error} ({path}); free space or name another file"

@@ -7,11 +7,8 @@ A trace is a file in the format of docs/trace-format.md, which the native core w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from edgemoe.atomic import replacing
 from edgemoe.errors import TraceError
 
 _MAGIC = b"EMTRACE\0"
@@ -109,17 +107,9 @@ def save(trace: Trace, path: str | Path) -> None:
     """
     path = Path(path)
     _check(trace)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        try:
-            with open(partial, "xb") as file:
-                _write(trace, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        with replacing(path) as file:
+            _write(trace, file)
     except OSError as error:
         raise TraceError(
             f"cannot write the trace: {error.strerror or error} ({path}); free space there or name another folder"

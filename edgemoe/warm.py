@@ -20,16 +20,13 @@ where that is too small); CRC-32 of all before it.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
 import re
-import secrets
 import stat
 import struct
-import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemoe import _native
+from edgemoe.atomic import remove_stale, replacing
 from edgemoe.demo import default_cache_dir
 from edgemoe.formats.gguf import GgufModel
 
@@ -237,20 +235,9 @@ def write_file(path: Path, content: bytes) -> None:
         OSError: it cannot be written; what was there is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(".*.partial"):
-        with contextlib.suppress(FileNotFoundError):  # another process may be cleaning too
-            if time.time() - stale.stat().st_mtime > _STALE_AFTER_S:
-                stale.unlink()
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):  # after the rename there is nothing to remove
-            partial.unlink()
+    remove_stale(path.parent, ".*.partial", _STALE_AFTER_S)
+    with replacing(path, 0o600) as file:
+        file.write(content)
 
 
 class WarmStart:
