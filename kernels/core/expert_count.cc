@@ -7,10 +7,7 @@
 namespace edgemoe {
 
 Status ExpertCount::Check(const edgemoe_count_options& o) {
-  if (o.struct_size != sizeof(edgemoe_count_options)) {
-    return Status(EDGEMOE_INVALID_ARGUMENT, Format("edgemoe_count_options has %u bytes, expected %zu; rebuild",
-                                                   o.struct_size, sizeof(edgemoe_count_options)));
-  }
+  if (Status s = CheckStructSize("edgemoe_count_options", o.struct_size, sizeof(o)); !s.ok()) return s;
   if (o.rule < EDGEMOE_COUNT_OF_LAYER || o.rule > EDGEMOE_COUNT_MAP) {
     return Status(
         EDGEMOE_INVALID_ARGUMENT,

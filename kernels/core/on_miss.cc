@@ -8,10 +8,7 @@
 namespace edgemoe {
 
 Status OnMiss::Check(const edgemoe_miss_options& o) {
-  if (o.struct_size != sizeof(edgemoe_miss_options)) {
-    return Status(EDGEMOE_INVALID_ARGUMENT, Format("edgemoe_miss_options has %u bytes, expected %zu; rebuild",
-                                                   o.struct_size, sizeof(edgemoe_miss_options)));
-  }
+  if (Status s = CheckStructSize("edgemoe_miss_options", o.struct_size, sizeof(o)); !s.ok()) return s;
   if (o.n_layers < 1 || o.n_experts < 1) {
     return Status(EDGEMOE_INVALID_ARGUMENT,
                   Format("misses in %d layers of %d experts, expected at least 1 of each", o.n_layers, o.n_experts));

@@ -25,10 +25,7 @@ bool Pays(double cost, double balance) { return cost <= balance; }
 }  // namespace
 
 Status ReuseBias::Check(const edgemoe_reuse_options& o) {
-  if (o.struct_size != sizeof(edgemoe_reuse_options)) {
-    return Status(EDGEMOE_INVALID_ARGUMENT, Format("edgemoe_reuse_options has %u bytes, expected %zu; rebuild",
-                                                   o.struct_size, sizeof(edgemoe_reuse_options)));
-  }
+  if (Status s = CheckStructSize("edgemoe_reuse_options", o.struct_size, sizeof(o)); !s.ok()) return s;
   if (o.method < EDGEMOE_REUSE_CACHE_PRIOR || o.method > EDGEMOE_REUSE_CUMULATIVE) {
     return Status(EDGEMOE_INVALID_ARGUMENT,
                   Format("reuse method %d, expected 0 (cache-prior), 1 (max-rank) or 2 (cumulative)",

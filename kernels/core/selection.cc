@@ -7,6 +7,11 @@
 
 namespace edgemoe {
 
+Status CheckStructSize(const char* name, uint32_t found, size_t expected) {
+  if (found == expected) return Status();
+  return Status(EDGEMOE_INVALID_ARGUMENT, Format("%s has %u bytes, expected %zu; rebuild", name, found, expected));
+}
+
 Status CheckShape(const edgemoe_selection& s, int n_layers, int n_experts) {
   if (s.layer >= 0 && s.layer < n_layers && s.n_experts >= 1 && s.n_experts <= n_experts && s.n_used >= 1 &&
       s.n_used <= s.n_experts) {

@@ -14,6 +14,8 @@ struct RoutingLoss {
   double kl = 0.0;          // nats
 };
 
+// Options of whoever includes another version of the header are refused.
+Status CheckStructSize(const char* name, uint32_t found, size_t expected);
 // The shape of a selection, against the model's.
 Status CheckShape(const edgemoe_selection& selection, int n_layers, int n_experts);
 

@@ -139,6 +139,21 @@ INSTANTIATE_TEST_SUITE_P(All, AllocationTest,
                                                           EDGEMOE_EVICT_AUTO),
                                           testing::Bool()));
 
+// One token's block of up, down and gate, in this order of the model's tensors; as many used as there are weights.
+edgemoe_ffn GatedBlock(const OwnModel& model, const std::vector<float>& x, const std::vector<float>& weights,
+                       std::vector<float>* gate, std::vector<float>* up, std::vector<float>* down,
+                       std::vector<float>* out) {
+  const auto n_used = static_cast<int64_t>(weights.size());
+  edgemoe_ffn ffn = {};
+  ffn.up = model.Matmul(0, x.data(), 1, up->data(), n_used);
+  ffn.down = model.Matmul(1, nullptr, n_used, down->data(), n_used);
+  ffn.gate = model.Matmul(2, x.data(), 1, gate->data(), n_used);
+  ffn.weights = weights.data();
+  ffn.weights_used_bytes = sizeof(float);
+  ffn.out = out->data();
+  return ffn;
+}
+
 // Guards against: the same in a whole feed-forward block by own kernels, whose slices are interleaved as they arrive,
 // and whose mixing weights are recorded.
 TEST(OwnAllocationTest, DecodeStepsOfWholeBlocksAllocateNothingAfterWarmUp) {
@@ -156,13 +171,7 @@ TEST(OwnAllocationTest, DecodeStepsOfWholeBlocksAllocateNothingAfterWarmUp) {
     const std::vector<float> x = RandomRows(&rng, 1, kEmbd), weights = RandomRows(&rng, 1, kUsed);
     const std::vector<int32_t> ids = RandomIds(&rng, 300, kUsed, kOwnExperts);
     std::vector<float> gate(kUsed * kFf), up(kUsed * kFf), down(kUsed * kEmbd), out(kEmbd);
-    edgemoe_ffn ffn = {};
-    ffn.up = model.Matmul(0, x.data(), 1, up.data(), kUsed);
-    ffn.down = model.Matmul(1, nullptr, kUsed, down.data(), kUsed);
-    ffn.gate = model.Matmul(2, x.data(), 1, gate.data(), kUsed);
-    ffn.weights = weights.data();
-    ffn.weights_used_bytes = sizeof(float);
-    ffn.out = out.data();
+    const edgemoe_ffn ffn = GatedBlock(model, x, weights, &gate, &up, &down, &out);
     const int32_t tensor_idxs[] = {0, 1, 2};
     int32_t failed = 0;
     for (int step = 0; step < 300; ++step) {
@@ -200,13 +209,7 @@ TEST(OwnAllocationTest, FirstUsesOfCopiesAllocateNothing) {
   std::vector<float> gate(kUsed * kFf), up(kUsed * kFf), down(kUsed * kEmbd), out(kEmbd), masses(kOwnExperts);
   std::vector<uint8_t> resident(kOwnExperts);
   std::vector<int32_t> order(kOwnExperts);
-  edgemoe_ffn ffn = {};
-  ffn.up = model.Matmul(0, x.data(), 1, up.data(), kUsed);
-  ffn.down = model.Matmul(1, nullptr, kUsed, down.data(), kUsed);
-  ffn.gate = model.Matmul(2, x.data(), 1, gate.data(), kUsed);
-  ffn.weights = weights.data();
-  ffn.weights_used_bytes = sizeof(float);
-  ffn.out = out.data();
+  const edgemoe_ffn ffn = GatedBlock(model, x, weights, &gate, &up, &down, &out);
   const int32_t tensor_idxs[] = {0, 2, 1};
   int32_t ids[kUsed] = {0, 1, 2, 3};
   int32_t failed = 0;

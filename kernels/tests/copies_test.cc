@@ -23,19 +23,6 @@ const std::vector<Matrix> kUpDownGate = {
     {Format::kQ4_0, kFf, kEmbd}, {Format::kQ6_K, kEmbd, kFf}, {Format::kQ8_0, kFf, kEmbd}};
 const std::vector<Format> kCopies = {Format::kQ2_K, Format::kQ4_0, Format::kQ3_K};
 
-struct SessionDestroy {
-  void operator()(edgemoe_session* session) const { edgemoe_session_destroy(session); }
-};
-using SessionPtr = std::unique_ptr<edgemoe_session, SessionDestroy>;
-
-SessionPtr NewSession(edgemoe_runtime* runtime, int n_threads) {
-  const edgemoe_kernels kernels = ToyKernels();
-  edgemoe_session* session = nullptr;
-  EXPECT_EQ(edgemoe_session_create(runtime, &kernels, &session, nullptr), EDGEMOE_OK);
-  edgemoe_session_set_threads(session, n_threads);
-  return SessionPtr(session);
-}
-
 // Of experts, of their copies, of nobody; all of a token distinct, but two tokens may take an expert and its copy.
 std::vector<int32_t> RandomChoice(std::mt19937* rng, int n_tokens) {
   std::vector<int32_t> ids = RandomIds(rng, n_tokens, kUsed, kOwnExperts);

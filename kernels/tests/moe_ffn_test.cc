@@ -17,19 +17,6 @@ namespace {
 
 using simd::Format;
 
-struct SessionDestroy {
-  void operator()(edgemoe_session* session) const { edgemoe_session_destroy(session); }
-};
-using SessionPtr = std::unique_ptr<edgemoe_session, SessionDestroy>;
-
-SessionPtr NewSession(edgemoe_runtime* runtime, int n_threads) {
-  const edgemoe_kernels kernels = ToyKernels();
-  edgemoe_session* session = nullptr;
-  EXPECT_EQ(edgemoe_session_create(runtime, &kernels, &session, nullptr), EDGEMOE_OK);
-  edgemoe_session_set_threads(session, n_threads);
-  return SessionPtr(session);
-}
-
 void ExpectSameBits(const float* a, const float* b, size_t n, const std::string& what) {
   ASSERT_EQ(std::memcmp(a, b, n * sizeof(float)), 0) << what;
 }

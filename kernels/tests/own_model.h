@@ -31,6 +31,19 @@ struct Matrix {
   int64_t n_rows, n_cols;
 };
 
+struct SessionDestroy {
+  void operator()(edgemoe_session* session) const { edgemoe_session_destroy(session); }
+};
+using SessionPtr = std::unique_ptr<edgemoe_session, SessionDestroy>;
+
+inline SessionPtr NewSession(edgemoe_runtime* runtime, int n_threads) {
+  const edgemoe_kernels kernels = ToyKernels();
+  edgemoe_session* session = nullptr;
+  EXPECT_EQ(edgemoe_session_create(runtime, &kernels, &session, nullptr), EDGEMOE_OK);
+  edgemoe_session_set_threads(session, n_threads);
+  return SessionPtr(session);
+}
+
 // One layer of gate, up and down (or up and down, or up alone) in a file in memory.
 class OwnModel {
  public:
