@@ -21,10 +21,25 @@ _log = logging.getLogger("edgemoe")
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What was asked for. `keywords` are those of `Llama`, as they were given."""
+class Keywords:
+    """Those of `Llama`, as they were given."""
 
-    keywords: dict[str, Any]
+    reuse_bias: str | float = "off"
+    reuse_method: str = "cache-prior"
+    top_j: int | None = None
+    reuse_price: str | float | None = None
+    expert_top_k: str | int = "off"
+    on_miss: str = "wait"
+    on_miss_mass: float = misses.DEFAULT_MASS
+    on_miss_skip_mass: float | None = None
+    lowbit: str | Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    keywords: Keywords
     bias: price_curve.Request
     count: expert_count.Settings | None
     miss: misses.Settings | None
@@ -39,43 +54,22 @@ class Request:
         return misses.check(self.miss, model)
 
 
-def parse(
-    reuse_bias: str | float = "off",
-    reuse_method: str = "cache-prior",
-    top_j: int | None = None,
-    reuse_price: str | float | None = None,
-    expert_top_k: str | int = "off",
-    on_miss: str = "wait",
-    on_miss_mass: float = misses.DEFAULT_MASS,
-    on_miss_skip_mass: float | None = None,
-    lowbit: str | Path | None = None,
-) -> Request:
+def parse(given: Keywords) -> Request:
     """Check the keywords by themselves.
 
     Raises:
         ValueError: one of them makes no sense, or a price is asked for that other levers would change.
     """
-    keywords = {
-        "reuse_bias": reuse_bias,
-        "reuse_method": reuse_method,
-        "top_j": top_j,
-        "reuse_price": reuse_price,
-        "expert_top_k": expert_top_k,
-        "on_miss": on_miss,
-        "on_miss_mass": on_miss_mass,
-        "on_miss_skip_mass": on_miss_skip_mass,
-        "lowbit": lowbit,
-    }
-    bias = price_curve.parse(reuse_bias, reuse_method, top_j, reuse_price)
-    count = expert_count.parse(expert_top_k)
-    miss = misses.parse(on_miss, on_miss_mass, on_miss_skip_mass, lowbit)
+    bias = price_curve.parse(given.reuse_bias, given.reuse_method, given.top_j, given.reuse_price)
+    count = expert_count.parse(given.expert_top_k)
+    miss = misses.parse(given.on_miss, given.on_miss_mass, given.on_miss_skip_mass, given.lowbit)
     if bias.price is not None and (count is not None or miss is not None):
-        other = f"expert_top_k {expert_top_k!r}" if count is not None else f"on_miss {on_miss!r}"
+        other = f"expert_top_k {given.expert_top_k!r}" if count is not None else f"on_miss {given.on_miss!r}"
         raise ValueError(
             f"reuse_bias 'auto' and {other} exclude each other: expected a number for the bias, as remembered prices "
             "are those of a bias alone"
         )
-    return Request(keywords, bias, count, miss)
+    return Request(given, bias, count, miss)
 
 
 class Choosers:
@@ -95,7 +89,7 @@ class Choosers:
     @property
     def keywords(self) -> dict[str, Any]:
         """As they were given."""
-        return self._request.keywords
+        return dataclasses.asdict(self._request.keywords)
 
     def expect(self, slots_bytes: int, eviction: str) -> None:
         """Refuse before loading what `prepare` would refuse with so much memory for experts.

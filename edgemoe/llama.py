@@ -138,9 +138,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         _native.check_kernels(kernels)
         check_prefetch(prefetch)
         planner.draft_path(draft)
-        request = choosers.parse(
+        lossy = choosers.Keywords(
             reuse_bias, reuse_method, top_j, reuse_price, expert_top_k, on_miss, on_miss_mass, on_miss_skip_mass, lowbit
         )
+        request = choosers.parse(lossy)
         if draft != "off" and llama_cpp_kwargs.get("draft_model") is not None:
             raise ValueError(f"draft={draft!r} and draft_model exclude each other: expected one of them")
         report = progress or (lambda _stage, _done, _total: None)

@@ -13,6 +13,7 @@ from edgemoe import _native, choosers, engine, host, runtime, topology
 from edgemoe import on_miss as misses
 from edgemoe.demo import demo_model
 from edgemoe.draft import reserved_bytes
+from edgemoe.draft_length import MAX_DRAFT_TOKENS
 from edgemoe.draft_model import DraftFootprint, rehearsed
 from edgemoe.errors import BudgetError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
@@ -26,8 +27,6 @@ _CONTEXT_MULTIPLE = 256
 _ROW_EXTRA_BYTES = 64
 # The most rows that our kernels interleave into one group, over all instruction sets (AVX-512: one in each lane).
 _GROUP_ROWS = 16
-# A batch of so many tokens may be a draft; kernels/core/expert_cache.h, kMostDecodeTokens.
-_MOST_DECODE_TOKENS = 8
 # What a thread interleaves at a time of rows that lie as in the file; kernels/core/arithmetic.cc, kInterleavedBytes.
 _INTERLEAVED_BYTES = 288 << 10
 DEFAULT_PREFETCH = "auto"
@@ -74,7 +73,7 @@ def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int, companion: GgufM
     rows = n_ubatch * (shared + used * len(has_format))
     if companion is not None:
         # The same row once more in the format of the copies, while decoding.
-        rows += min(n_ubatch, _MOST_DECODE_TOKENS) * shared
+        rows += min(n_ubatch, 1 + MAX_DRAFT_TOKENS) * shared
     widest = max(_panel_bytes(t) for t in tensors)
     scratch = n_ubatch * widest + max(packing, _INTERLEAVED_BYTES)
     scratch = -(-scratch // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
@@ -270,9 +269,10 @@ def plan(
     _native.check_eviction(eviction)
     check_prefetch(prefetch)
     draft_path(draft)
-    request = choosers.parse(
+    lossy = choosers.Keywords(
         reuse_bias, reuse_method, top_j, reuse_price, expert_top_k, on_miss, on_miss_mass, on_miss_skip_mass, lowbit
     )
+    request = choosers.parse(lossy)
     model = read_model(model_path if model_path is not None else demo_model())
     companion = request.check(model)
     kwargs = dict(llama_kwargs, n_ctx=context_size(n_ctx, model))

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,21 @@ def _check_draft(_ctx: click.Context, _param: click.Parameter, draft: str) -> st
     return draft
 
 
+@contextlib.contextmanager
+def _said_by_click() -> Iterator[None]:
+    """Within: what makes no sense is a wrong parameter."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 def _check_reuse_bias(_ctx: click.Context, _param: click.Parameter, reuse_bias: str) -> str:
     if reuse_bias != "off":
         from edgemoe import price_curve
 
-        try:
+        with _said_by_click():
             price_curve.parse(reuse_bias)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from error
     return reuse_bias
 
 
@@ -74,10 +83,8 @@ def _check_reuse_price(ctx: click.Context, _param: click.Parameter, reuse_price:
         return None
     from edgemoe import price_curve
 
-    try:
+    with _said_by_click():
         price = price_curve.parse_price(reuse_price)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
     is_given = ctx.get_parameter_source("reuse_bias") is click.core.ParameterSource.COMMANDLINE
     if is_given and ctx.params["reuse_bias"] != "auto":
         raise click.BadParameter(f"it excludes --reuse-bias {ctx.params['reuse_bias']}: give one, or auto.")
@@ -88,19 +95,18 @@ def _check_expert_top_k(_ctx: click.Context, _param: click.Parameter, expert_top
     if expert_top_k != "off":
         from edgemoe import expert_count
 
-        try:
+        with _said_by_click():
             expert_count.parse(expert_top_k)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from error
     return expert_top_k
 
 
-def _check_on_miss(load: dict[str, Any]) -> None:
-    from edgemoe import on_miss
+def _check_together(load: dict[str, Any]) -> None:
+    """Refuse lossy options that exclude each other, or of which one lacks another."""
+    from edgemoe import choosers
 
-    names = ("on_miss", "on_miss_mass", "on_miss_skip_mass", "lowbit")
+    names = [field.name for field in dataclasses.fields(choosers.Keywords)]
     try:
-        on_miss.parse(**{name: load[name] for name in names})
+        choosers.parse(choosers.Keywords(**{name: load[name] for name in names}))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
@@ -268,7 +274,7 @@ def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def with_load(*args: Any, **kwargs: Any) -> Any:
         load = {name: kwargs.pop(name) for name in _LOAD_OPTIONS}
-        _check_on_miss(load)
+        _check_together(load)
         return command(*args, **kwargs, load=load)
 
     for option in reversed(_LOAD_OPTIONS.values()):

@@ -351,6 +351,7 @@ def test_command_line_takes_and_refuses_a_bias(llama: type[FakeLlama], model: st
         (("--reuse-price", "1"), "expected more than 0 and less than 100 %"),
         (("--reuse-price", "cheap"), "expected more than 0 and less than 100 %"),
         (("--reuse-price", "1%", "--reuse-bias", "0.1"), "it excludes --reuse-bias 0.1"),
+        (("--reuse-price", "1%", "--expert-top-k", "3"), "exclude each other"),
         (("--reuse-bias", "off", "--reuse-price", "1%"), "it excludes --reuse-bias off"),
         (("--reuse-bias", "-1"), "expected off or a number from 0"),
         (("--reuse-bias", "nan"), "expected off or a number from 0"),

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgemoe import _native, choosers, expert_count
+from edgemoe.choosers import Keywords
 from edgemoe.cli.completion import reuse_price
 from edgemoe.expert_count import Settings
 
@@ -204,6 +205,6 @@ def test_the_price_names_what_is_on() -> None:
 def test_a_price_is_that_of_a_bias_alone() -> None:
     """Guards against a promise that was measured without what else is on."""
     with pytest.raises(ValueError, match=r"reuse_bias 'auto' and expert_top_k 'top-p:0.9' exclude each other"):
-        choosers.parse(reuse_price="1%", expert_top_k="top-p:0.9")
-    assert choosers.parse(reuse_bias=0.1, expert_top_k="top-p:0.9").count is not None
-    assert choosers.parse(reuse_price="1%").bias.price == 0.01
+        choosers.parse(Keywords(reuse_price="1%", expert_top_k="top-p:0.9"))
+    assert choosers.parse(Keywords(reuse_bias=0.1, expert_top_k="top-p:0.9")).count is not None
+    assert choosers.parse(Keywords(reuse_price="1%")).bias.price == 0.01
