@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`onnxruntime.InferenceSession` with a memory budget: the experts of QMoE nodes are streamed from the model's file.
+"""`onnxruntime.InferenceSession` with a memory budget: experts of MoE nodes are streamed from the model's file.
 
 ONNX Runtime is used as it is; our execution provider is a plug-in that it loads. See docs/onnx.md.
 """
@@ -29,6 +29,10 @@ PROVIDER = "EdgeMoEExecutionProvider"
 _OPTION_PREFIX = f"ep.{PROVIDER.lower()}."
 # Positions of QMoE's inputs: weights of fc1 and fc2; scales and zero points, streamed where they are blockwise.
 _WEIGHTS, _SIDES = (2, 5), (3, 6, 11, 12)
+# MoE's weights, and where a quantized node has them.
+_FLOAT_WEIGHTS = {2: 2, 4: 5}
+# TensorProto.DataType of scales that are copied to twice their bytes.
+_FLOAT16 = 10
 # Activations that the plug-in computes at once; kernels/plugins/onnxruntime/qmoe_model.cc, kActivationBytes.
 _ACTIVATION_BYTES = 16 << 20
 # What a session takes beside its weights: 10 MiB with onnxruntime 1.32.0 on x86-64, for the first one of a process.
@@ -98,8 +102,15 @@ class OnnxPlan:
 
 
 def _streamed(model: OnnxModel, node: OnnxMoeNode) -> dict[int, str]:
-    """Position and name of the inputs that the plug-in streams, if it claims the node."""
+    """Position (of QMoE) and name of the inputs that the plug-in streams, if it claims the node."""
     found = {}
+    if node.op_type == "MoE":
+        for position, place in _FLOAT_WEIGHTS.items():
+            name = node.inputs[position] if position < len(node.inputs) else ""
+            tensor = model.tensors.get(name)
+            if tensor is not None and tensor.path is not None and len(tensor.shape) == 3:
+                found[place] = name
+        return found
     for position in (*_WEIGHTS, *_SIDES):
         name = node.inputs[position] if position < len(node.inputs) else ""
         tensor = model.tensors.get(name)
@@ -134,7 +145,7 @@ def plan(model: OnnxModel, n_threads: int) -> OnnxPlan:
                 )
             )
             if position in _SIDES:
-                sides[position] = max(sides[position], t.n_bytes)
+                sides[position] = max(sides[position], t.n_bytes * (2 if t.data_type == _FLOAT16 else 1))
             elif position == _WEIGHTS[0]:
                 columns = max(columns, 2 * t.shape[2])
             else:
@@ -164,7 +175,7 @@ def _devices(provider: str) -> list[Any]:
 
 
 class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # onnxruntime has no types
-    """`onnxruntime.InferenceSession` whose QMoE experts live in a memory budget.
+    """`onnxruntime.InferenceSession` whose QMoE and MoE experts live in a memory budget.
 
     Everything that takes an `onnxruntime.InferenceSession` takes this one.
 

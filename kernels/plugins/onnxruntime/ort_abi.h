@@ -166,7 +166,7 @@ using EpGraphSupportInfo_AddNodesToFuse = Slot<2, OrtStatus*(OrtEpGraphSupportIn
 
 constexpr int32_t kOrtFail = 1;  // not ORT_EP_FAIL: at that, Python's session goes on with the stock kernels in silence
 constexpr int32_t kOrtCpu = 0;   // OrtHardwareDeviceType
-constexpr int32_t kOrtFloat = 1, kOrtUint8 = 2;                            // ONNXTensorElementDataType
+constexpr int32_t kOrtFloat = 1, kOrtUint8 = 2, kOrtFloat16 = 10;          // ONNXTensorElementDataType
 constexpr int32_t kOrtAttrInt = 1, kOrtAttrFloat = 3, kOrtAttrString = 5;  // OrtOpAttrType
 
 }  // namespace edgemoe_ort

@@ -72,6 +72,7 @@ std::vector<ValueInfo> Ort::Inputs(const OrtNode* node) const {
     const char* name = nullptr;
     Check(api::GetValueInfoName::Call(api_, infos[i], &name));
     if (name == nullptr || *name == '\0') continue;
+    v.is_given = true;
     v.info = infos[i];
     v.name = name;
     Check(api::ValueInfo_IsConstantInitializer::Call(api_, v.info, &v.is_constant));
@@ -134,11 +135,12 @@ const void* Ort::Constant(const ValueInfo& value) const {
   return Data(const_cast<OrtValue*>(constant));
 }
 
-std::vector<int64_t> Ort::Dims(const OrtValue* value) const {
+std::vector<int64_t> Ort::Dims(const OrtValue* value, int32_t* element_type) const {
   OrtTensorTypeAndShapeInfo* shape = nullptr;
   Check(api::GetTensorTypeAndShape::Call(api_, value, &shape));
   // Not an exception's way: what GetDimensions* can fail at is a null pointer.
   std::vector<int64_t> dims = DimsOf(shape);
+  Check(api::GetTensorElementType::Call(api_, shape, element_type));
   api::ReleaseTensorTypeAndShapeInfo::Call(api_, shape);
   return dims;
 }

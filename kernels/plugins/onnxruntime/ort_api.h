@@ -29,9 +29,10 @@ struct Attribute {
 
 // An input of a node: a value that is computed, or a constant of the model.
 struct ValueInfo {
-  const OrtValueInfo* info = nullptr;  // null: the optional input is left out
+  bool is_given = false;               // false: the optional input is left out
+  const OrtValueInfo* info = nullptr;  // of ONNX Runtime's graph
   std::string name;
-  int32_t element_type = 0;
+  int32_t element_type = 0;   // 0: not known
   std::vector<int64_t> dims;  // -1: not known before the model runs
   bool is_constant = false;
 };
@@ -74,7 +75,7 @@ class Ort {
   // The bytes of a constant of n_bytes; valid as long as the graph.
   const void* Constant(const ValueInfo& value) const;
   // Of a tensor at run time.
-  std::vector<int64_t> Dims(const OrtValue* value) const;
+  std::vector<int64_t> Dims(const OrtValue* value, int32_t* element_type) const;
   void* Data(OrtValue* value) const;
   // An option of the session for this provider, or `fallback`.
   std::string Option(const OrtSessionOptions* options, const std::string& key, const std::string& fallback) const;

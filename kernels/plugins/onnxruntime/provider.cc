@@ -82,21 +82,12 @@ class Provider : public OrtEp {
 
   void Claim(const OrtGraph* graph, OrtEpGraphSupportInfo* info) {
     for (const OrtNode* node : ort_.Nodes(graph)) {
-      const std::string type = ort_.NodeType(node);
-      if (type != "com.microsoft::QMoE" && type != "com.microsoft::MoE") continue;
+      if (!IsMoe(ort_.NodeType(node))) continue;
+      const GraphNode source(ort_, graph, node);
       QmoeNode read;
-      std::string reason;
-      if (type == "com.microsoft::MoE") {
-        read.name = ort_.NodeName(node);
-        reason = "experts that are not quantized are not implemented";
-      } else if (ort_.IsSubgraph(graph)) {
-        read.name = ort_.NodeName(node);
-        reason = "it lies inside of a Loop, If or Scan, which is not implemented";
-      } else {
-        reason = ReadQmoe(ort_, graph, node, false, &read);
-      }
+      const std::string reason = ReadMoe(source, false, &read);
       if (!reason.empty()) {
-        if (refusal_.empty()) refusal_ = "node " + read.name + " (" + type + "): " + reason;
+        if (refusal_.empty()) refusal_ = "node " + source.name + " (" + source.type + "): " + reason;
         if (publishes_ && t_loaded.n_refused++ == 0) {
           std::snprintf(t_loaded.refusal, sizeof(t_loaded.refusal), "%s", refusal_.c_str());
         }
@@ -119,7 +110,7 @@ class Provider : public OrtEp {
     for (size_t i = 0; i < n; ++i) {
       const std::vector<const OrtNode*> inner = ort_.Nodes(graphs[i]);
       if (inner.size() != 1) throw Error("a fused node of " + std::to_string(inner.size()) + " nodes, expected one");
-      const std::string reason = ReadQmoe(ort_, graphs[i], inner[0], true, &nodes[i]);
+      const std::string reason = ReadMoe(GraphNode(ort_, graphs[i], inner[0]), true, &nodes[i]);
       if (!reason.empty()) throw Error("node " + nodes[i].name + ": " + reason);
     }
     std::vector<QmoeModel::InputIdxs> inputs(n);

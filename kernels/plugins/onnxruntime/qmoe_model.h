@@ -55,10 +55,19 @@ class QmoeModel {
     int64_t max_tokens = 0;           // computed at once
   };
 
+  // An input of a call, floats or halves.
+  struct Numbers {
+    const void* data = nullptr;
+    bool is_half = false;
+  };
+
   static const ExpertBytes& BytesOf(const QmoeNode& node, int product);
   void AddTensor(const std::string& folder, size_t node_idx, int product);
   void OpenRuntime(const ModelOptions& options);
   void SizeWorkspace(int n_threads);
+  Numbers Input(int idx, const std::string& name, std::vector<int64_t>* dims) const;
+  // n of them from `first` on, as floats; `copy` holds them if they have to be made. Null where there are none.
+  static const float* Floats(const Numbers& numbers, int64_t first, int64_t n, std::vector<float>* copy);
   void RunTokens(const float* x, const float* scores, const float* router_weights, int64_t n_tokens, float* out);
   edgemoe_matmul Matmul(int product) const;
   void Products(const int* products, int n_products);
@@ -95,6 +104,8 @@ class QmoeModel {
   std::vector<float> rows2_;                     // [token][used][hidden]
   std::vector<uint8_t> sides_[kNProducts];       // [place][expert_bytes] of scales and zero points
   std::vector<std::vector<float>> dequantized_;  // [thread][columns]
+  // Copies of 16-bit inputs, and the output before it is rounded.
+  std::vector<float> x_floats_, scores_floats_, mixing_floats_, out_floats_;
 };
 
 }  // namespace edgemoe_ort
