@@ -161,6 +161,11 @@ def plan(model: OnnxModel, n_threads: int) -> OnnxPlan:
     )
 
 
+def _has_plugin_providers() -> bool:
+    """Since onnxruntime 1.23. Without them our custom operators take the place of the built-in ones."""
+    return hasattr(onnxruntime, "register_execution_provider_library")
+
+
 @functools.cache
 def _register() -> None:
     path = _native.ort_plugin_path()
@@ -177,7 +182,8 @@ def _devices(provider: str) -> list[Any]:
 class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # onnxruntime has no types
     """`onnxruntime.InferenceSession` whose QMoE and MoE experts live in a memory budget.
 
-    Everything that takes an `onnxruntime.InferenceSession` takes this one.
+    Everything that takes an `onnxruntime.InferenceSession` takes this one. Where onnxruntime has no plug-in execution
+    providers (1.18 to 1.22), custom operators do the same.
 
     Args:
         path: the .onnx file; its experts lie in external data beside it.
@@ -213,17 +219,28 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             options.log_severity_level = 3  # 2 warns of every model that not all nodes are ours
         n_threads = options.intra_op_num_threads or topology.default_threads()
         options.intra_op_num_threads = n_threads
-        _register()
         planned = plan(model, n_threads)
         self.plan = planned
         self._cycle_bytes = planned.token_cycle_bytes
         self._bank_bytes = planned.expert_bank_bytes
         self._budget_bytes = 0
         slots_bytes = self._first_slots_bytes(planned, budget_bytes)
-        self._add_providers(options, providers or (), slots_bytes, n_threads, is_strict=budget_bytes is not None)
+        ours = {
+            "slots_bytes": str(slots_bytes),
+            "strict": str(int(budget_bytes is not None)),
+            "n_threads": str(n_threads),
+            "n_io_threads": str(N_IO_THREADS),
+            "publish": "1",
+        }
+        names: list[str] | None = None
+        if _has_plugin_providers():
+            self._add_providers(options, providers or (), ours)
+        else:
+            names = [*(providers or ()), "CPUExecutionProvider"]
+            self._add_operators(options, {**ours, "model_path": str(path)})
         try:
             # At an error onnxruntime would otherwise make a session without our provider, all experts in memory.
-            super().__init__(str(path), sess_options=options, enable_fallback=0)
+            super().__init__(str(path), sess_options=options, providers=names, enable_fallback=0)
         except Exception as error:
             _native.take_ort_loaded()  # release what was opened before the failure
             raise BackendError(f"ONNX Runtime cannot load the model: {error} ({path})") from error
@@ -257,16 +274,8 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         return min(self._bank_bytes, max(slots, self._cycle_bytes))
 
     @staticmethod
-    def _add_providers(
-        options: Any, providers: Sequence[str], slots_bytes: int, n_threads: int, is_strict: bool
-    ) -> None:
-        ours = {
-            "slots_bytes": str(slots_bytes),
-            "strict": str(int(is_strict)),
-            "n_threads": str(n_threads),
-            "n_io_threads": str(N_IO_THREADS),
-            "publish": "1",
-        }
+    def _add_providers(options: Any, providers: Sequence[str], ours: dict[str, str]) -> None:
+        _register()
         options.add_provider_for_devices(_devices(PROVIDER)[:1], ours)
         for name in providers:
             if name in (PROVIDER, "CPUExecutionProvider"):
@@ -276,6 +285,15 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
                 known = sorted({d.ep_name for d in onnxruntime.get_ep_devices()})
                 raise BackendError(f"no device for the execution provider {name}: expected one of {', '.join(known)}")
             options.add_provider_for_devices(devices[:1], {})
+
+    @staticmethod
+    def _add_operators(options: Any, ours: dict[str, str]) -> None:
+        for key, value in ours.items():
+            options.add_session_config_entry(_OPTION_PREFIX + key, value)
+        try:
+            options.register_custom_ops_library(str(_native.ort_plugin_path()))
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime refused our custom operators: {error}") from error
 
     def _slots_for(self, budget_bytes: int) -> int:
         """Slots beside what the process holds now, or held at most since loading."""

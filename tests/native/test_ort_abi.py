@@ -53,6 +53,9 @@ static_assert(ours::edgemoe_ort::kOrtFail == ORT_FAIL && ours::edgemoe_ort::kOrt
 static_assert(ours::edgemoe_ort::kOrtFloat == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 static_assert(ours::edgemoe_ort::kOrtUint8 == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
 static_assert(ours::edgemoe_ort::kOrtFloat16 == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
+static_assert(ours::edgemoe_ort::kOrtRequired == INPUT_OUTPUT_REQUIRED);
+static_assert(ours::edgemoe_ort::kOrtOptional == INPUT_OUTPUT_OPTIONAL);
+static_assert(ours::edgemoe_ort::kOrtMemTypeDefault == OrtMemTypeDefault);
 static_assert(ours::edgemoe_ort::kOrtAttrInt == ORT_OP_ATTR_INT);
 static_assert(ours::edgemoe_ort::kOrtAttrFloat == ORT_OP_ATTR_FLOAT);
 static_assert(ours::edgemoe_ort::kOrtAttrString == ORT_OP_ATTR_STRING);

@@ -1,12 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /* edgemoe_ort.h: what the ONNX Runtime plug-in offers beside ONNX Runtime's own entry points (CreateEpFactories,
- * ReleaseEpFactory). A host that is not ours needs none of it: it registers the library and appends the provider
- * EdgeMoEExecutionProvider with the options
+ * ReleaseEpFactory, RegisterCustomOps). A host that is not ours needs none of it: it registers the library and appends
+ * the provider EdgeMoEExecutionProvider; or, without plug-in providers, it sets config entries of the session called
+ * ep.edgemoeexecutionprovider.OPTION and registers the library of custom operators. The options are
  *   slots_bytes   memory for resident experts; without it, all of them
  *   strict        1: a MoE node that we do not compute is an error; default 1 with slots_bytes, else 0
  *   n_threads, n_io_threads
  *   eviction      edgemoe_eviction, a number
- *   publish       1: the runtime of the model waits for edgemoe_ort_take_loaded */
+ *   publish       1: the runtime of the model waits for edgemoe_ort_take_loaded
+ *   model_path    custom operators: the session's .onnx file; needed. There, every node that we do not compute is an
+ *                 error, as the built-in operators are replaced */
 #ifndef EDGEMOE_PLUGINS_ONNXRUNTIME_EDGEMOE_ORT_H_
 #define EDGEMOE_PLUGINS_ONNXRUNTIME_EDGEMOE_ORT_H_
 

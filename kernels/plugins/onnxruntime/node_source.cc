@@ -5,6 +5,16 @@ namespace edgemoe_ort {
 
 bool IsMoe(const std::string& type) { return type == "com.microsoft::QMoE" || type == "com.microsoft::MoE"; }
 
+uint64_t BytesOfType(int32_t element_type) {
+  if (element_type == kOrtFloat) return 4;
+  if (element_type == kOrtFloat16) return 2;
+  return element_type == kOrtUint8 ? 1 : 0;
+}
+
+std::string JoinPath(const std::string& folder, const std::string& path) {
+  return folder.empty() || path.front() == '/' ? path : folder + "/" + path;
+}
+
 GraphNode::GraphNode(const Ort& ort, const OrtGraph* graph, const OrtNode* node) : ort_(ort) {
   name = ort.NodeName(node);
   type = ort.NodeType(node);

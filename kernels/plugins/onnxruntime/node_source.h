@@ -29,6 +29,10 @@ class NodeSource {
 };
 
 bool IsMoe(const std::string& type);
+// Of an element; 0: a type that no input of ours has.
+uint64_t BytesOfType(int32_t element_type);
+// Of external data, whose path is relative to the folder of the model.
+std::string JoinPath(const std::string& folder, const std::string& path);
 
 class GraphNode : public NodeSource {
  public:

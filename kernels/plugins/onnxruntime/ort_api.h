@@ -46,8 +46,9 @@ struct FileExtent {
 
 class Ort {
  public:
-  // Throws when the runtime's C API is older than what we use.
-  explicit Ort(const OrtApiBase* base);
+  // Throws when the runtime's C API is older than `version`: kOrtApiVersion, or kOrtCustomOpApiVersion, with which
+  // only tensors, options and kernels may be asked for.
+  Ort(const OrtApiBase* base, uint32_t version);
 
   const void* table() const { return api_; }
   const void* ep_table() const { return ep_api_; }
@@ -79,6 +80,13 @@ class Ort {
   void* Data(OrtValue* value) const;
   // An option of the session for this provider, or `fallback`.
   std::string Option(const OrtSessionOptions* options, const std::string& key, const std::string& fallback) const;
+
+  // Of the node that a custom operator's kernel is made for.
+  std::string KernelNodeName(const OrtKernelInfo* info) const;
+  std::string InputName(const OrtKernelInfo* info, size_t idx) const;
+  std::string OutputName(const OrtKernelInfo* info, size_t idx) const;
+  // Null: the input is no constant.
+  const OrtValue* ConstantInput(const OrtKernelInfo* info, size_t idx) const;
 
  private:
   std::vector<int64_t> DimsOf(const OrtTensorTypeAndShapeInfo* shape) const;

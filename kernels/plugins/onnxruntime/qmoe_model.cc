@@ -56,8 +56,7 @@ void QmoeModel::AddTensor(const std::string& folder, size_t node_idx, int produc
   int32_t& tensor_idx = layers_[node_idx].tensor_idxs[product];
   tensor_idx = -1;
   if (!bytes.is_streamed) return;
-  const bool is_absolute = bytes.extent.path.front() == '/';
-  const std::string path = is_absolute || folder.empty() ? bytes.extent.path : folder + "/" + bytes.extent.path;
+  const std::string path = JoinPath(folder, bytes.extent.path);
   const auto found = std::find(paths_.begin(), paths_.end(), path);
   const int file_idx = static_cast<int>(found - paths_.begin());
   if (found == paths_.end()) paths_.push_back(path);

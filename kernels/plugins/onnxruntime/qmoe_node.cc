@@ -37,10 +37,6 @@ std::string TypeName(int32_t element_type) {
   return "element type " + std::to_string(element_type);
 }
 
-uint64_t BytesOfType(int32_t element_type) {
-  return element_type == kOrtFloat ? 4 : element_type == kOrtFloat16 ? 2 : 1;
-}
-
 std::string Text(const std::vector<int64_t>& dims) {
   std::string text = "[";
   for (size_t i = 0; i < dims.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(dims[i]);
