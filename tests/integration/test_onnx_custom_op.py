@@ -197,11 +197,30 @@ def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model.onnx", Shape(), attributes={"use_sparse_mixer": 1})
     with pytest.raises(Exception, match=r"node moe0 \(com.microsoft::QMoE\): use_sparse_mixer 1"):
         session(model.path)
+    # ONNX Runtime checks attributes of its own operators, not those of ours.
+    other = write_model(tmp_path / "other.onnx", Shape(is_quantized=False), attributes={"quant_type": "int"})
+    with pytest.raises(Exception, match=r"node moe0 \(com.microsoft::MoE\): attribute quant_type is not known"):
+        session(other.path)
+    typed = write_model(tmp_path / "typed.onnx", Shape(), attributes={"k": 2.0})
+    with pytest.raises(Exception, match=r"attribute k has type 3, expected a whole number"):
+        session(typed.path)
     inside = write_model(tmp_path / "inside.onnx", Shape(), size_threshold=1 << 30)
     with pytest.raises(Exception, match=r"w1.0 lies inside the .onnx file; save the model with external data"):
         session(inside.path)
     with pytest.raises(Exception, match=r"option slots_bytes .* 'much', expected a number"):
         session(model.path, slots_bytes="much")
+
+
+def test_inputs_of_wrong_shape_are_errors(tmp_path: Path) -> None:
+    """Guards against: an error of a run that is none for ONNX Runtime, whose results are then left as they were."""
+    model = write_model(tmp_path / "model.onnx", Shape())
+    loaded = session(model.path)
+    feed = model.feed(4)
+    with pytest.raises(Exception, match=r"node moe0: input x has 2 axes and 32 columns, expected 2 or 3 axes and 64"):
+        loaded.run(None, {**feed, "x": feed["x"][:, :32]})
+    with pytest.raises(Exception, match=r"input router0 has 2 axes, expected \[4, 8\]"):
+        loaded.run(None, {**feed, "router0": feed["router0"][:2]})
+    assert relative_error(loaded.run(None, feed)[0], model.reference(feed)) < TOLERANCE
 
 
 def _cut(n_bytes: float) -> Callable[[bytes], bytes]:
