@@ -7,6 +7,7 @@ the dequantized weights. Relative errors are max |a - b| / max |b| over all posi
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,23 @@ def test_genai_generates_from_the_folder(exported: Maker, genai: Any, family: st
         config.clear_providers()
         config.append_provider(provider)
         config.set_provider_option(provider, "strict", "1")
+    assert _generated(genai, config) == greedy(stock(path), TOKENS[:N_PROMPT], 16)
+
+
+def test_genai_generates_with_our_custom_operators(exported: Maker, genai: Any) -> None:
+    """Guards against: options of a session that do not reach operators through onnxruntime-genai."""
+    path, _ = exported("olmoe")
+    config = genai.Config(str(path.parent))
+    entries = {"model_path": str(path), "publish": "1"}
+    session = {f"ep.edgemoeexecutionprovider.{key}": value for key, value in entries.items()}
+    session["custom_ops_library"] = str(_native.ort_plugin_path())
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    found = _generated(genai, config)
+    assert _native.take_ort_loaded().n_layers > 0
+    assert found == greedy(stock(path), TOKENS[:N_PROMPT], 16)
+
+
+def _generated(genai: Any, config: Any) -> list[int]:
     model = genai.Model(config)
     options = genai.GeneratorParams(model)
     options.set_search_options(max_length=N_PROMPT + 16, do_sample=False)
@@ -190,8 +208,7 @@ def test_genai_generates_from_the_folder(exported: Maker, genai: Any, family: st
     generator.append_tokens([TOKENS[:N_PROMPT]])
     while not generator.is_done():
         generator.generate_next_token()
-    found = [int(token) for token in generator.get_sequence(0)][N_PROMPT:]
-    assert found == greedy(stock(path), TOKENS[:N_PROMPT], 16)
+    return [int(token) for token in generator.get_sequence(0)][N_PROMPT:]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
