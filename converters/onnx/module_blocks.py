@@ -38,17 +38,19 @@ class Found:
     path: str
     name: str
     module: torch.nn.Module
+    signature: inspect.Signature
     moe: MoeBlock
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs of a call, those by name in their positions where that is possible."""
+        bound = self.signature.bind(*args, **kwargs)
+        return bound.args, bound.kwargs
 
     def routed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Tokens [..., H], scores [tokens, E], and weights [tokens, E] if there are any."""
-        x = args[0] if self.moe.tokens is None and args else None
-        if self.moe.tokens is not None:
-            x = self.moe.tokens(*args, **kwargs)
-        elif x is None:
-            x = next(iter(kwargs.values()))
+        x = next(iter((*args, *kwargs.values()))) if self.moe.tokens is None else self.moe.tokens(*args, **kwargs)
         routed = self.moe.route(*args, **kwargs)
         scores, weights = routed if isinstance(routed, tuple) else (routed, None)
         _check_routed(self, x, scores, weights)
@@ -83,7 +85,7 @@ def find_blocks(module: torch.nn.Module, mappings: Mappings) -> list[Found]:
         if not isinstance(moe, MoeBlock):
             raise ConversionError(f"cannot export {label}: moe maps it to a {type(moe).__name__}, expected a MoeBlock")
         moe.check(label)
-        found.append(Found(name, label, child, moe))
+        found.append(Found(name, label, child, inspect.signature(child.forward), moe))
     for i, key in enumerate(mappings):
         if i not in keys_used:
             known = sorted({type(child).__name__ for child in module.modules()})
@@ -109,6 +111,9 @@ def check_blocks(module: torch.nn.Module, blocks: list[Found], inputs: tuple[Any
         block = blocks[i]
 
         def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch.compiler.is_compiling():  # torch.cond compiles its branches
+                return
+            args, kwargs = block.inputs(args, kwargs)
             x, scores, weights = block.routed(args, kwargs)
             computed = block.finished(mix(block.moe, x, scores, weights), args, kwargs)
             errors[i] = max(errors[i], _difference(block, computed, output))
@@ -122,8 +127,9 @@ def check_blocks(module: torch.nn.Module, blocks: list[Found], inputs: tuple[Any
     for i, error in errors.items():
         if error < 0:
             raise ConversionError(
-                f"cannot export {blocks[i].name}: the module does not call it with these inputs; name only blocks that "
-                "take part, or give inputs that reach it"
+                f"cannot export {blocks[i].name}: the module does not call it with these inputs, or inside of "
+                "torch.cond, where experts cannot be streamed; name only blocks that take part, give inputs that reach "
+                "them, and choose between results with torch.where"
             )
     return max(errors.values())
 
@@ -179,6 +185,7 @@ def _traced(i: int, block: Found, multiple: int) -> Callable[..., Any]:
     missing = -hidden % multiple
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = block.inputs(args, kwargs)
         x, scores, weights = block.routed(args, kwargs)
         tokens = x.reshape(-1, hidden)
         if missing:
@@ -192,7 +199,7 @@ def _traced(i: int, block: Found, multiple: int) -> Callable[..., Any]:
         return block.finished(y.reshape(x.shape), args, kwargs)
 
     # torch.export reads the names of inputs off the module's signature, where the module is the block.
-    forward.__signature__ = inspect.signature(block.module.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = block.signature  # type: ignore[attr-defined]
     return forward
 
 
