@@ -15,7 +15,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
-from edgemoe import _native, choosers, engine, host, planner, price_curve, runtime, topology, warm
+from edgemoe import _native, choosers, engine, host, mapping, planner, price_curve, runtime, topology, warm
 from edgemoe import on_miss as misses
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
@@ -221,7 +221,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 self._kernels_used = runtime.kernels_used(paths, _native.active_isa())
         else:
             _log.warning("%s has no routed experts: it runs as plain llama.cpp", model.path)
-        before = {m.address for path in model.files for m in engine.mappings(path)}
+        before = {m.address for path in model.files for m in mapping.mappings(path)}
         with engine.loading(self._runtime) as load, engine.engine_log(echo=verbose) as log:
             try:
                 super().__init__(str(model.path), use_mmap=True, verbose=verbose, **kwargs)
@@ -243,12 +243,12 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             )
         libc = ctypes.CDLL(None, use_errno=True)
         for i, path in enumerate(model.files):
-            mapped = [m for m in engine.mappings(path) if m.address not in before]
+            mapped = [m for m in mapping.mappings(path) if m.address not in before]
             ranges = engine.dense_ranges(model, i, mapped)
             if not mapped:
                 _log.warning("cannot find where llama.cpp mapped %s: its dense weights stay in the page cache", path)
             if not load.is_hooked:
-                engine.drop_experts(mapped)
+                mapping.drop(mapped)
             _native.populate(path, ranges, runtime.N_IO_THREADS)
             self._find_embedding(i, mapped)
             for _, length, address in ranges if lock_memory else ():
@@ -264,7 +264,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         if not self._runtime.stats().direct_io:
             _log.warning("the file system of %s has no O_DIRECT: reads are buffered, and slower", model.path)
 
-    def _find_embedding(self, file_idx: int, mapped: list[engine.Mapping]) -> None:
+    def _find_embedding(self, file_idx: int, mapped: list[mapping.Mapping]) -> None:
         """Let the first layers be foreseen from the token, where its embedding can be read."""
         tensor = find_embedding(self._gguf) if self._prefetch != "off" else None
         if tensor is not None and tensor.file_idx == file_idx:
