@@ -30,16 +30,19 @@ class Member(Protocol):
 
 
 class Share:
-    """What a model has of a `MemoryBudget`. Models hold it; others look at its attributes only.
+    """What a model has of a `MemoryBudget`; the model holds it.
 
     Attributes:
-        name: the model's.
+        budget, name: what it is of, and the model's name.
         least_bytes, bank_bytes: slots for one token's experts (while loading: what loading needs), and for all.
         parts: what else it takes, by what it is, as planned.
         slots_bytes: its part of the budget for slots.
     """
 
-    def __init__(self, name: str, parts: Mapping[str, int], least_bytes: int, bank_bytes: int) -> None:
+    def __init__(
+        self, budget: MemoryBudget, name: str, parts: Mapping[str, int], least_bytes: int, bank_bytes: int
+    ) -> None:
+        self.budget = budget
         self.name = name
         self.parts = dict(parts)
         self.least_bytes = least_bytes
@@ -66,9 +69,55 @@ class Share:
         n_read = max(0, member.expert_bytes_read() - self._mark_bytes)
         return min(self.slots_bytes, self._resident_at_mark_bytes + n_read)
 
+    def settle(self, member: Member, pending_bytes: int, least_bytes: int) -> None:
+        """The model is loaded: what it took is measured now, and the slots are divided again.
+
+        Args:
+            member: the model; it is not kept alive.
+            pending_bytes: what it will take beside slots and has not yet.
+            least_bytes: the fewest slots from now on.
+
+        Raises:
+            BudgetError: it took more than planned and does not fit; it has left the budget then.
+        """
+        with self.budget._lock:
+            self._attach(member)
+            self.least_bytes = least_bytes
+            self._book(self.budget._growth())
+            self._planned_bytes = self._booked_bytes + pending_bytes
+            try:
+                self.budget._check(self.budget.budget_bytes)
+            except BudgetError:
+                self.leave()
+                raise
+            self.budget._divide()
+
+    def observe(self) -> None:
+        """The model may have grown beside its slots: if so, slots are given back for it, down to the fewest."""
+        with self.budget._lock:
+            self._book(self.budget._growth())
+            self.budget._give_back()
+
+    def release(self, n_bytes: int) -> None:
+        """The model has freed so much of what it had taken beside slots."""
+        with self.budget._lock:
+            self.budget._growth()
+            self._booked_bytes -= n_bytes
+            self._most_booked_bytes = self._booked_bytes
+            self._planned_bytes -= n_bytes
+            self.budget._divide()
+
+    def leave(self) -> None:
+        """The model is closed: its memory is the others'. May be called twice."""
+        self.budget._remove(self)
+
     def before_reset(self) -> None:
         """The model's counters are about to begin again."""
         self._resident_at_mark_bytes, self._mark_bytes = self.resident_slots_bytes(), 0
+
+    def _attach(self, member: Member) -> None:
+        self._member = weakref.ref(member, lambda _: self.leave())
+        self._mark_bytes = 0
 
     def _book(self, n_bytes: int) -> None:
         self._booked_bytes += n_bytes
@@ -159,7 +208,7 @@ class MemoryBudget:
         Raises:
             BudgetError: it does not fit, even with the others' slots as small as they can be; nothing has changed.
         """
-        share = Share(name, parts, least_bytes, bank_bytes)
+        share = Share(self, name, parts, least_bytes, bank_bytes)
         self._enter(share)
         return share
 
@@ -167,53 +216,11 @@ class MemoryBudget:
         self, name: str, parts: Mapping[str, int], least_bytes: int, bank_bytes: int, member: Member, slots_bytes: int
     ) -> Share:
         """As `join`, for a model that is loaded already, with slots of `slots_bytes`; `parts` is what is to come."""
-        share = Share(name, parts, least_bytes, bank_bytes)
+        share = Share(self, name, parts, least_bytes, bank_bytes)
         share.slots_bytes = slots_bytes
-        share._member = weakref.ref(member, lambda _: self.leave(share))
+        share._attach(member)
         self._enter(share)
         return share
-
-    def settle(self, share: Share, member: Member, pending_bytes: int, least_bytes: int) -> None:
-        """The model is loaded: what it took is measured now, and the slots are divided again.
-
-        Args:
-            share: what `join` has given.
-            member: the model; it is not kept alive.
-            pending_bytes: what it will take beside slots and has not yet.
-            least_bytes: the fewest slots from now on.
-
-        Raises:
-            BudgetError: it took more than planned and does not fit; it has left the budget then.
-        """
-        with self._lock:
-            share._member = weakref.ref(member, lambda _: self.leave(share))
-            share._mark_bytes = member.expert_bytes_read()
-            share.least_bytes = least_bytes
-            share._book(self._growth())
-            share._planned_bytes = share._booked_bytes + pending_bytes
-            try:
-                self._check(self._budget_bytes)
-            except BudgetError:
-                self.leave(share)
-                raise
-            self._divide()
-
-    def observe(self, share: Share) -> None:
-        """The model may have grown beside its slots: if so, slots are given back for it, down to the fewest."""
-        with self._lock:
-            share._book(self._growth())
-            if self._spare_bytes(self._budget_bytes) + host.TOLERANCE_BYTES < sum(s.slots_bytes for s in self._shares):
-                self._divide()
-
-    def leave(self, share: Share) -> None:
-        """The model is closed: its memory is the others'. May be called twice."""
-        with self._lock:
-            if share not in self._shares:
-                return
-            self._shares.remove(share)
-            if self._measured_bytes is not None:
-                self._measured_bytes -= share._booked_bytes
-            self._divide()
 
     def _enter(self, share: Share) -> None:
         with self._lock:
@@ -224,6 +231,19 @@ class MemoryBudget:
             except BudgetError:
                 self._shares.remove(share)
                 raise
+            self._divide()
+
+    def _remove(self, share: Share) -> None:
+        with self._lock:
+            if share not in self._shares:
+                return
+            self._shares.remove(share)
+            if self._measured_bytes is not None:
+                self._measured_bytes -= share._booked_bytes
+            self._divide()
+
+    def _give_back(self) -> None:
+        if self._spare_bytes(self._budget_bytes) + host.TOLERANCE_BYTES < sum(s.slots_bytes for s in self._shares):
             self._divide()
 
     def _measure(self) -> int:

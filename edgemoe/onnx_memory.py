@@ -67,19 +67,18 @@ class SessionMemory:
         self._share: Share | None = None
         self._largest_input_bytes = 0
         self._pending_bytes = planned.workspace_bytes + planned.kv_bytes + planned.scratch_bytes + planned.rows_bytes
-        self._budget: MemoryBudget | None = None
         if memory is None:
             slots = host.spare_bytes() - planned.own_bytes
             self.slots_bytes = min(planned.expert_bank_bytes, max(slots, planned.token_cycle_bytes))
             return
-        self._budget = memory if isinstance(memory, MemoryBudget) else MemoryBudget(memory)
-        self._share = self._budget.join(name, planned.parts, planned.least_slots_bytes, planned.expert_bank_bytes)
+        budget = memory if isinstance(memory, MemoryBudget) else MemoryBudget(memory)
+        self._share = budget.join(name, planned.parts, planned.least_slots_bytes, planned.expert_bank_bytes)
         self.slots_bytes = self._share.slots_bytes
 
     @property
     def budget_bytes(self) -> int:
         """The budget in force; 0 without one."""
-        return self._budget.budget_bytes if self._budget is not None else 0
+        return self._share.budget.budget_bytes if self._share is not None else 0
 
     def loaded(self, found: _native.OrtLoaded) -> None:
         """The session is there.
@@ -90,13 +89,13 @@ class SessionMemory:
         self._runtime = found.runtime
         self._pending_bytes += found.workspace_bytes - self._planned.workspace_bytes
         self._rows = _Rows(self._model, self._planned.mapped_names, self._planned.rows_bytes)
-        if self._budget is not None and self._share is not None:
-            self._budget.settle(self._share, self, self._pending_bytes, self._planned.token_cycle_bytes)
+        if self._share is not None:
+            self._share.settle(self, self._pending_bytes, self._planned.token_cycle_bytes)
 
     def close(self) -> None:
         """The session is gone, or could not be made."""
-        if self._budget is not None and self._share is not None:
-            self._budget.leave(self._share)
+        if self._share is not None:
+            self._share.leave()
 
     def set_memory(self, memory: int | float | str) -> None:
         """Change the budget.
@@ -106,26 +105,25 @@ class SessionMemory:
         """
         if self._is_shared:
             raise shared_error(self._name)
-        if self._budget is not None:
-            self._budget.set_memory(memory)
+        if self._share is not None:
+            self._share.budget.set_memory(memory)
             return
         budget = MemoryBudget(memory)
         pending = {"buffers that it has not used yet": self._pending_bytes}
         least, bank = self._planned.token_cycle_bytes, self._planned.expert_bank_bytes
         self._share = budget.adopt(self._name, pending, least, bank, self, self.slots_bytes)
-        self._budget = budget
 
     def after_run(self, n_input_bytes: int | None) -> None:
         """Give back slots for what arenas have grown by, after the largest input so far, or one of unknown size."""
         if self._rows is not None:
             self._rows.trim()
-        if self._budget is None or self._share is None:
+        if self._share is None:
             return
         if n_input_bytes is not None:
             if n_input_bytes <= self._largest_input_bytes:
                 return
             self._largest_input_bytes = n_input_bytes
-        self._budget.observe(self._share)
+        self._share.observe()
 
     def take_slots(self, slots_bytes: int) -> None:
         """As `budget.Member`."""
