@@ -114,12 +114,12 @@ def _streamed(model: OnnxModel, node: OnnxMoeNode) -> dict[int, str]:
     return found
 
 
-def plan(model: OnnxModel, n_threads: int) -> OnnxPlan:
+def plan(model: OnnxModel) -> OnnxPlan:
     """Add up what a session takes."""
     streamed_names: set[str] = set()
     extents: list[_native.TensorExtent] = []
     sides = dict.fromkeys(_SIDES, 0)
-    activations = columns = 0
+    activations = 0
     for layer, node in enumerate(model.moe_nodes):
         for position, name in _streamed(model, node).items():
             t = model.tensors[name]
@@ -135,16 +135,13 @@ def plan(model: OnnxModel, n_threads: int) -> OnnxPlan:
             )
             if position in _SIDES:
                 sides[position] = max(sides[position], t.n_bytes)
-            elif position == _WEIGHTS[0]:
-                columns = max(columns, 2 * t.shape[2])
             else:
-                columns = max(columns, t.shape[1], 2 * t.shape[2])
                 activations = _ACTIVATION_BYTES
     sizes = _native.measure(extents, 0) if extents else None
     return OnnxPlan(
         process_bytes=host.process_rss_bytes(),
         dense_bytes=sum(t.n_bytes for name, t in model.tensors.items() if name not in streamed_names),
-        workspace_bytes=activations + sum(sides.values()) + n_threads * columns * 4,
+        workspace_bytes=activations + sum(sides.values()),
         token_cycle_bytes=sizes.cycle_slot_bytes if sizes else 0,
         expert_bank_bytes=sizes.bank_slot_bytes if sizes else 0,
     )
@@ -203,7 +200,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         n_threads = options.intra_op_num_threads or topology.default_threads()
         options.intra_op_num_threads = n_threads
         _register()
-        planned = plan(model, n_threads)
+        planned = plan(model)
         self.plan = planned
         self._cycle_bytes = planned.token_cycle_bytes
         self._bank_bytes = planned.expert_bank_bytes
