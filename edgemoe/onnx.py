@@ -116,7 +116,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         n_threads = options.intra_op_num_threads or topology.default_threads()
         options.intra_op_num_threads = n_threads
         _register()
-        self.plan = plan(model, n_threads)
+        self.plan = plan(model)
         self._memory = SessionMemory(model, self.plan, memory, Path(path).name)
         try:
             self._add_providers(options, providers or (), self._memory.slots_bytes, n_threads, memory is not None)

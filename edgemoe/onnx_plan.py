@@ -187,12 +187,11 @@ def _dense(model: OnnxModel, streamed_names: set[str]) -> _Dense:
     return dense
 
 
-def plan(model: OnnxModel, n_threads: int, cache_bytes: int = 0) -> OnnxPlan:
+def plan(model: OnnxModel, cache_bytes: int = 0) -> OnnxPlan:
     """Add up what a session takes.
 
     Args:
         model: what the file says.
-        n_threads: threads of the plug-in.
         cache_bytes: what a cache of keys and values takes, if it is to be part of the plan.
 
     Raises:
@@ -201,7 +200,7 @@ def plan(model: OnnxModel, n_threads: int, cache_bytes: int = 0) -> OnnxPlan:
     streamed_names: set[str] = set()
     extents: list[_native.TensorExtent] = []
     sides = dict.fromkeys(_SIDES, 0)
-    activations = columns = 0
+    activations = 0
     for layer, node in enumerate(model.moe_nodes):
         for position, name in streamed(model, node).items():
             t = model.tensors[name]
@@ -217,10 +216,7 @@ def plan(model: OnnxModel, n_threads: int, cache_bytes: int = 0) -> OnnxPlan:
             )
             if position in _SIDES:
                 sides[position] = max(sides[position], t.n_bytes)
-            elif position == _WEIGHTS[0]:
-                columns = max(columns, 2 * t.shape[2])
             else:
-                columns = max(columns, t.shape[1], 2 * t.shape[2])
                 activations = _ACTIVATION_BYTES
     sizes: Any = _native.measure(extents, 0) if extents else None
     dense = _dense(model, streamed_names)
@@ -234,7 +230,7 @@ def plan(model: OnnxModel, n_threads: int, cache_bytes: int = 0) -> OnnxPlan:
         kv_bytes=cache_bytes,
         scratch_bytes=dense.scratch_bytes,
         repack_bytes=dense.repack_bytes,
-        workspace_bytes=activations + sum(sides.values()) + n_threads * columns * 4,
+        workspace_bytes=activations + sum(sides.values()),
         token_cycle_bytes=int(sizes.cycle_slot_bytes) if sizes else 0,
         expert_bank_bytes=int(sizes.bank_slot_bytes) if sizes else 0,
     )
