@@ -7,14 +7,17 @@
 #define EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MODEL_H_
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "edgemoe/edgemoe.h"
+#include "plugins/onnxruntime/choosers.h"
 #include "plugins/onnxruntime/ort_api.h"
 #include "plugins/onnxruntime/qmoe_node.h"
+#include "plugins/onnxruntime/routers.h"
 
 namespace edgemoe_ort {
 
@@ -24,12 +27,17 @@ struct ModelOptions {
   int n_threads = 1;
   int n_io_threads = 4;
   int eviction = EDGEMOE_EVICT_AUTO;
+  int prefetch_depth = 2;
+  bool is_prefetch_adaptive = true;
+  ChooserOptions choosers;
 };
 
 class QmoeModel {
  public:
   // folder: of the .onnx file, to which the paths of its external data are relative.
-  QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes, const ModelOptions& options);
+  // routers: [node], known or not.
+  QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes, const std::vector<Router>& routers,
+            const ModelOptions& options);
   ~QmoeModel();
   QmoeModel(const QmoeModel&) = delete;
   QmoeModel& operator=(const QmoeModel&) = delete;
@@ -46,6 +54,8 @@ class QmoeModel {
   size_t n_nodes() const { return nodes_.size(); }
   uint64_t workspace_bytes() const { return workspace_bytes_; }
   uint64_t kept_bytes() const { return kept_bytes_; }
+  const std::shared_ptr<Choosers>& choosers() const { return choosers_; }
+  std::vector<edgemoe_ort_tensor> Tensors() const;
 
  private:
   // What a product reads or writes; the `type` of edgemoe_matmul.
@@ -57,7 +67,7 @@ class QmoeModel {
 
   static const ExpertBytes& BytesOf(const QmoeNode& node, int product);
   void AddTensor(const std::string& folder, size_t node_idx, int product);
-  void OpenRuntime(const ModelOptions& options);
+  void OpenRuntime(const ModelOptions& options, const std::vector<Router>& routers);
   void SizeWorkspace(int n_threads);
   void RunTokens(const float* x, const float* scores, const float* router_weights, int64_t n_tokens, float* out);
   edgemoe_matmul Matmul(int product) const;
@@ -80,6 +90,7 @@ class QmoeModel {
   const int n_threads_;
   uint64_t workspace_bytes_ = 0;
   uint64_t kept_bytes_ = 0;
+  std::shared_ptr<Choosers> choosers_;
 
   // The layer in progress, and the workspace of all.
   std::mutex mutex_;
@@ -87,6 +98,7 @@ class QmoeModel {
   const Layer* layer_ = nullptr;
   const OrtKernelContext* context_ = nullptr;
   const float* x_ = nullptr;
+  bool is_decode_ = false;  // one row: choosers have a say
   std::vector<std::pair<float, int32_t>> order_;
   std::vector<int32_t> experts_;                 // [token][used]
   std::vector<float> weights_;                   // [token][used]
