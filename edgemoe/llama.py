@@ -215,7 +215,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._load_s = time.perf_counter() - begin_s
         self._load_bytes_read = host.storage_bytes_read() - begin_read
         if warm_start and self._runtime is not None:
-            self._warm = warm.WarmStart(model, self._runtime)
+            self._warm = warm.WarmStart(warm.Bank.of_gguf(model), self._runtime)
             self._warm.begin()
         report("loading", model.dense_bytes, model.dense_bytes)
 

@@ -11,13 +11,15 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from edgemoe import _native, host, topology
+from edgemoe import _native, host, onnx_schedule, topology
+from edgemoe import on_miss as misses
 from edgemoe.budget import MemoryBudget
 from edgemoe.errors import BackendError, ModelFormatError
-from edgemoe.formats.onnx_model import read_model
+from edgemoe.formats.onnx_model import OnnxModel, read_model
 from edgemoe.onnx_memory import SessionMemory
 from edgemoe.onnx_plan import plan
 from edgemoe.runtime import N_IO_THREADS
@@ -40,6 +42,16 @@ class OnnxStats:
             for them.
         expert_bytes_read: bytes of experts read from storage, whole pages.
         stall_s: seconds that computing waited for storage with nothing else to do.
+        n_tokens: rows of the first streamed node's input.
+        bytes_per_token: expert_bytes_read for each of them.
+        n_predicted_nodes: nodes whose routers were found in the graph, so that their experts are predicted; see
+            docs/onnx.md.
+        predicted, predicted_right: experts predicted of the next node, and how many of them it then chose.
+        prefetch_used_bytes, prefetch_late_bytes, prefetch_wasted_bytes: read because of a prediction, and resident when
+            first used, or still being read then, or evicted unused.
+        prefetch_depth: nodes ahead that are predicted now.
+        reuse_bias, selections_changed, gate_mass_moved, kl_estimate, skipped_experts: what lossy keywords do and cost,
+            as in `edgemoe.Stats`.
         n_slots, slots_bytes: tensors of experts that fit in the slots, and the memory set aside for them.
         n_streamed_nodes: MoE nodes whose experts are streamed.
         n_other_moe_nodes: MoE nodes that ONNX Runtime computes itself, all experts in memory.
@@ -58,6 +70,20 @@ class OnnxStats:
     n_other_moe_nodes: int
     budget_bytes: int
     peak_rss_bytes: int
+    n_tokens: int = 0
+    bytes_per_token: float = 0.0
+    n_predicted_nodes: int = 0
+    predicted: int = 0
+    predicted_right: int = 0
+    prefetch_used_bytes: int = 0
+    prefetch_late_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
+    prefetch_depth: int = 0
+    reuse_bias: float = 0.0
+    selections_changed: float = 0.0
+    gate_mass_moved: float = 0.0
+    kl_estimate: float = 0.0
+    skipped_experts: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dictionary, ready for JSON."""
@@ -88,12 +114,16 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             None: 90 % of what is available, and no more than the model can use.
         sess_options: options of the session; they are this session's from now on, as our provider is added to them.
         providers: other execution providers for the rest of the graph, by name, the preferred one first.
+        eviction, prefetch, warm_start: as for `edgemoe.Llama`; none changes a result.
+        reuse_bias, reuse_method, top_j, expert_top_k, on_miss, on_miss_mass: as for `edgemoe.Llama`, but for what needs
+            a measured price or low-bit copies. They change results, of nodes that are given one row: see docs/onnx.md.
 
     Raises:
+        ValueError: a keyword makes no sense, or is not for ONNX models.
         ModelFormatError: the file or its external data is missing, truncated or corrupt, or the model is bytes.
         BudgetError: the budget is below the floor, which the message names.
         BackendError: onnxruntime is too old, refuses the model, or a MoE node cannot be streamed and `memory` is given;
-            the message names the attribute or input that is not implemented.
+            the message names the attribute or input that is not implemented. Or its choices cannot be changed.
     """
 
     def __init__(
@@ -102,7 +132,21 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         memory: int | float | str | MemoryBudget | None = None,
         sess_options: onnxruntime.SessionOptions | None = None,
         providers: Sequence[str] | None = None,
+        *,
+        eviction: str = "auto",
+        prefetch: str = "auto",
+        warm_start: bool = True,
+        reuse_bias: str | float = "off",
+        reuse_method: str = "cache-prior",
+        top_j: int | None = None,
+        expert_top_k: str | int = "off",
+        on_miss: str = "wait",
+        on_miss_mass: float = misses.DEFAULT_MASS,
     ) -> None:
+        keywords = onnx_schedule.Keywords(
+            eviction, prefetch, warm_start, reuse_bias, reuse_method, top_j, expert_top_k, on_miss, on_miss_mass
+        )
+        keywords.check()
         if isinstance(path, (bytes, bytearray, memoryview)):
             raise ModelFormatError(
                 f"cannot stream a model given as {len(path)} bytes: its experts cannot be located; give the file's path"
@@ -116,11 +160,17 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         n_threads = options.intra_op_num_threads or topology.default_threads()
         options.intra_op_num_threads = n_threads
         _register()
-        self.plan = plan(model)
+        self.plan = plan(model, prefetch=prefetch)
         self._memory = SessionMemory(model, self.plan, memory, Path(path).name)
         try:
-            self._add_providers(options, providers or (), self._memory.slots_bytes, n_threads, memory is not None)
+            ours = keywords.provider_options() | {
+                "slots_bytes": str(self._memory.slots_bytes),
+                "n_threads": str(n_threads),
+            }
+            self._add_providers(options, providers or (), ours, is_strict=memory is not None)
             self._make(path, options)
+            self._schedule = onnx_schedule.Schedule(model, keywords, self._loaded)
+            self._schedule.begin_warm(self)
         except BaseException:
             self._memory.close()
             raise
@@ -143,17 +193,9 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         self._memory.loaded(self._loaded)
 
     @staticmethod
-    def _add_providers(
-        options: Any, providers: Sequence[str], slots_bytes: int, n_threads: int, is_strict: bool
-    ) -> None:
-        ours = {
-            "slots_bytes": str(slots_bytes),
-            "strict": str(int(is_strict)),
-            "n_threads": str(n_threads),
-            "n_io_threads": str(N_IO_THREADS),
-            "publish": "1",
-        }
-        options.add_provider_for_devices(_devices(PROVIDER)[:1], ours)
+    def _add_providers(options: Any, providers: Sequence[str], ours: dict[str, str], is_strict: bool) -> None:
+        always = {"strict": str(int(is_strict)), "n_io_threads": str(N_IO_THREADS), "publish": "1"}
+        options.add_provider_for_devices(_devices(PROVIDER)[:1], ours | always)
         for name in providers:
             if name in (PROVIDER, "CPUExecutionProvider"):
                 continue  # ours is there; the CPU's is always the last
@@ -182,6 +224,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
                 _native.raise_error(self._runtime)
             raise BackendError(f"ONNX Runtime cannot run the model: {error}") from error
         self._memory.after_run(n_input_bytes)
+        self._schedule.after_run()
         return outputs
 
     def run(self, output_names: Any, input_feed: dict[str, Any], run_options: Any = None) -> Any:
@@ -220,4 +263,20 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             n_other_moe_nodes=self._loaded.n_refused,
             budget_bytes=self._memory.budget_bytes,
             peak_rss_bytes=host.peak_rss_bytes(),
+            **self._schedule.stats(),
         )
+
+    def reset_stats(self) -> None:
+        """Start the counters again; peak memory stays."""
+        self._schedule.reset_stats()
+
+    def record_trace(self, path: str | os.PathLike[str]) -> AbstractContextManager[Callable[[], None]]:
+        """Record which experts every node chooses, waits for and reads, while the context lasts: `Llama.record_trace`.
+
+        An input whose activations go through a node in pieces (docs/onnx.md) is a batch for each node and piece.
+
+        Raises:
+            TraceError: no node is streamed, the file cannot be written, storage is slower than records are made, or a
+                trace is being recorded.
+        """
+        return self._schedule.record_trace(Path(path))

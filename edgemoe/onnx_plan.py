@@ -13,7 +13,7 @@ import dataclasses
 import math
 from typing import Any
 
-from edgemoe import _native, host
+from edgemoe import _native, host, onnx_schedule
 from edgemoe.errors import ModelFormatError
 from edgemoe.formats.onnx_model import MICROSOFT, OnnxModel, OnnxNode, OnnxTensor, element_bits
 
@@ -46,7 +46,8 @@ class OnnxPlan:
         kv_bytes: the cache of a context, where one was asked for.
         scratch_bytes: the most that ONNX Runtime takes for a moment to decode weights that it does not repack.
         repack_bytes: the most that is held twice while loading, before experts are read.
-        workspace_bytes: the most that the plug-in takes beside its slots.
+        workspace_bytes: the most that the plug-in takes beside its slots, predictions among it.
+        prefetch_bytes: of that, what predictions take.
         token_cycle_bytes: slots for the experts of one token.
         expert_bank_bytes: slots for all experts.
     """
@@ -60,6 +61,7 @@ class OnnxPlan:
     scratch_bytes: int
     repack_bytes: int
     workspace_bytes: int
+    prefetch_bytes: int
     token_cycle_bytes: int
     expert_bank_bytes: int
 
@@ -187,16 +189,18 @@ def _dense(model: OnnxModel, streamed_names: set[str]) -> _Dense:
     return dense
 
 
-def plan(model: OnnxModel, cache_bytes: int = 0) -> OnnxPlan:
+def plan(model: OnnxModel, cache_bytes: int = 0, prefetch: str = "auto") -> OnnxPlan:
     """Add up what a session takes.
 
     Args:
         model: what the file says.
         cache_bytes: what a cache of keys and values takes, if it is to be part of the plan.
+        prefetch: how far ahead experts will be predicted, as for `InferenceSession`.
 
     Raises:
         ModelFormatError: a tensor of experts has none.
     """
+    prefetch_bytes = onnx_schedule.prefetch_bytes(model, prefetch)
     streamed_names: set[str] = set()
     extents: list[_native.TensorExtent] = []
     sides = dict.fromkeys(_SIDES, 0)
@@ -230,7 +234,8 @@ def plan(model: OnnxModel, cache_bytes: int = 0) -> OnnxPlan:
         kv_bytes=cache_bytes,
         scratch_bytes=dense.scratch_bytes,
         repack_bytes=dense.repack_bytes,
-        workspace_bytes=activations + sum(sides.values()),
+        workspace_bytes=activations + sum(sides.values()) + prefetch_bytes,
+        prefetch_bytes=prefetch_bytes,
         token_cycle_bytes=int(sizes.cycle_slot_bytes) if sizes else 0,
         expert_bank_bytes=int(sizes.bank_slot_bytes) if sizes else 0,
     )

@@ -148,6 +148,8 @@ using Node_GetOperatorType = Slot<350, OrtStatus*(const OrtNode*, const char**)>
 using Node_GetDomain = Slot<351, OrtStatus*(const OrtNode*, const char**)>;
 using Node_GetNumInputs = Slot<353, OrtStatus*(const OrtNode*, size_t*)>;
 using Node_GetInputs = Slot<354, OrtStatus*(const OrtNode*, const OrtValueInfo**, size_t)>;
+using Node_GetNumOutputs = Slot<355, OrtStatus*(const OrtNode*, size_t*)>;
+using Node_GetOutputs = Slot<356, OrtStatus*(const OrtNode*, const OrtValueInfo**, size_t)>;
 using Node_GetNumAttributes = Slot<359, OrtStatus*(const OrtNode*, size_t*)>;
 using Node_GetAttributes = Slot<360, OrtStatus*(const OrtNode*, const OrtOpAttr**, size_t)>;
 using OpAttr_GetType = Slot<363, OrtStatus*(const OrtOpAttr*, int32_t*)>;
@@ -166,7 +168,7 @@ using EpGraphSupportInfo_AddNodesToFuse = Slot<2, OrtStatus*(OrtEpGraphSupportIn
 
 constexpr int32_t kOrtFail = 1;  // not ORT_EP_FAIL: at that, Python's session goes on with the stock kernels in silence
 constexpr int32_t kOrtCpu = 0;   // OrtHardwareDeviceType
-constexpr int32_t kOrtFloat = 1, kOrtUint8 = 2;                            // ONNXTensorElementDataType
+constexpr int32_t kOrtFloat = 1, kOrtUint8 = 2, kOrtFloat16 = 10;          // ONNXTensorElementDataType
 constexpr int32_t kOrtAttrInt = 1, kOrtAttrFloat = 3, kOrtAttrString = 5;  // OrtOpAttrType
 
 }  // namespace edgemoe_ort

@@ -2,22 +2,24 @@
 // provider.cc: edgemoe as a plug-in execution provider of ONNX Runtime: the factory that ONNX Runtime finds, and the
 // provider of one session, which claims QMoE nodes and gives each its computation. Claiming a node with its constants
 // dropped keeps ONNX Runtime from ever touching the bytes of experts.
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
-#include <mutex>
-#include <thread>
 
 #include "plugins/onnxruntime/edgemoe_ort.h"
+#include "plugins/onnxruntime/provider_options.h"
 #include "plugins/onnxruntime/qmoe_model.h"
+
+struct edgemoe_ort_counting {
+  std::shared_ptr<edgemoe_ort::Choosers> choosers;
+};
 
 namespace edgemoe_ort {
 namespace {
 
-// As ONNX Runtime names a session's options for this provider.
-constexpr char kOptionPrefix[] = "ep.edgemoeexecutionprovider.";
-
 thread_local edgemoe_ort_loaded t_loaded = {};
+thread_local std::vector<edgemoe_ort_tensor> t_tensors;
 
 class Provider;
 
@@ -44,16 +46,10 @@ class Provider : public OrtEp {
     OrtEp::ReleaseNodeComputeInfos = [](OrtEp*, OrtNodeComputeInfo** infos, size_t n) {
       for (size_t i = 0; i < n; ++i) delete static_cast<Computation*>(infos[i]);
     };
-    const std::string slots = Option(session_options, "slots_bytes", "");
-    options_.has_slots_bytes = !slots.empty();
-    options_.slots_bytes = static_cast<uint64_t>(Number("slots_bytes", slots.empty() ? "0" : slots));
-    const std::string n_cpus = std::to_string(std::max(1u, std::thread::hardware_concurrency()));
-    options_.n_threads = static_cast<int>(Number("n_threads", Option(session_options, "n_threads", n_cpus)));
-    options_.n_io_threads = static_cast<int>(Number("n_io_threads", Option(session_options, "n_io_threads", "4")));
-    options_.eviction =
-        static_cast<int>(Number("eviction", Option(session_options, "eviction", std::to_string(EDGEMOE_EVICT_AUTO))));
-    is_strict_ = Number("strict", Option(session_options, "strict", slots.empty() ? "0" : "1")) != 0;
-    publishes_ = Number("publish", Option(session_options, "publish", "0")) != 0;
+    ProviderOptions options = ReadOptions(ort, session_options);
+    is_strict_ = options.is_strict;
+    publishes_ = options.publishes;
+    options_ = std::move(options.model);
     if (publishes_) DropLoaded();
   }
 
@@ -62,25 +58,14 @@ class Provider : public OrtEp {
 
   static void DropLoaded() {
     if (t_loaded.runtime != nullptr) edgemoe_runtime_release(t_loaded.runtime);
+    delete t_loaded.counting;
     t_loaded = {};
+    t_tensors.clear();
   }
 
  private:
-  std::string Option(const OrtSessionOptions* options, const char* key, const std::string& fallback) const {
-    return ort_.Option(options, std::string(kOptionPrefix) + key, fallback);
-  }
-
-  static int64_t Number(const char* key, const std::string& text) {
-    char* end = nullptr;
-    const long long value = std::strtoll(text.c_str(), &end, 10);
-    if (text.empty() || *end != '\0' || value < 0) {
-      throw Error(std::string("option ") + key + " of " EDGEMOE_ORT_PROVIDER ": '" + text +
-                  "', expected a number from 0 on");
-    }
-    return value;
-  }
-
   void Claim(const OrtGraph* graph, OrtEpGraphSupportInfo* info) {
+    const GraphRouters routers(ort_, graph);
     for (const OrtNode* node : ort_.Nodes(graph)) {
       const std::string type = ort_.NodeType(node);
       if (type != "com.microsoft::QMoE" && type != "com.microsoft::MoE") continue;
@@ -102,6 +87,10 @@ class Provider : public OrtEp {
         }
         // ONNX Runtime takes an error here for "nothing to claim", but passes on one of Compile.
         if (!is_strict_) continue;
+      } else {
+        // Compile sees the node alone.
+        router_of_[ort_.Outputs(node)[0]] =
+            routers.Find(node, read.n_experts, read.hidden, options_.prefetch_depth > 0);
       }
       const OrtNodeFusionOptions fusion = {kOrtApiVersion, true};
       ort_.Check(ep_api::EpGraphSupportInfo_AddNodesToFuse::Call(ort_.ep_table(), info, &node, 1, &fusion));
@@ -116,11 +105,13 @@ class Provider : public OrtEp {
     }
     if (model_ != nullptr) throw Error("ONNX Runtime compiles a session's nodes in parts, expected all at once");
     std::vector<QmoeNode> nodes(n);
+    std::vector<Router> routers(n);
     for (size_t i = 0; i < n; ++i) {
       const std::vector<const OrtNode*> inner = ort_.Nodes(graphs[i]);
       if (inner.size() != 1) throw Error("a fused node of " + std::to_string(inner.size()) + " nodes, expected one");
       const std::string reason = ReadQmoe(ort_, graphs[i], inner[0], true, &nodes[i]);
       if (!reason.empty()) throw Error("node " + nodes[i].name + ": " + reason);
+      routers[i] = std::move(router_of_[ort_.Outputs(inner[0])[0]]);
     }
     std::vector<QmoeModel::InputIdxs> inputs(n);
     for (size_t i = 0; i < n; ++i) {
@@ -138,7 +129,9 @@ class Provider : public OrtEp {
     const std::string model_path = ort_.ModelPath(graphs[0]);
     const size_t slash = model_path.rfind('/');
     const std::string folder = slash == std::string::npos ? "" : model_path.substr(0, slash);
-    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), options_);
+    router_of_.clear();
+    const auto n_routers = std::count_if(routers.begin(), routers.end(), [](const Router& r) { return r.is_known; });
+    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), routers, options_);
     for (size_t i = 0; i < n; ++i) {
       auto* const c = new Computation();
       c->ort_version_supported = kOrtApiVersion;
@@ -162,13 +155,17 @@ class Provider : public OrtEp {
     t_loaded.workspace_bytes = model_->workspace_bytes();
     t_loaded.kept_bytes = model_->kept_bytes();
     t_loaded.n_layers = static_cast<int32_t>(n);
+    t_loaded.n_routers = static_cast<int32_t>(n_routers);
+    t_loaded.counting = new edgemoe_ort_counting{model_->choosers()};
+    t_tensors = model_->Tensors();
   }
 
   const Ort& ort_;
   ModelOptions options_;
   bool is_strict_ = false;
   bool publishes_ = false;
-  std::string refusal_;  // the first node that is not ours, and why
+  std::string refusal_;                      // the first node that is not ours, and why
+  std::map<std::string, Router> router_of_;  // by the name of a node's result, until the model is made
   std::unique_ptr<QmoeModel> model_;
 };
 
@@ -257,7 +254,22 @@ EDGEMOE_API OrtStatus* ReleaseEpFactory(OrtEpFactory* factory) {
 void edgemoe_ort_take_loaded(edgemoe_ort_loaded* loaded) {
   *loaded = edgemoe_ort::t_loaded;
   edgemoe_ort::t_loaded = {};
+  edgemoe_ort::t_tensors.clear();
 }
+
+int32_t edgemoe_ort_loaded_tensors(edgemoe_ort_tensor* tensors, int32_t capacity) {
+  const auto n = static_cast<int32_t>(edgemoe_ort::t_tensors.size());
+  std::copy_n(edgemoe_ort::t_tensors.begin(), std::min(n, capacity), tensors);
+  return n;
+}
+
+void edgemoe_ort_read_counters(const edgemoe_ort_counting* counting, edgemoe_ort_counters* counters) {
+  counting->choosers->Read(counters);
+}
+
+void edgemoe_ort_reset_counters(edgemoe_ort_counting* counting) { counting->choosers->Reset(); }
+
+void edgemoe_ort_release_counting(edgemoe_ort_counting* counting) { delete counting; }
 
 const void* edgemoe_ort_instance_id(void) { return edgemoe_instance_id(); }
 

@@ -26,8 +26,7 @@ simd::QmoeShape ShapeOf(const QmoeNode& node, const Projection& p) {
 uint64_t TokenBytes(const QmoeNode& n) {
   // Results of fc1 and fc2, and their inputs as the kernels take them.
   const int64_t floats = n.n_used * (n.fc1.n_rows + n.hidden);
-  const int64_t panels =
-      n.n_used * simd::QmoePanelBytes(ShapeOf(n, n.fc2)) + simd::QmoePanelBytes(ShapeOf(n, n.fc1));
+  const int64_t panels = n.n_used * simd::QmoePanelBytes(ShapeOf(n, n.fc2)) + simd::QmoePanelBytes(ShapeOf(n, n.fc1));
   return static_cast<uint64_t>(floats) * sizeof(float) + static_cast<uint64_t>(panels);
 }
 
@@ -45,8 +44,12 @@ const simd::KernelTable& ActiveKernels() {
 }  // namespace
 
 QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes,
-                     const ModelOptions& options)
-    : ort_(*ort), nodes_(std::move(nodes)), n_threads_(std::max(1, options.n_threads)), table_(ActiveKernels()) {
+                     const std::vector<Router>& routers, const ModelOptions& options)
+    : ort_(*ort),
+      nodes_(std::move(nodes)),
+      n_threads_(std::max(1, options.n_threads)),
+      table_(ActiveKernels()),
+      choosers_(std::make_shared<Choosers>(options.choosers, nodes_, routers)) {
   for (size_t i = 0; i < nodes_.size(); ++i) {
     layers_.emplace_back();
     layers_.back().max_tokens = std::max<int64_t>(1, static_cast<int64_t>(kActivationBytes / TokenBytes(nodes_[i])));
@@ -56,7 +59,7 @@ QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<Qmoe
     }
   }
   SizeWorkspace();
-  OpenRuntime(options);
+  OpenRuntime(options, routers);
 }
 
 QmoeModel::~QmoeModel() {
@@ -94,7 +97,7 @@ void QmoeModel::AddTensor(const std::string& folder, size_t node_idx, int produc
   tensors_.push_back(t);
 }
 
-void QmoeModel::OpenRuntime(const ModelOptions& options) {
+void QmoeModel::OpenRuntime(const ModelOptions& options, const std::vector<Router>& routers) {
   std::vector<const char*> paths;
   for (const std::string& path : paths_) paths.push_back(path.c_str());
   for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].name = tensor_names_[i].c_str();
@@ -130,13 +133,29 @@ void QmoeModel::OpenRuntime(const ModelOptions& options) {
   kernels.multiply = [](void* self, int32_t, const edgemoe_product* product) {
     static_cast<QmoeModel*>(self)->Multiply(*product);
   };
-  const int32_t code = edgemoe_session_create(runtime_, &kernels, &session_, &error);
-  if (code != EDGEMOE_OK) {
+  try {
+    StartPrefetch(runtime_, routers, options.prefetch_depth, options.is_prefetch_adaptive);
+    Check(edgemoe_session_create(runtime_, &kernels, &session_, &error), error);
+  } catch (...) {
     edgemoe_runtime_release(runtime_);
     runtime_ = nullptr;
+    throw;
   }
-  Check(code, error);
   edgemoe_session_set_threads(session_, n_threads_);
+}
+
+std::vector<edgemoe_ort_tensor> QmoeModel::Tensors() const {
+  std::vector<edgemoe_ort_tensor> found(tensors_.size());
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    for (int p = 0; p < kNProducts; ++p) {
+      const int32_t tensor_idx = layers_[i].tensor_idxs[p];
+      if (tensor_idx < 0) continue;
+      const edgemoe_tensor& t = tensors_[static_cast<size_t>(tensor_idx)];
+      const int stage = (p < kWeights2 ? 0 : 2) + (p % kWeights2 == kWeights1 ? 1 : 0);
+      found[static_cast<size_t>(tensor_idx)] = {t.layer, t.n_experts, t.n_experts_used, stage, t.expert_bytes};
+    }
+  }
+  return found;
 }
 
 void QmoeModel::SizeWorkspace() {
@@ -212,7 +231,8 @@ edgemoe_matmul QmoeModel::Matmul(int product) const {
   m.n_rows = p.n_rows;
   m.row_bytes = is_weights ? p.row_bytes() : SideRowBytes(product);
   m.x_n_used = 1;
-  if (is_weights && is_first) {
+  if (is_first) {
+    // For copies of scales as well, which do not read it: the core predicts from the first product's input.
     m.x = x_;
     m.x_token_bytes = static_cast<uint64_t>(node_->hidden) * sizeof(float);
   } else if (is_weights) {
@@ -283,9 +303,19 @@ void QmoeModel::Multiply(const edgemoe_product& product) {
 }
 
 void QmoeModel::Combine(int64_t token, float* out) {
-  const int64_t first = token * node_->n_used;
-  table_.combine(row2_ptrs_.data() + first, nullptr, weights_.data() + first, static_cast<int>(node_->n_used),
-                 out + token * node_->hidden, node_->hidden);
+  const auto first = static_cast<size_t>(token * node_->n_used);
+  float* const y = out + token * node_->hidden;
+  size_t n = 0;  // without empty places, whose rows nobody has written
+  for (size_t i = first; i < first + static_cast<size_t>(node_->n_used); ++i) {
+    if (experts_[i] == EDGEMOE_NO_EXPERT) continue;
+    row2_ptrs_[first + n] = rows2_.data() + i * static_cast<size_t>(node_->hidden);
+    weights_[first + n++] = weights_[i];
+  }
+  if (n == 0) {
+    std::fill(y, y + node_->hidden, 0.0f);
+    return;
+  }
+  table_.combine(row2_ptrs_.data() + first, nullptr, weights_.data() + first, static_cast<int>(n), y, node_->hidden);
 }
 
 void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* context) {
@@ -322,6 +352,8 @@ void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* 
   OrtValue* output = nullptr;
   ort_.Check(api::KernelContext_GetOutput::Call(ort_.table(), context, 0, x_dims.data(), x_dims.size(), &output));
   auto* const out = static_cast<float*>(ort_.Data(output));
+  if (node_idx == 0) choosers_->CountTokens(n_tokens);
+  is_decode_ = n_tokens == 1;
   for (int64_t token = 0; token < n_tokens; token += layer_->max_tokens) {
     RunTokens(x + token * node_->hidden, scores + token * node_->n_experts,
               mixing == nullptr ? nullptr : mixing + token * node_->n_experts,
@@ -341,15 +373,21 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   grow(&rows1_, n_pairs * node_->fc1.n_rows);
   grow(&rows2_, n_pairs * node_->hidden);
   grow(&row2_ptrs_, n_pairs);
-  for (int64_t i = 0; i < n_pairs; ++i) row2_ptrs_[static_cast<size_t>(i)] = rows2_.data() + i * node_->hidden;
-  for (int64_t t = 0; t < n_tokens; ++t) {
-    Route(*node_, scores + t * node_->n_experts,
-          router_weights == nullptr ? nullptr : router_weights + t * node_->n_experts, &order_,
-          experts_.data() + t * node_->n_used, weights_.data() + t * node_->n_used);
+  if (is_decode_ && choosers_->any()) {
+    choosers_->Choose(runtime_, static_cast<int32_t>(node_ - nodes_.data()), *node_, scores, router_weights,
+                      experts_.data());
+    Mix(*node_, scores, router_weights, experts_.data(), weights_.data());
+  } else {
+    for (int64_t t = 0; t < n_tokens; ++t) {
+      Route(*node_, scores + t * node_->n_experts,
+            router_weights == nullptr ? nullptr : router_weights + t * node_->n_experts, &order_,
+            experts_.data() + t * node_->n_used, weights_.data() + t * node_->n_used);
+    }
   }
   place_.assign(static_cast<size_t>(node_->n_experts), -1);
   int32_t n_places = 0;
   for (int64_t i = 0; i < n_pairs; ++i) {
+    if (experts_[static_cast<size_t>(i)] == EDGEMOE_NO_EXPERT) continue;
     int32_t& place = place_[static_cast<size_t>(experts_[static_cast<size_t>(i)])];
     if (place < 0) place = n_places++;
   }

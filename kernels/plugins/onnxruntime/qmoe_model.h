@@ -7,14 +7,17 @@
 #define EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MODEL_H_
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "edgemoe/edgemoe.h"
+#include "plugins/onnxruntime/choosers.h"
 #include "plugins/onnxruntime/ort_api.h"
 #include "plugins/onnxruntime/qmoe_node.h"
+#include "plugins/onnxruntime/routers.h"
 #include "simd/kernel_table.h"
 #include "simd/qmoe.h"
 
@@ -26,12 +29,17 @@ struct ModelOptions {
   int n_threads = 1;
   int n_io_threads = 4;
   int eviction = EDGEMOE_EVICT_AUTO;
+  int prefetch_depth = 2;
+  bool is_prefetch_adaptive = true;
+  ChooserOptions choosers;
 };
 
 class QmoeModel {
  public:
   // folder: of the .onnx file, to which the paths of its external data are relative.
-  QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes, const ModelOptions& options);
+  // routers: [node], known or not.
+  QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes, const std::vector<Router>& routers,
+            const ModelOptions& options);
   ~QmoeModel();
   QmoeModel(const QmoeModel&) = delete;
   QmoeModel& operator=(const QmoeModel&) = delete;
@@ -48,6 +56,8 @@ class QmoeModel {
   size_t n_nodes() const { return nodes_.size(); }
   uint64_t workspace_bytes() const { return workspace_bytes_; }
   uint64_t kept_bytes() const { return kept_bytes_; }
+  const std::shared_ptr<Choosers>& choosers() const { return choosers_; }
+  std::vector<edgemoe_ort_tensor> Tensors() const;
 
  private:
   // What a product reads or writes; the `type` of edgemoe_matmul.
@@ -59,7 +69,7 @@ class QmoeModel {
 
   static const ExpertBytes& BytesOf(const QmoeNode& node, int product);
   void AddTensor(const std::string& folder, size_t node_idx, int product);
-  void OpenRuntime(const ModelOptions& options);
+  void OpenRuntime(const ModelOptions& options, const std::vector<Router>& routers);
   void SizeWorkspace();
   void RunTokens(const float* x, const float* scores, const float* router_weights, int64_t n_tokens, float* out);
   edgemoe_matmul Matmul(int product) const;
@@ -85,6 +95,7 @@ class QmoeModel {
   const edgemoe::simd::KernelTable& table_;
   uint64_t workspace_bytes_ = 0;
   uint64_t kept_bytes_ = 0;
+  std::shared_ptr<Choosers> choosers_;
 
   // The layer in progress, and the workspace of all.
   std::mutex mutex_;
@@ -92,14 +103,15 @@ class QmoeModel {
   const Layer* layer_ = nullptr;
   const OrtKernelContext* context_ = nullptr;
   const float* x_ = nullptr;
+  bool is_decode_ = false;  // one row: choosers have a say
   std::vector<std::pair<float, int32_t>> order_;
-  std::vector<int32_t> experts_;                 // [token][used]
-  std::vector<float> weights_;                   // [token][used]
-  std::vector<int32_t> place_;                   // [expert] where its sides are copied to
-  std::vector<float> rows1_;                     // [token][used][fc1.n_rows]
-  std::vector<float> rows2_;                     // [token][used][hidden]
-  std::vector<const float*> row2_ptrs_;          // [token][used] rows of rows2_
-  std::vector<uint8_t> sides_[kNProducts];       // [place][expert_bytes] of scales and zero points
+  std::vector<int32_t> experts_;            // [token][used]
+  std::vector<float> weights_;              // [token][used]
+  std::vector<int32_t> place_;              // [expert] where its sides are copied to
+  std::vector<float> rows1_;                // [token][used][fc1.n_rows]
+  std::vector<float> rows2_;                // [token][used][hidden]
+  std::vector<const float*> row2_ptrs_;     // [token][used] rows of rows2_
+  std::vector<uint8_t> sides_[kNProducts];  // [place][expert_bytes] of scales and zero points
 };
 
 }  // namespace edgemoe_ort
