@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 import onnx
 
 from benchmarks.cgroup import CgroupError, MemoryCgroup
-from edgemoe.converters.onnx.export import Recipe, export, plan_export
+from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_export
 from edgemoe.formats.onnx_model import read_model
 from edgemoe.onnx_plan import kv_bytes
 from edgemoe.onnx_plan import plan as plan_onnx
@@ -68,7 +68,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for dense in ("int4", "int8", "fp32"):
         found[dense] = root / dense
-        export(plan_export(checkpoint.path, Recipe(dense=dense)), found[dense])
+        export_checkpoint(plan_export(checkpoint.path, Recipe(dense=dense)), found[dense])
     for bits in ("int4", "int8"):
         model = onnx.load(found[bits] / "model.onnx", load_external_data=False)
         for node in model.graph.node:
