@@ -139,6 +139,19 @@ def test_logits_do_not_depend_on_what_is_resident(exported: Maker, family: str) 
             assert session.stats().expert_misses > len(read_model(path).moe_nodes) * N_TOKENS
 
 
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss", "lfm2moe", "olmoe", "phimoe"])
+def test_routers_are_found_in_the_graph(exported: Maker, family: str) -> None:
+    """Guards against: routers written such that the next layer's experts cannot be foretold by them."""
+    path, _ = exported(family)
+    session = InferenceSession(path, "16GiB", _options(), prefetch="1", warm_start=False)
+    _native.set_slots_bytes(session._runtime, session.plan.token_cycle_bytes)
+    all_logits(session, TOKENS, N_PROMPT)
+    stats, tensor = session.stats(), session._loaded.tensors[0]
+    assert stats.n_predicted_nodes == stats.n_streamed_nodes
+    chance = tensor.n_experts_used / tensor.n_experts
+    assert stats.predicted_right >= (1 + chance) / 2 * stats.predicted > 0
+
+
 def test_sequences_of_a_batch_do_not_mix(exported: Maker) -> None:
     """Guards against: a graph that was made for one sequence."""
     path, expected = exported("qwen3moe")

@@ -29,22 +29,25 @@ int DefaultTopJ(const std::vector<QmoeNode>& nodes) {
 }
 
 // Whether a node may tell the scores of experts that it does not choose.
-bool HasScores(const QmoeNode& node) { return node.router != node.router_weights; }
+bool HasScores(const QmoeNode& node, const Router& router) {
+  return node.router != node.router_weights && !router.are_of_chosen;
+}
 
 // Scores that mixing weights are the softmax of are logits, unless the graph shows something else.
 bool AreLogits(const QmoeNode& node, const Router& router) {
-  if (router.is_known) return !router.is_sigmoid && !router.are_probabilities;
-  return node.router_weights.empty();
+  return router.is_known ? router.are_logits : node.router_weights.empty();
 }
 
 }  // namespace
 
 Choosers::Choosers(const ChooserOptions& options, const std::vector<QmoeNode>& nodes,
                    const std::vector<Router>& routers) {
-  if (options.has_reuse && std::none_of(nodes.begin(), nodes.end(), HasScores)) {
+  bool has_scores = false;
+  for (size_t i = 0; i < nodes.size(); ++i) has_scores |= HasScores(nodes[i], routers[i]);
+  if (options.has_reuse && !has_scores) {
     throw Error(
-        "cannot bias routing: the mixing weights of all QMoE nodes are their scores as well, so that experts which are "
-        "not chosen have none; export the router's scores as input 1, or use reuse_bias 'off'");
+        "cannot bias routing: the QMoE nodes are given scores of the experts that they choose alone; export the "
+        "router's own scores as input 1 and mixing weights as input 14, or use reuse_bias 'off'");
   }
   if (options.has_count && options.count_rule == EDGEMOE_COUNT_MAP) {
     for (size_t i = 0; i < nodes.size(); ++i) {

@@ -131,7 +131,7 @@ class Provider : public OrtEp {
     const std::string folder = slash == std::string::npos ? "" : model_path.substr(0, slash);
     router_of_.clear();
     const auto n_routers = std::count_if(routers.begin(), routers.end(), [](const Router& r) { return r.is_known; });
-    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), routers, options_);
+    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), std::move(routers), options_);
     for (size_t i = 0; i < n; ++i) {
       auto* const c = new Computation();
       c->ort_version_supported = kOrtApiVersion;

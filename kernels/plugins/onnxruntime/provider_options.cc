@@ -19,6 +19,12 @@ struct Name {
   int value;
 };
 
+bool IsShare(const std::string& text, double* share) {
+  char* end = nullptr;
+  *share = std::strtod(text.c_str(), &end);
+  return !text.empty() && *end == '\0' && *share >= 0.0 && *share <= 1.0;
+}
+
 class Reader {
  public:
   Reader(const Ort& ort, const OrtSessionOptions* options) : ort_(ort), options_(options) {}
@@ -34,9 +40,8 @@ class Reader {
     return value;
   }
   double Share(const char* key, const std::string& text) const {
-    char* end = nullptr;
-    const double value = std::strtod(text.c_str(), &end);
-    if (text.empty() || *end != '\0' || !(value >= 0.0 && value <= 1.0)) Refuse(key, text, "a number from 0 to 1");
+    double value = 0.0;
+    if (!IsShare(text, &value)) Refuse(key, text, "a number from 0 to 1");
     return value;
   }
   int Choice(const char* key, const char* fallback, std::initializer_list<Name> names) const {
@@ -72,7 +77,7 @@ void ReadCount(const Reader& reader, ChooserOptions* o) {
   };
   if (text.rfind("top-p:", 0) == 0) {
     o->count_rule = EDGEMOE_COUNT_TOP_P;
-    o->top_p = reader.Share(kKey, text.substr(6));
+    if (!IsShare(text.substr(6), &o->top_p)) Reader::Refuse(kKey, text, kForms);
   } else if (text == "map") {
     o->count_rule = EDGEMOE_COUNT_MAP;
   } else if (text.rfind("map:", 0) == 0) {

@@ -44,12 +44,10 @@ const simd::KernelTable& ActiveKernels() {
 }  // namespace
 
 QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes,
-                     const std::vector<Router>& routers, const ModelOptions& options)
-    : ort_(*ort),
-      nodes_(std::move(nodes)),
-      n_threads_(std::max(1, options.n_threads)),
-      table_(ActiveKernels()),
-      choosers_(std::make_shared<Choosers>(options.choosers, nodes_, routers)) {
+                     std::vector<Router> routers, const ModelOptions& options)
+    : ort_(*ort), nodes_(std::move(nodes)), n_threads_(std::max(1, options.n_threads)), table_(ActiveKernels()) {
+  routers.resize(nodes_.size());
+  choosers_ = std::make_shared<Choosers>(options.choosers, nodes_, routers);
   for (size_t i = 0; i < nodes_.size(); ++i) {
     layers_.emplace_back();
     layers_.back().max_tokens = std::max<int64_t>(1, static_cast<int64_t>(kActivationBytes / TokenBytes(nodes_[i])));

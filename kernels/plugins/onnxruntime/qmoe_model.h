@@ -37,8 +37,8 @@ struct ModelOptions {
 class QmoeModel {
  public:
   // folder: of the .onnx file, to which the paths of its external data are relative.
-  // routers: [node], known or not.
-  QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes, const std::vector<Router>& routers,
+  // routers: [node], known or not; or none.
+  QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes, std::vector<Router> routers,
             const ModelOptions& options);
   ~QmoeModel();
   QmoeModel(const QmoeModel&) = delete;

@@ -49,9 +49,13 @@ GraphRouters::GraphRouters(const Ort& ort, const OrtGraph* graph) : ort_(ort), f
 
 Router GraphRouters::Find(const OrtNode* moe, int64_t n_experts, int64_t hidden, bool with_data) const {
   Router router;
-  if (hidden % kColumnStep != 0 || !Walk(moe, n_experts, hidden, with_data, &router)) return Router();
-  router.is_known = true;
-  return router;
+  try {
+    router.is_known = hidden % kColumnStep == 0 && Walk(moe, n_experts, hidden, with_data, &router);
+  } catch (const Error&) {
+    // ONNX Runtime takes an error where we are asked for our nodes for "none": that would be worse than no prediction.
+    return Router();
+  }
+  return router.is_known ? router : Router();
 }
 
 bool GraphRouters::ProducerOf(const std::string& value, Producer* producer) const {
@@ -72,6 +76,23 @@ std::string GraphRouters::Origin(std::string value) const {
   return value;
 }
 
+std::string GraphRouters::SigmoidInput(const Producer& p) const {
+  size_t at = 0;
+  if (p.type == "::Div" && p.inputs[0].is_constant) {
+    at = 1;
+  } else if (p.type != "::Reciprocal") {
+    return "";
+  }
+  Producer sum, exponential, negative;
+  if (!ProducerOf(p.inputs[at].name, &sum) || sum.type != "::Add") return "";
+  const size_t constant = sum.inputs[0].is_constant ? 0 : 1;
+  if (Floats(sum.inputs[constant], 1) != std::vector<float>{1.0f}) return "";
+  if (at == 1 && Floats(p.inputs[0], 1) != std::vector<float>{1.0f}) return "";
+  if (!ProducerOf(sum.inputs[1 - constant].name, &exponential) || exponential.type != "::Exp") return "";
+  if (!ProducerOf(exponential.inputs[0].name, &negative) || negative.type != "::Neg") return "";
+  return negative.inputs[0].name;
+}
+
 bool GraphRouters::Walk(const OrtNode* moe, int64_t n_experts, int64_t hidden, bool with_data, Router* router) const {
   const std::vector<ValueInfo> inputs = ort_.Inputs(moe);
   const std::string x = Origin(inputs[0].name);
@@ -90,12 +111,19 @@ bool GraphRouters::Walk(const OrtNode* moe, int64_t n_experts, int64_t hidden, b
       if (with_data) ReadNorm(x, router);
       return true;
     }
+    const std::string sigmoid_input = p.type == "::Sigmoid" ? p.inputs[0].name : SigmoidInput(p);
+    router->are_logits &= p.type == "::Add" || p.type == "::Where";
     if (IsOneOf(p.type, {"::Softmax", "::LogSoftmax", "::Log"})) {  // the order of experts stays
       if (!bias.empty()) return false;                              // unless something was added behind it
       router->are_probabilities |= i == 0 && p.type == "::Softmax";
       value = p.inputs[0].name;
-    } else if (p.type == "::Sigmoid" && !router->is_sigmoid) {
+    } else if (!sigmoid_input.empty() && !router->is_sigmoid) {
       router->is_sigmoid = true;
+      value = sigmoid_input;
+    } else if (p.type == "::ScatterElements" && i == 0) {  // of what has chosen them
+      router->are_of_chosen = true;
+      value = p.inputs[1].name;
+    } else if (p.type == "::TopK" && router->are_of_chosen) {
       value = p.inputs[0].name;
     } else if (p.type == "::Add" && bias.empty()) {
       const size_t constant = p.inputs[0].is_constant ? 0 : 1;
@@ -231,7 +259,7 @@ std::vector<uint8_t> GraphRouters::Bytes(const ValueInfo& constant, uint64_t n_b
 
 std::vector<float> GraphRouters::Floats(const ValueInfo& constant, int64_t n) const {
   const bool is_half = constant.element_type == kOrtFloat16;
-  if ((constant.element_type != kOrtFloat && !is_half) || Count(constant.dims) != n) return {};
+  if (!constant.is_constant || (constant.element_type != kOrtFloat && !is_half) || Count(constant.dims) != n) return {};
   const auto count = static_cast<size_t>(n);
   const std::vector<uint8_t> bytes = Bytes(constant, count * (is_half ? sizeof(uint16_t) : sizeof(float)));
   if (bytes.empty()) return {};

@@ -19,7 +19,10 @@ namespace edgemoe_ort {
 struct Router {
   bool is_known = false;
   bool is_sigmoid = false;
-  bool are_probabilities = false;  // the node's scores are a softmax as it came
+  // What the node's scores are.
+  bool are_logits = true;          // a product, with a bias or not
+  bool are_probabilities = false;  // a softmax as it came
+  bool are_of_chosen = false;      // those of chosen experts, scattered among ones that say nothing
   int64_t n_experts = 0;
   int64_t n_cols = 0;
   // Empty unless their values were asked for.
@@ -43,6 +46,8 @@ class GraphRouters {
   bool ProducerOf(const std::string& value, Producer* producer) const;
   // Back over nodes that change a value's shape or type alone.
   std::string Origin(std::string value) const;
+  // The input of a sigmoid that is written as 1 / (1 + exp(-x)); "": `p` ends none.
+  std::string SigmoidInput(const Producer& p) const;
   bool Walk(const OrtNode* moe, int64_t n_experts, int64_t hidden, bool with_data, Router* router) const;
   bool ReadProduct(const Producer& product, const std::string& x, bool with_data, Router* router) const;
   bool ReadMatrix(const ValueInfo& matrix, bool is_transposed, bool with_data, Router* router) const;
