@@ -23,7 +23,7 @@ with warnings.catch_warnings():
 
 from edgemoe import _native
 from edgemoe.converters.onnx import blocks
-from edgemoe.converters.onnx.export import Recipe, export, plan_export
+from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_export
 from edgemoe.formats.onnx_model import read_model
 from edgemoe.onnx import PROVIDER, InferenceSession
 from tests.converters import checkpoints
@@ -67,7 +67,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Maker:
                 warnings.simplefilter("ignore")
                 checkpoint = write_checkpoint(folder / name, family, int(recipe.quant.removeprefix("int")))
                 logits = checkpoints.reference_logits(checkpoint, [TOKENS], is_as_published=True)[0]
-            export(plan_export(checkpoint.path, recipe), folder / f"{name}.onnx")
+            export_checkpoint(plan_export(checkpoint.path, recipe), folder / f"{name}.onnx")
             made[key] = (folder / f"{name}.onnx" / "model.onnx", logits)
         return made[key]
 

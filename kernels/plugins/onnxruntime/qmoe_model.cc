@@ -10,21 +10,43 @@
 namespace edgemoe_ort {
 namespace {
 
+namespace simd = edgemoe::simd;
+
 // Bytes of activations that are computed at once: a prompt of OLMoE (hidden 2048, inter 1024, 8 experts a token) goes
 // through a layer in pieces of 100 tokens, which use nearly all of its 64 experts each.
 constexpr uint64_t kActivationBytes = uint64_t{16} << 20;
+// Results of experts that are summed by the calling thread: what it does in the time that others take to start.
+constexpr int64_t kSerialFloats = 1 << 16;
+
+simd::QmoeShape ShapeOf(const QmoeNode& node, const Projection& p) {
+  return {p.bits, node.has_8_bit_activations ? simd::kQmoeInt8 : simd::kQmoeFloat, p.zero_points.exists, p.n_cols,
+          p.block};
+}
 
 uint64_t TokenBytes(const QmoeNode& n) {
-  // Results of fc1 and fc2, and libedgemoe's own copies of their inputs.
-  const int64_t floats = n.n_used * (n.fc1.n_rows + n.hidden + n.inter) + n.hidden;
-  return static_cast<uint64_t>(floats) * sizeof(float);
+  // Results of fc1 and fc2, and their inputs as the kernels take them.
+  const int64_t floats = n.n_used * (n.fc1.n_rows + n.hidden);
+  const int64_t panels =
+      n.n_used * simd::QmoePanelBytes(ShapeOf(n, n.fc2)) + simd::QmoePanelBytes(ShapeOf(n, n.fc1));
+  return static_cast<uint64_t>(floats) * sizeof(float) + static_cast<uint64_t>(panels);
+}
+
+// The kernels of this machine, or those that the environment's EDGEMOE_ISA names.
+const simd::KernelTable& ActiveKernels() {
+  edgemoe_error error = {};
+  const char* isa = nullptr;
+  if (edgemoe_isa_active(&isa, &error) != EDGEMOE_OK) throw Error(error.message);
+  char text[400];
+  const simd::KernelTable* const table = simd::Choose(isa, text, sizeof(text));
+  if (table == nullptr) throw Error(text);
+  return *table;
 }
 
 }  // namespace
 
 QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes,
                      const ModelOptions& options)
-    : ort_(*ort), nodes_(std::move(nodes)), n_threads_(std::max(1, options.n_threads)) {
+    : ort_(*ort), nodes_(std::move(nodes)), n_threads_(std::max(1, options.n_threads)), table_(ActiveKernels()) {
   for (size_t i = 0; i < nodes_.size(); ++i) {
     layers_.emplace_back();
     layers_.back().max_tokens = std::max<int64_t>(1, static_cast<int64_t>(kActivationBytes / TokenBytes(nodes_[i])));
@@ -33,7 +55,7 @@ QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<Qmoe
       kept_bytes_ += p->bias.size() * sizeof(float) + p->scales.bytes.size() + p->zero_points.bytes.size();
     }
   }
-  SizeWorkspace(n_threads_);
+  SizeWorkspace();
   OpenRuntime(options);
 }
 
@@ -97,16 +119,16 @@ void QmoeModel::OpenRuntime(const ModelOptions& options) {
   kernels.struct_size = sizeof(kernels);
   kernels.context = this;
   kernels.parallel = Parallel;
-  kernels.activation_row_bytes = [](void*, int32_t type, int64_t n_cols) -> uint64_t {
-    return type % kWeights2 == kWeights1 ? static_cast<uint64_t>(n_cols) * sizeof(float) : 0;
-  };
-  kernels.quantize_row = [](void* self, int32_t type, const float* x, void* y, int64_t n_cols) {
-    if (type % kWeights2 != kWeights1) return;
+  kernels.activation_row_bytes = [](void* self, int32_t type, int64_t) -> uint64_t {
+    if (type % kWeights2 != kWeights1) return 0;
     const QmoeNode& node = *static_cast<QmoeModel*>(self)->node_;
-    OrderColumns(type < kWeights2 ? node.fc1.bits : node.fc2.bits, n_cols, x, static_cast<float*>(y));
+    return static_cast<uint64_t>(simd::QmoePanelBytes(ShapeOf(node, type < kWeights2 ? node.fc1 : node.fc2)));
   };
-  kernels.multiply = [](void* self, int32_t thread_idx, const edgemoe_product* product) {
-    static_cast<QmoeModel*>(self)->Multiply(thread_idx, *product);
+  kernels.quantize_row = [](void* self, int32_t type, const float* x, void* y, int64_t) {
+    static_cast<QmoeModel*>(self)->Prepare(type, x, y);
+  };
+  kernels.multiply = [](void* self, int32_t, const edgemoe_product* product) {
+    static_cast<QmoeModel*>(self)->Multiply(*product);
   };
   const int32_t code = edgemoe_session_create(runtime_, &kernels, &session_, &error);
   if (code != EDGEMOE_OK) {
@@ -117,20 +139,18 @@ void QmoeModel::OpenRuntime(const ModelOptions& options) {
   edgemoe_session_set_threads(session_, n_threads_);
 }
 
-void QmoeModel::SizeWorkspace(int n_threads) {
-  uint64_t activations = 0, columns = 0, sides[kNProducts] = {};
+void QmoeModel::SizeWorkspace() {
+  uint64_t activations = 0, sides[kNProducts] = {};
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const QmoeNode& n = nodes_[i];
     activations = std::max(activations, TokenBytes(n) * static_cast<uint64_t>(layers_[i].max_tokens));
-    columns = std::max({columns, static_cast<uint64_t>(n.hidden), static_cast<uint64_t>(n.inter)});
     for (int p = 0; p < kNProducts; ++p) {
       if (p % kWeights2 == kWeights1 || layers_[i].tensor_idxs[p] < 0) continue;
       sides[p] = std::max(sides[p], BytesOf(n, p).expert_bytes * static_cast<uint64_t>(n.n_experts));
     }
   }
-  workspace_bytes_ = activations + static_cast<uint64_t>(n_threads) * columns * sizeof(float);
+  workspace_bytes_ = activations;
   for (const uint64_t bytes : sides) workspace_bytes_ += bytes;
-  dequantized_.assign(static_cast<size_t>(n_threads), std::vector<float>(columns));
 }
 
 void QmoeModel::Check(int32_t code, const edgemoe_error& error) const {
@@ -219,7 +239,15 @@ void QmoeModel::Products(const int* products, int n_products) {
   Check(edgemoe_session_matmul(session_, matmuls, n, &error), error);
 }
 
-void QmoeModel::Multiply(int thread_idx, const edgemoe_product& product) {
+// An input of fc1 or fc2 -> what the kernels take. fc2's are fc1's results, each brought here once: until then they are
+// not activated.
+void QmoeModel::Prepare(int32_t product, const float* x, void* panel) {
+  if (product % kWeights2 != kWeights1) return;
+  if (product == kWeights2) Activate(table_, *node_, rows1_.data() + (x - rows1_.data()));
+  simd::QmoePanel(ShapeOf(*node_, product < kWeights2 ? node_->fc1 : node_->fc2), x, panel);
+}
+
+void QmoeModel::Multiply(const edgemoe_product& product) {
   const bool is_first = product.type < kWeights2;
   const Projection& p = is_first ? node_->fc1 : node_->fc2;
   const int64_t at = product.y[0] - (is_first ? rows1_ : rows2_).data();
@@ -239,19 +267,25 @@ void QmoeModel::Multiply(int thread_idx, const edgemoe_product& product) {
     return b.is_streamed ? sides_[which].data() + place * b.expert_bytes
                          : b.bytes.data() + static_cast<uint64_t>(expert) * b.expert_bytes;
   };
-  ExpertSides sides;
-  sides.scales = side(is_first ? kScales1 : kScales2);
-  sides.zero_points = side(is_first ? kZeroPoints1 : kZeroPoints2);
-  if (!p.bias.empty()) sides.bias = p.bias.data() + expert * p.n_rows;
-  float* const w = dequantized_[static_cast<size_t>(thread_idx)].data();
-  for (int64_t r = 0; r < product.n_rows; ++r, bytes += product.row_bytes) {
-    const int64_t row = first_row + r;
-    DequantizeRow(p, bytes, sides, row, w);
-    for (int32_t i = 0; i < product.n_x; ++i) {
-      const float dot = Dot(w, static_cast<const float*>(product.x[i]), p.n_cols);
-      product.y[i][r] = sides.bias != nullptr ? dot + sides.bias[row] : dot;
-    }
-  }
+  simd::QmoeProduct q = {};
+  q.shape = ShapeOf(*node_, p);
+  q.weights = bytes;
+  q.n_rows = product.n_rows;
+  q.scales = side(is_first ? kScales1 : kScales2) + static_cast<uint64_t>(first_row) * p.scale_row_bytes();
+  q.zero_points = side(is_first ? kZeroPoints1 : kZeroPoints2);
+  q.zero_point_row_bits = p.has_packed_row_zero_points ? p.bits : static_cast<int64_t>(p.zero_point_row_bytes()) * 8;
+  q.zero_points_bit = first_row * q.zero_point_row_bits;
+  if (!p.bias.empty()) q.bias = p.bias.data() + expert * p.n_rows + first_row;
+  q.n_x = product.n_x;
+  q.x = product.x;
+  q.y = product.y;
+  table_.qmoe(q);
+}
+
+void QmoeModel::Combine(int64_t token, float* out) {
+  const int64_t first = token * node_->n_used;
+  table_.combine(row2_ptrs_.data() + first, nullptr, weights_.data() + first, static_cast<int>(node_->n_used),
+                 out + token * node_->hidden, node_->hidden);
 }
 
 void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* context) {
@@ -306,6 +340,8 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   grow(&weights_, n_pairs);
   grow(&rows1_, n_pairs * node_->fc1.n_rows);
   grow(&rows2_, n_pairs * node_->hidden);
+  grow(&row2_ptrs_, n_pairs);
+  for (int64_t i = 0; i < n_pairs; ++i) row2_ptrs_[static_cast<size_t>(i)] = rows2_.data() + i * node_->hidden;
   for (int64_t t = 0; t < n_tokens; ++t) {
     Route(*node_, scores + t * node_->n_experts,
           router_weights == nullptr ? nullptr : router_weights + t * node_->n_experts, &order_,
@@ -340,18 +376,12 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   } const end_layer{session_};
   Products(kOrder, 2);
   Products(kOrder + 2, 3);
-  ForEach(n_pairs, [this](int64_t pair) { Activate(*node_, rows1_.data() + pair * node_->fc1.n_rows); });
   Products(kOrder + 5, 1);
-  ForEach(n_tokens, [this, out](int64_t token) {
-    float* const y = out + token * node_->hidden;
-    std::fill(y, y + node_->hidden, 0.0f);
-    for (int64_t u = 0; u < node_->n_used; ++u) {
-      const int64_t pair = token * node_->n_used + u;
-      const float weight = weights_[static_cast<size_t>(pair)];
-      const float* const row = rows2_.data() + pair * node_->hidden;
-      for (int64_t i = 0; i < node_->hidden; ++i) y[i] += weight * row[i];
-    }
-  });
+  if (n_pairs * node_->hidden < kSerialFloats) {
+    for (int64_t token = 0; token < n_tokens; ++token) Combine(token, out);
+  } else {
+    ForEach(n_tokens, [this, out](int64_t token) { Combine(token, out); });
+  }
 }
 
 }  // namespace edgemoe_ort

@@ -15,6 +15,8 @@
 #include "edgemoe/edgemoe.h"
 #include "plugins/onnxruntime/ort_api.h"
 #include "plugins/onnxruntime/qmoe_node.h"
+#include "simd/kernel_table.h"
+#include "simd/qmoe.h"
 
 namespace edgemoe_ort {
 
@@ -58,11 +60,13 @@ class QmoeModel {
   static const ExpertBytes& BytesOf(const QmoeNode& node, int product);
   void AddTensor(const std::string& folder, size_t node_idx, int product);
   void OpenRuntime(const ModelOptions& options);
-  void SizeWorkspace(int n_threads);
+  void SizeWorkspace();
   void RunTokens(const float* x, const float* scores, const float* router_weights, int64_t n_tokens, float* out);
   edgemoe_matmul Matmul(int product) const;
   void Products(const int* products, int n_products);
-  void Multiply(int thread_idx, const edgemoe_product& product);
+  void Multiply(const edgemoe_product& product);
+  void Prepare(int32_t product, const float* x, void* panel);
+  void Combine(int64_t token, float* out);
   uint64_t SideRowBytes(int product) const;
   void Check(int32_t code, const edgemoe_error& error) const;
   template <typename Fn>
@@ -78,6 +82,7 @@ class QmoeModel {
   edgemoe_runtime* runtime_ = nullptr;
   edgemoe_session* session_ = nullptr;
   const int n_threads_;
+  const edgemoe::simd::KernelTable& table_;
   uint64_t workspace_bytes_ = 0;
   uint64_t kept_bytes_ = 0;
 
@@ -93,8 +98,8 @@ class QmoeModel {
   std::vector<int32_t> place_;                   // [expert] where its sides are copied to
   std::vector<float> rows1_;                     // [token][used][fc1.n_rows]
   std::vector<float> rows2_;                     // [token][used][hidden]
+  std::vector<const float*> row2_ptrs_;          // [token][used] rows of rows2_
   std::vector<uint8_t> sides_[kNProducts];       // [place][expert_bytes] of scales and zero points
-  std::vector<std::vector<float>> dequantized_;  // [thread][columns]
 };
 
 }  // namespace edgemoe_ort

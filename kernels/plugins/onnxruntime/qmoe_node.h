@@ -49,7 +49,8 @@ struct QmoeNode {
   int64_t inter = 0;
   Activation activation = Activation::kRelu;
   float alpha = 1.0f, beta = 0.0f, limit = std::numeric_limits<float>::infinity();
-  bool normalizes = false;  // router_weights over the chosen experts
+  bool has_8_bit_activations = false;  // accuracy_level 4: asked for, as speed is
+  bool normalizes = false;             // router_weights over the chosen experts
   // Names of the inputs that are computed; without router_weights, the weights are the softmax of the chosen scores.
   std::string x, router, router_weights;
   Projection fc1, fc2;
