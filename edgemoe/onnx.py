@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`onnxruntime.InferenceSession` with a memory budget: the experts of QMoE nodes are streamed from the model's file.
+"""`onnxruntime.InferenceSession` with a memory budget: experts of MoE nodes are streamed from the model's file.
 
 ONNX Runtime is used as it is; our execution provider is a plug-in that it loads. See docs/onnx.md.
 """
@@ -90,6 +90,11 @@ class OnnxStats:
         return dataclasses.asdict(self)
 
 
+def _has_plugin_providers() -> bool:
+    """Since onnxruntime 1.23. Without them our custom operators take the place of the built-in ones."""
+    return hasattr(onnxruntime, "register_execution_provider_library")
+
+
 @functools.cache
 def _register() -> None:
     path = _native.ort_plugin_path()
@@ -104,9 +109,10 @@ def _devices(provider: str) -> list[Any]:
 
 
 class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # onnxruntime has no types
-    """`onnxruntime.InferenceSession` whose QMoE experts live in a memory budget.
+    """`onnxruntime.InferenceSession` whose QMoE and MoE experts live in a memory budget.
 
-    Everything that takes an `onnxruntime.InferenceSession` takes this one.
+    Everything that takes an `onnxruntime.InferenceSession` takes this one. Where onnxruntime has no plug-in execution
+    providers (1.18 to 1.22), custom operators do the same.
 
     Args:
         path: the .onnx file; its experts lie in external data beside it.
@@ -159,16 +165,22 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             options.log_severity_level = 3  # 2 warns of every model that not all nodes are ours
         n_threads = options.intra_op_num_threads or topology.default_threads()
         options.intra_op_num_threads = n_threads
-        _register()
         self.plan = plan(model, prefetch=prefetch)
         self._memory = SessionMemory(model, self.plan, memory, Path(path).name)
         try:
             ours = keywords.provider_options() | {
                 "slots_bytes": str(self._memory.slots_bytes),
+                "strict": str(int(memory is not None)),
                 "n_threads": str(n_threads),
+                "n_io_threads": str(N_IO_THREADS),
+                "publish": "1",
             }
-            self._add_providers(options, providers or (), ours, is_strict=memory is not None)
-            self._make(path, options)
+            if _has_plugin_providers():
+                self._add_providers(options, providers or (), ours)
+                self._make(path, options, None)
+            else:
+                self._add_operators(options, {**ours, "model_path": str(path)})
+                self._make(path, options, [*(providers or ()), "CPUExecutionProvider"])
             self._schedule = onnx_schedule.Schedule(model, keywords, self._loaded)
             self._schedule.begin_warm(self)
         except BaseException:
@@ -181,10 +193,10 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
                 stacklevel=2,
             )
 
-    def _make(self, path: str | os.PathLike[str], options: Any) -> None:
+    def _make(self, path: str | os.PathLike[str], options: Any, names: list[str] | None) -> None:
         try:
             # At an error onnxruntime would otherwise make a session without our provider, all experts in memory.
-            super().__init__(str(path), sess_options=options, enable_fallback=0)
+            super().__init__(str(path), sess_options=options, providers=names, enable_fallback=0)
         except Exception as error:
             _native.take_ort_loaded()  # release what was opened before the failure
             raise BackendError(f"ONNX Runtime cannot load the model: {error} ({path})") from error
@@ -193,9 +205,9 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         self._memory.loaded(self._loaded)
 
     @staticmethod
-    def _add_providers(options: Any, providers: Sequence[str], ours: dict[str, str], is_strict: bool) -> None:
-        always = {"strict": str(int(is_strict)), "n_io_threads": str(N_IO_THREADS), "publish": "1"}
-        options.add_provider_for_devices(_devices(PROVIDER)[:1], ours | always)
+    def _add_providers(options: Any, providers: Sequence[str], ours: dict[str, str]) -> None:
+        _register()
+        options.add_provider_for_devices(_devices(PROVIDER)[:1], ours)
         for name in providers:
             if name in (PROVIDER, "CPUExecutionProvider"):
                 continue  # ours is there; the CPU's is always the last
@@ -204,6 +216,15 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
                 known = sorted({d.ep_name for d in onnxruntime.get_ep_devices()})
                 raise BackendError(f"no device for the execution provider {name}: expected one of {', '.join(known)}")
             options.add_provider_for_devices(devices[:1], {})
+
+    @staticmethod
+    def _add_operators(options: Any, ours: dict[str, str]) -> None:
+        for key, value in ours.items():
+            options.add_session_config_entry(_OPTION_PREFIX + key, value)
+        try:
+            options.register_custom_ops_library(str(_native.ort_plugin_path()))
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime refused our custom operators: {error}") from error
 
     def set_memory(self, memory: int | float | str) -> None:
         """Change the budget of the process; experts that no longer fit are dropped, the coldest first.

@@ -19,6 +19,8 @@ from edgemoe.formats.onnx_model import MICROSOFT, OnnxModel, OnnxNode, OnnxTenso
 
 # Positions of QMoE's inputs: weights of fc1 and fc2; scales and zero points, streamed where they are blockwise.
 _WEIGHTS, _SIDES = (2, 5), (3, 6, 11, 12)
+# MoE's weights, and where a quantized node has them.
+_FLOAT_WEIGHTS = {2: 2, 4: 5}
 # Activations that the plug-in computes at once; kernels/plugins/onnxruntime/qmoe_model.cc, kActivationBytes.
 _ACTIVATION_BYTES = 16 << 20
 # What a session takes beside its weights: 10 MiB with onnxruntime 1.32.0 on x86-64, for the first one of a process.
@@ -27,6 +29,7 @@ SESSION_BYTES = 16 << 20
 # fault maps up to 64 KiB, so these are 256 rows at least.
 _ROWS_BYTES = 16 << 20
 _UINT8 = 2
+_FLOAT16 = 10  # scales become floats as they are copied
 # By operator and domain, the inputs of which a run reads some rows.
 _GATHERED = {("Gather", ""): (0,), ("GatherBlockQuantized", MICROSOFT): (0, 2, 3)}
 _REPACKED = {("MatMul", ""): (1,), ("Gemm", ""): (1,)}
@@ -105,8 +108,15 @@ class OnnxPlan:
 
 
 def streamed(model: OnnxModel, node: OnnxNode) -> dict[int, str]:
-    """Position and name of the inputs that the plug-in streams, if it claims the MoE node."""
+    """Position (of QMoE) and name of the inputs that the plug-in streams, if it claims the MoE node."""
     found = {}
+    if node.op_type == "MoE":
+        for position, place in _FLOAT_WEIGHTS.items():
+            name = node.inputs[position] if position < len(node.inputs) else ""
+            tensor = model.tensors.get(name)
+            if tensor is not None and tensor.path is not None and len(tensor.shape) == 3:
+                found[place] = name
+        return found
     for position in (*_WEIGHTS, *_SIDES):
         name = node.inputs[position] if position < len(node.inputs) else ""
         tensor = model.tensors.get(name)
@@ -219,7 +229,7 @@ def plan(model: OnnxModel, cache_bytes: int = 0, prefetch: str = "auto") -> Onnx
                 )
             )
             if position in _SIDES:
-                sides[position] = max(sides[position], t.n_bytes)
+                sides[position] = max(sides[position], t.n_bytes * (2 if t.data_type == _FLOAT16 else 1))
             else:
                 activations = _ACTIVATION_BYTES
     sizes: Any = _native.measure(extents, 0) if extents else None

@@ -71,6 +71,10 @@ void Mix(const QmoeNode& node, const float* scores, const float* router_weights,
     sum += weights[u];
   }
   if (router_weights != nullptr && !node.normalizes) return;
+  if (!node.is_quantized && !node.normalizes) {
+    sum = 0.0f;
+    for (int64_t e = 0; e < node.n_experts; ++e) sum += std::exp(scores[e] - highest);
+  }
   for (int64_t u = 0; u < node.n_used; ++u) weights[u] = sum == 0.0f ? 0.0f : weights[u] / sum;
 }
 

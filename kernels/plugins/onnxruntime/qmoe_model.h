@@ -67,10 +67,19 @@ class QmoeModel {
     int64_t max_tokens = 0;           // computed at once
   };
 
+  // An input of a call, floats or halves.
+  struct Numbers {
+    const void* data = nullptr;
+    bool is_half = false;
+  };
+
   static const ExpertBytes& BytesOf(const QmoeNode& node, int product);
   void AddTensor(const std::string& folder, size_t node_idx, int product);
   void OpenRuntime(const ModelOptions& options, const std::vector<Router>& routers);
   void SizeWorkspace();
+  Numbers Input(int idx, const std::string& name, std::vector<int64_t>* dims) const;
+  // n of them from `first` on, as floats; `copy` holds them if they have to be made. Null where there are none.
+  static const float* Floats(const Numbers& numbers, int64_t first, int64_t n, std::vector<float>* copy);
   void RunTokens(const float* x, const float* scores, const float* router_weights, int64_t n_tokens, float* out);
   edgemoe_matmul Matmul(int product) const;
   void Products(const int* products, int n_products);
@@ -112,6 +121,8 @@ class QmoeModel {
   std::vector<float> rows2_;                // [token][used][hidden]
   std::vector<const float*> row2_ptrs_;     // [token][used] rows of rows2_
   std::vector<uint8_t> sides_[kNProducts];  // [place][expert_bytes] of scales and zero points
+  // Copies of 16-bit inputs, and the output before it is rounded.
+  std::vector<float> x_floats_, scores_floats_, mixing_floats_, out_floats_;
 };
 
 }  // namespace edgemoe_ort
