@@ -19,7 +19,7 @@ from edgemoe import _native, host, onnx_schedule, topology
 from edgemoe import on_miss as misses
 from edgemoe.budget import MemoryBudget
 from edgemoe.errors import BackendError, ModelFormatError
-from edgemoe.formats.onnx_model import OnnxModel, read_model
+from edgemoe.formats.onnx_model import read_model
 from edgemoe.onnx_memory import SessionMemory
 from edgemoe.onnx_plan import plan
 from edgemoe.runtime import N_IO_THREADS

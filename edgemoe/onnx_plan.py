@@ -46,7 +46,7 @@ class OnnxPlan:
         mapped_names, mapped_bytes: tensors of which a run reads some rows, mostly embeddings. They are no part of a
             budget but for `rows_bytes`, as they are pages of a file that can be dropped at any time.
         rows_bytes: of those, what may stay in memory.
-        kv_bytes: the cache of a context, where one was asked for.
+        kv_bytes, logits_bytes: the cache of a context and logits of a piece of a prompt, where they were asked for.
         scratch_bytes: the most that ONNX Runtime takes for a moment to decode weights that it does not repack.
         repack_bytes: the most that is held twice while loading, before experts are read.
         workspace_bytes: the most that the plug-in takes beside its slots, predictions among it.
@@ -61,6 +61,7 @@ class OnnxPlan:
     mapped_bytes: int
     rows_bytes: int
     kv_bytes: int
+    logits_bytes: int
     scratch_bytes: int
     repack_bytes: int
     workspace_bytes: int
@@ -76,6 +77,7 @@ class OnnxPlan:
             "dense weights": self.dense_bytes,
             "rows of embeddings": self.rows_bytes,
             "KV cache": self.kv_bytes,
+            "logits": self.logits_bytes,
             "decoded weights": self.scratch_bytes,
             "workspace": self.workspace_bytes,
         }
@@ -85,6 +87,11 @@ class OnnxPlan:
     def own_bytes(self) -> int:
         """What the model takes beside slots."""
         return sum(self.parts.values())
+
+    @property
+    def pending_bytes(self) -> int:
+        """What it takes only when it runs."""
+        return self.rows_bytes + self.kv_bytes + self.logits_bytes + self.scratch_bytes + self.workspace_bytes
 
     @property
     def least_slots_bytes(self) -> int:
@@ -199,12 +206,12 @@ def _dense(model: OnnxModel, streamed_names: set[str]) -> _Dense:
     return dense
 
 
-def plan(model: OnnxModel, cache_bytes: int = 0, prefetch: str = "auto") -> OnnxPlan:
+def plan(model: OnnxModel, cache_bytes: int = 0, logits_bytes: int = 0, prefetch: str = "auto") -> OnnxPlan:
     """Add up what a session takes.
 
     Args:
         model: what the file says.
-        cache_bytes: what a cache of keys and values takes, if it is to be part of the plan.
+        cache_bytes, logits_bytes: what a cache of keys and values, and logits take, if they are to be part of the plan.
         prefetch: how far ahead experts will be predicted, as for `InferenceSession`.
 
     Raises:
@@ -242,6 +249,7 @@ def plan(model: OnnxModel, cache_bytes: int = 0, prefetch: str = "auto") -> Onnx
         mapped_bytes=mapped_bytes,
         rows_bytes=min(mapped_bytes, _ROWS_BYTES),
         kv_bytes=cache_bytes,
+        logits_bytes=logits_bytes,
         scratch_bytes=dense.scratch_bytes,
         repack_bytes=dense.repack_bytes,
         workspace_bytes=activations + sum(sides.values()) + prefetch_bytes,
