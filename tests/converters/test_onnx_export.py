@@ -24,11 +24,12 @@ with warnings.catch_warnings():
 
 from edgemoe import _native
 from edgemoe.converters.onnx import blocks
-from edgemoe.converters.onnx.export import Recipe, export, plan_export
+from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_export
 from edgemoe.formats.onnx_model import read_model
-from edgemoe.onnx import InferenceSession
+from edgemoe.onnx import PROVIDER, InferenceSession
 from tests.converters import checkpoints
 from tests.converters.onnx_checkpoints import Floats, Runner, all_logits, greedy, relative_error, write_checkpoint
+from tests.converters.onnx_genai import genai_model, generate
 
 FAMILIES = (
     "deepseek-v2-lite",
@@ -67,7 +68,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Maker:
                 warnings.simplefilter("ignore")
                 checkpoint = write_checkpoint(folder / name, family, int(recipe.quant.removeprefix("int")))
                 logits = checkpoints.reference_logits(checkpoint, [TOKENS], is_as_published=True)[0]
-            export(plan_export(checkpoint.path, recipe), folder / f"{name}.onnx")
+            export_checkpoint(plan_export(checkpoint.path, recipe), folder / f"{name}.onnx")
             made[key] = (folder / f"{name}.onnx" / "model.onnx", logits)
         return made[key]
 
@@ -140,6 +141,19 @@ def test_logits_do_not_depend_on_what_is_resident(exported: Maker, family: str) 
             assert session.stats().expert_misses > len(read_model(path).moe_nodes) * N_TOKENS
 
 
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss", "lfm2moe", "olmoe", "phimoe"])
+def test_routers_are_found_in_the_graph(exported: Maker, family: str) -> None:
+    """Guards against: routers written such that the next layer's experts cannot be foretold by them."""
+    path, _ = exported(family)
+    session = InferenceSession(path, "16GiB", _options(), prefetch="1", warm_start=False)
+    _native.set_slots_bytes(session._runtime, session.plan.token_cycle_bytes)
+    all_logits(session, TOKENS, N_PROMPT)
+    stats, tensor = session.stats(), session._loaded.tensors[0]
+    assert stats.n_predicted_nodes == stats.n_streamed_nodes
+    chance = tensor.n_experts_used / tensor.n_experts
+    assert stats.predicted_right >= (1 + chance) / 2 * stats.predicted > 0
+
+
 def test_sequences_of_a_batch_do_not_mix(exported: Maker) -> None:
     """Guards against: a graph that was made for one sequence."""
     path, expected = exported("qwen3moe")
@@ -165,26 +179,14 @@ def test_experts_lie_at_pages_of_a_file_of_their_own(exported: Maker, family: st
             assert (tensor.path.name == "experts.bin") == (tensor.name in names)
 
 
-@pytest.fixture(scope="module")
-def genai() -> Any:
-    """onnxruntime-genai with our provider, which a process can register once."""
-    module = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    module.register_execution_provider_library("edgemoe", str(_native.ort_plugin_path()))
-    return module
-
-
-@pytest.mark.parametrize("provider", [None, "EdgeMoEExecutionProvider"])
-@pytest.mark.parametrize("family", ["olmoe", "deepseek-v3", "gpt-oss", "lfm2moe"])
+@pytest.mark.parametrize("provider", [None, PROVIDER])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_genai_generates_from_the_folder(exported: Maker, genai: Any, family: str, provider: str | None) -> None:
     """Guards against: names, shapes or a genai_config.json that onnxruntime-genai does not take, with its own kernels
     or with our provider in it."""
     path, _ = exported(family)
-    config = genai.Config(str(path.parent))
-    if provider is not None:
-        config.clear_providers()
-        config.append_provider(provider)
-        config.set_provider_option(provider, "strict", "1")
-    assert _generated(genai, config) == greedy(stock(path), TOKENS[:N_PROMPT], 16)
+    model = genai_model(genai, path.parent, provider)
+    assert generate(genai, model, TOKENS[:N_PROMPT], 16) == greedy(stock(path), TOKENS[:N_PROMPT], 16)
 
 
 def test_genai_generates_with_our_custom_operators(exported: Maker, genai: Any) -> None:
@@ -195,20 +197,9 @@ def test_genai_generates_with_our_custom_operators(exported: Maker, genai: Any) 
     session = {f"ep.edgemoeexecutionprovider.{key}": value for key, value in entries.items()}
     session["custom_ops_library"] = str(_native.ort_plugin_path())
     config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-    found = _generated(genai, config)
+    found = generate(genai, genai.Model(config), TOKENS[:N_PROMPT], 16)
     assert _native.take_ort_loaded().n_layers > 0
     assert found == greedy(stock(path), TOKENS[:N_PROMPT], 16)
-
-
-def _generated(genai: Any, config: Any) -> list[int]:
-    model = genai.Model(config)
-    options = genai.GeneratorParams(model)
-    options.set_search_options(max_length=N_PROMPT + 16, do_sample=False)
-    generator = genai.Generator(model, options)
-    generator.append_tokens([TOKENS[:N_PROMPT]])
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][N_PROMPT:]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

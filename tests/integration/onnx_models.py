@@ -34,6 +34,7 @@ class Shape:
     limit: float | None = None
     has_router_weights: bool = False
     normalizes: int = 1
+    accuracy_level: int = 0
     is_quantized: bool = True  # QMoE; else MoE
     is_half: bool = False  # float16: activations, router, biases; weights of MoE
     has_half_scales: bool = False
@@ -74,19 +75,24 @@ class Model:
         return x
 
 
+def _codes(packed: Array, bits: int) -> Array:
+    """[.., n] bytes -> [.., n * 8 / bits] codes; those of the lowest bits come first."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(*packed.shape[:-1], -1).astype(np.int64)
+
+
 def _dequantize(s: Shape, w: Array, scales: Array, zero_points: Array | None) -> Array:
     """[E, N, K] float64."""
-    e, n, packed = w.shape
-    q = w.astype(np.int64) if s.bits == 8 else np.stack([w & 15, w >> 4], axis=-1).reshape(e, n, 2 * packed)
+    e, n, _ = w.shape
+    q = _codes(w, s.bits)
     n_cols = q.shape[2]
     n_blocks = n_cols // s.block if s.block else 1
     if zero_points is None:
         zero = np.full((e, n, n_blocks), 1 << (s.bits - 1))
-    elif s.bits == 8:
-        zero = zero_points.reshape(e, n, n_blocks)
     else:
-        nibbles = np.stack([zero_points & 15, zero_points >> 4], axis=-1)
-        zero = nibbles.reshape(e, n, -1)[:, :, :n_blocks] if s.block else nibbles.reshape(e, -1)[:, :n, None]
+        codes = _codes(zero_points, s.bits)
+        zero = codes[:, :, :n_blocks] if s.block else codes[:, :n, None]
     blocks = q.reshape(e, n, n_blocks, -1).astype(np.float64) - zero[..., None]
     return (blocks * scales.reshape(e, n, n_blocks, 1).astype(np.float64)).reshape(e, n, n_cols)
 
@@ -178,6 +184,8 @@ def write_model(
         }
         if s.is_quantized:
             settings["expert_weight_bits"] = s.bits
+        if s.accuracy_level:
+            settings["accuracy_level"] = s.accuracy_level
         if s.block and s.is_quantized:
             settings["block_size"] = s.block
         if s.activation == "swiglu":

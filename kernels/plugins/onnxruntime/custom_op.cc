@@ -71,8 +71,9 @@ std::shared_ptr<Loaded> Load(Registration* r) {
                   "; without our operators ONNX Runtime's own kernel computes it, all experts in memory");
     }
   }
-  loaded->model = std::make_unique<QmoeModel>(&r->ort, loaded->file.folder(), std::move(nodes), r->options.model);
-  if (r->options.publishes) PublishLoaded(*loaded->model);
+  loaded->model = std::make_unique<QmoeModel>(&r->ort, loaded->file.folder(), std::move(nodes), std::vector<Router>(),
+                                              r->options.model);
+  if (r->options.publishes) PublishLoaded(*loaded->model, 0);
   r->loaded = loaded;
   return loaded;
 }

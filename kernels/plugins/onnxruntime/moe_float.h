@@ -9,8 +9,8 @@
 
 namespace edgemoe_ort {
 
-// product.x: rows of floats; bias: of product's first row, or null; row: scratch of p.n_cols.
-void MultiplyFloat(const Projection& p, const edgemoe_product& product, const float* bias, float* row);
+// product.x: rows of floats; bias: of product's first row, or null.
+void MultiplyFloat(const Projection& p, const edgemoe_product& product, const float* bias);
 
 }  // namespace edgemoe_ort
 #endif  // EDGEMOE_PLUGINS_ONNXRUNTIME_MOE_FLOAT_H_

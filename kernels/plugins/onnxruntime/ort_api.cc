@@ -102,6 +102,20 @@ std::vector<ValueInfo> Ort::Inputs(const OrtNode* node) const {
   return values;
 }
 
+std::vector<std::string> Ort::Outputs(const OrtNode* node) const {
+  size_t n = 0;
+  Check(api::Node_GetNumOutputs::Call(api_, node, &n));
+  std::vector<const OrtValueInfo*> infos(n);
+  Check(api::Node_GetOutputs::Call(api_, node, infos.data(), n));
+  std::vector<std::string> names(n);
+  for (size_t i = 0; i < n; ++i) {
+    const char* name = nullptr;
+    if (infos[i] != nullptr) Check(api::GetValueInfoName::Call(api_, infos[i], &name));
+    if (name != nullptr) names[i] = name;
+  }
+  return names;
+}
+
 std::map<std::string, Attribute> Ort::Attributes(const OrtNode* node) const {
   size_t n = 0;
   Check(api::Node_GetNumAttributes::Call(api_, node, &n));

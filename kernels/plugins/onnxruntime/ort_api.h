@@ -71,6 +71,8 @@ class Ort {
   // "domain::type"
   std::string NodeType(const OrtNode* node) const;
   std::vector<ValueInfo> Inputs(const OrtNode* node) const;
+  // Names; "" where an optional output is left out.
+  std::vector<std::string> Outputs(const OrtNode* node) const;
   std::map<std::string, Attribute> Attributes(const OrtNode* node) const;
   FileExtent Extent(const ValueInfo& value) const;
   // The bytes of a constant of n_bytes; valid as long as the graph.

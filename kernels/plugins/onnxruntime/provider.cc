@@ -2,11 +2,10 @@
 // provider.cc: edgemoe as a plug-in execution provider of ONNX Runtime: the factory that ONNX Runtime finds, and the
 // provider of one session, which claims QMoE nodes and gives each its computation. Claiming a node with its constants
 // dropped keeps ONNX Runtime from ever touching the bytes of experts.
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
-#include <mutex>
-#include <thread>
 
 #include "plugins/onnxruntime/edgemoe_ort.h"
 #include "plugins/onnxruntime/qmoe_model.h"
@@ -49,6 +48,7 @@ class Provider : public OrtEp {
 
  private:
   void Claim(const OrtGraph* graph, OrtEpGraphSupportInfo* info) {
+    const GraphRouters routers(ort_, graph);
     for (const OrtNode* node : ort_.Nodes(graph)) {
       if (!IsMoe(ort_.NodeType(node))) continue;
       const GraphNode source(ort_, graph, node);
@@ -59,6 +59,10 @@ class Provider : public OrtEp {
         if (options_.publishes) PublishRefusal(refusal_);
         // ONNX Runtime takes an error here for "nothing to claim", but passes on one of Compile.
         if (!options_.is_strict) continue;
+      } else {
+        // Compile sees the node alone.
+        router_of_[ort_.Outputs(node)[0]] =
+            routers.Find(node, read.n_experts, read.hidden, options_.model.prefetch_depth > 0);
       }
       const OrtNodeFusionOptions fusion = {kOrtApiVersion, true};
       ort_.Check(ep_api::EpGraphSupportInfo_AddNodesToFuse::Call(ort_.ep_table(), info, &node, 1, &fusion));
@@ -73,11 +77,13 @@ class Provider : public OrtEp {
     }
     if (model_ != nullptr) throw Error("ONNX Runtime compiles a session's nodes in parts, expected all at once");
     std::vector<QmoeNode> nodes(n);
+    std::vector<Router> routers(n);
     for (size_t i = 0; i < n; ++i) {
       const std::vector<const OrtNode*> inner = ort_.Nodes(graphs[i]);
       if (inner.size() != 1) throw Error("a fused node of " + std::to_string(inner.size()) + " nodes, expected one");
       const std::string reason = ReadMoe(GraphNode(ort_, graphs[i], inner[0]), true, &nodes[i]);
       if (!reason.empty()) throw Error("node " + nodes[i].name + ": " + reason);
+      routers[i] = std::move(router_of_[ort_.Outputs(inner[0])[0]]);
     }
     std::vector<QmoeModel::InputIdxs> inputs(n);
     for (size_t i = 0; i < n; ++i) {
@@ -95,7 +101,9 @@ class Provider : public OrtEp {
     const std::string model_path = ort_.ModelPath(graphs[0]);
     const size_t slash = model_path.rfind('/');
     const std::string folder = slash == std::string::npos ? "" : model_path.substr(0, slash);
-    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), options_.model);
+    router_of_.clear();
+    const auto n_routers = std::count_if(routers.begin(), routers.end(), [](const Router& r) { return r.is_known; });
+    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), std::move(routers), options_.model);
     for (size_t i = 0; i < n; ++i) {
       auto* const c = new Computation();
       c->ort_version_supported = kOrtApiVersion;
@@ -113,12 +121,13 @@ class Provider : public OrtEp {
       c->ReleaseState = [](OrtNodeComputeInfo*, void*) {};
       infos[i] = c;
     }
-    if (options_.publishes) PublishLoaded(*model_);
+    if (options_.publishes) PublishLoaded(*model_, static_cast<int32_t>(n_routers));
   }
 
   const Ort& ort_;
   const SessionOptions options_;
-  std::string refusal_;  // the first node that is not ours, and why
+  std::string refusal_;                      // the first node that is not ours, and why
+  std::map<std::string, Router> router_of_;  // by the name of a node's result, until the model is made
   std::unique_ptr<QmoeModel> model_;
 };
 

@@ -217,12 +217,15 @@ class Reader {
     if (const std::string type = String("quant_type", "int"); type != "int") {
       throw Refusal("quant_type " + type + ", int is implemented only");
     }
-    // accuracy_level is the least that is asked for; ours is the highest, 32-bit activations.
+    // The least that is asked for: 4 is 8-bit activations, for their speed; all others get 32 bits.
+    q_.has_8_bit_activations = Int("accuracy_level", 0) == 4;
     const int64_t bits = Int("expert_weight_bits", 4);
     bits1_ = Int("fc1_expert_weight_bits", bits);
     bits2_ = Int("fc2_expert_weight_bits", bits);
     for (const int64_t b : {bits1_, bits2_}) {
-      if (b != 4 && b != 8) throw Refusal("expert_weight_bits " + std::to_string(b) + ", 4 and 8 are implemented only");
+      if (b != 2 && b != 4 && b != 8) {
+        throw Refusal("expert_weight_bits " + std::to_string(b) + ", 2, 4 and 8 are implemented only");
+      }
     }
     block_ = Int("block_size", 0);
     if (block_ != 0 && (block_ < 16 || (block_ & (block_ - 1)) != 0)) {

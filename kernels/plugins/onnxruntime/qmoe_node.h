@@ -54,6 +54,7 @@ struct QmoeNode {
   int64_t inter = 0;
   Activation activation = Activation::kRelu;
   float alpha = 1.0f, beta = 0.0f, limit = std::numeric_limits<float>::infinity();
+  bool has_8_bit_activations = false;  // accuracy_level 4: asked for, as speed is
   bool normalizes = false;  // weights over the chosen experts: router_weights, or the softmax of all scores (MoE)
   // Names of the inputs that are computed, float32 or float16. Without router_weights, the weights are the softmax of
   // the chosen scores if quantized, else that of all scores.

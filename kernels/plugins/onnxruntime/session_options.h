@@ -18,12 +18,13 @@ struct SessionOptions {
   bool publishes = false;
 };
 
-// Throws Error: an option is not what it should be.
+// The options that edgemoe_ort.h names, as text. Throws Error: a value makes no sense; the message names the option.
 SessionOptions ReadOptions(const Ort& ort, const OrtSessionOptions* session_options);
 
 // What edgemoe_ort_take_loaded gives to this thread.
 void DropLoaded();
-void PublishLoaded(const QmoeModel& model);
+// n_routers: of its nodes that have one, which predicts and is biased.
+void PublishLoaded(const QmoeModel& model, int n_routers);
 void PublishRefusal(const std::string& refusal);
 
 }  // namespace edgemoe_ort
