@@ -26,8 +26,7 @@ simd::QmoeShape ShapeOf(const QmoeNode& node, const Projection& p) {
 uint64_t TokenBytes(const QmoeNode& n) {
   // Results of fc1 and fc2, and their inputs as the kernels take them.
   const int64_t floats = n.n_used * (n.fc1.n_rows + n.hidden);
-  const int64_t panels =
-      n.n_used * simd::QmoePanelBytes(ShapeOf(n, n.fc2)) + simd::QmoePanelBytes(ShapeOf(n, n.fc1));
+  const int64_t panels = n.n_used * simd::QmoePanelBytes(ShapeOf(n, n.fc2)) + simd::QmoePanelBytes(ShapeOf(n, n.fc1));
   return static_cast<uint64_t>(floats) * sizeof(float) + static_cast<uint64_t>(panels);
 }
 
@@ -158,7 +157,9 @@ void QmoeModel::Check(int32_t code, const edgemoe_error& error) const {
 }
 
 void QmoeModel::Parallel(void* self, int32_t n_threads, void (*fn)(void*, int32_t, int32_t), void* arg) {
-  if (n_threads <= 1) {
+  const QmoeModel& model = *static_cast<const QmoeModel*>(self);
+  // Scales stay where they are, or come from storage: either is faster than starting threads.
+  if (n_threads <= 1 || model.copies_only_) {
     fn(arg, 0, 1);
     return;
   }
@@ -171,7 +172,6 @@ void QmoeModel::Parallel(void* self, int32_t n_threads, void (*fn)(void*, int32_
     const Call& c = *static_cast<const Call*>(data);
     c.fn(c.arg, static_cast<int32_t>(i), c.n_threads);
   };
-  const QmoeModel& model = *static_cast<const QmoeModel*>(self);
   OrtStatus* const status = api::KernelContext_ParallelFor::Call(model.ort_.table(), model.context_, run,
                                                                  static_cast<size_t>(n_threads), 0, &call);
   if (status == nullptr) return;
@@ -256,16 +256,17 @@ void QmoeModel::Multiply(const edgemoe_product& product) {
   const auto place = static_cast<uint64_t>(place_[static_cast<size_t>(expert)]);
   const auto* bytes = static_cast<const uint8_t*>(product.weights);
   if (product.type % kWeights2 != kWeights1) {
-    uint8_t* const to = sides_[product.type].data() + place * BytesOf(*node_, product.type).expert_bytes;
-    std::memcpy(to + static_cast<uint64_t>(first_row) * product.row_bytes, bytes,
-                static_cast<uint64_t>(product.n_rows) * product.row_bytes);
+    const uint64_t offset = static_cast<uint64_t>(first_row) * product.row_bytes;
+    uint8_t* const copy = sides_[product.type].data() + place * BytesOf(*node_, product.type).expert_bytes;
+    if (product.stays == 0)
+      std::memcpy(copy + offset, bytes, static_cast<uint64_t>(product.n_rows) * product.row_bytes);
+    if (first_row == 0) side_ptrs_[product.type][place] = product.stays == 0 ? copy : bytes;
     return;
   }
   const auto side = [&](int which) -> const uint8_t* {
     const ExpertBytes& b = BytesOf(*node_, which);
     if (!b.exists) return nullptr;
-    return b.is_streamed ? sides_[which].data() + place * b.expert_bytes
-                         : b.bytes.data() + static_cast<uint64_t>(expert) * b.expert_bytes;
+    return b.is_streamed ? side_ptrs_[which][place] : b.bytes.data() + static_cast<uint64_t>(expert) * b.expert_bytes;
   };
   simd::QmoeProduct q = {};
   q.shape = ShapeOf(*node_, p);
@@ -356,6 +357,7 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   for (int p = 0; p < kNProducts; ++p) {
     if (p % kWeights2 == kWeights1 || layer_->tensor_idxs[p] < 0) continue;
     grow(&sides_[p], n_places * static_cast<int64_t>(BytesOf(*node_, p).expert_bytes));
+    grow(&side_ptrs_[p], n_places);
   }
 
   // In the order of use, which is that of reading.
@@ -374,7 +376,9 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
     edgemoe_session* session;
     ~EndLayer() { edgemoe_session_end_layer(session); }
   } const end_layer{session_};
+  copies_only_ = true;
   Products(kOrder, 2);
+  copies_only_ = false;
   Products(kOrder + 2, 3);
   Products(kOrder + 5, 1);
   if (n_pairs * node_->hidden < kSerialFloats) {
