@@ -64,9 +64,9 @@ def test_routers_are_found_and_foretell_the_next_node(tmp_path: Path, form: str)
     outputs(session, model.inputs(N_PROMPT + N_TOKENS))
     stats = session.stats()
     assert stats.n_predicted_nodes == SHAPE.n_layers
-    # By chance 4 of 16. The masks of groups are no part of what is predicted.
+    # By chance 0.25; without norms up to 0.87, without biases 0.62. Groups are no part of what is predicted.
     assert stats.predicted == (SHAPE.n_layers - 1) * SHAPE.k * N_TOKENS
-    assert stats.predicted_right > (0.6 if form == "groups" else 0.85) * stats.predicted
+    assert stats.predicted_right > (0.7 if form == "groups" else 0.95) * stats.predicted
     assert stats.prefetch_used_bytes > 0
 
 
