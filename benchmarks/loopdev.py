@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -97,18 +98,23 @@ def image_with(model: Path, work_dir: Path) -> Path:
     for old in work_dir.iterdir():
         if re.fullmatch(re.escape(model.stem) + r"-\d+-\d+\.ext4", old.name):
             old.unlink()
+    make_image(image, status.st_size, lambda folder: shutil.copyfile(model, folder / model.name))
+    return image
+
+
+def make_image(image: Path, n_bytes: int, fill: Callable[[Path], object]) -> None:
+    """Make an ext4 image with room for files of `n_bytes`, which `fill` writes into the folder that it is given."""
     part = image.with_suffix(f".{os.getpid()}.part")
     try:
         with part.open("wb") as file:  # allocated in one go, so that the disk sees a mostly contiguous file
-            os.posix_fallocate(file.fileno(), 0, status.st_size + status.st_size // 64 + (64 << 20))
+            os.posix_fallocate(file.fileno(), 0, n_bytes + n_bytes // 64 + (64 << 20))
         options = "lazy_itable_init=0,nodiscard"
         _run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", "-T", "largefile4", "-E", options, str(part)])
-        with LoopMount(part, work_dir / f"fill-{os.getpid()}", read_only=False) as folder:
-            shutil.copyfile(model, folder / model.name)
+        with LoopMount(part, image.parent / f"fill-{os.getpid()}", read_only=False) as folder:
+            fill(folder)
         part.rename(image)
     finally:
         part.unlink(missing_ok=True)
-    return image
 
 
 def random_read_bytes_per_s(path: Path, read_bytes: int, *, n_threads: int = 4, seconds: float = 2.0) -> float:

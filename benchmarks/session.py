@@ -71,7 +71,7 @@ def describe() -> Record:
         text=True,
         check=False,
     )
-    names = ("edgemoe", "llama_cpp_python", "numpy", "gguf")
+    names = ("edgemoe", "llama_cpp_python", "numpy", "gguf", "onnxruntime")
     versions = {one.name: one.version for one in importlib.metadata.distributions() if one.name in names}
     return {
         "machine": {

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgemoe.budget import MemoryBudget as MemoryBudget
     from edgemoe.demo import demo_model as demo_model
     from edgemoe.llama import Llama as Llama
     from edgemoe.planner import plan as plan
@@ -22,7 +23,12 @@ from edgemoe.types import Stats as Stats
 __version__ = "0.1.0"
 
 # Imported on first use: llama_cpp alone takes most of a second.
-_LAZY = {"Llama": "edgemoe.llama", "plan": "edgemoe.planner", "demo_model": "edgemoe.demo"}
+_LAZY = {
+    "MemoryBudget": "edgemoe.budget",
+    "Llama": "edgemoe.llama",
+    "plan": "edgemoe.planner",
+    "demo_model": "edgemoe.demo",
+}
 
 
 if not TYPE_CHECKING:  # a checker would take every name, even a mistyped one, for an attribute

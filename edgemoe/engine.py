@@ -9,7 +9,6 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -19,6 +18,7 @@ from llama_cpp import llama_cpp as llama
 from edgemoe import _native, host
 from edgemoe.errors import BackendError
 from edgemoe.formats.gguf import GgufModel, GgufTensor
+from edgemoe.mapping import Mapping
 
 _PAGE_BYTES = 4096
 _MIB = 1 << 20
@@ -152,28 +152,6 @@ def loading(runtime: _native.Runtime | None) -> Iterator[Load]:
         load.n_placed = plugin.end_load()
 
 
-@dataclasses.dataclass(frozen=True)
-class Mapping:
-    """One mapping of a file into this process: bytes [offset, offset + length) at `address`."""
-
-    address: int
-    length: int
-    offset: int
-
-
-def mappings(path: Path) -> list[Mapping]:
-    """Where `path` is mapped into this process."""
-    wanted = str(path.resolve())
-    found = []
-    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-        fields = line.split(None, 5)
-        if len(fields) < 6 or fields[5] != wanted:
-            continue
-        begin, end = (int(x, 16) for x in fields[0].split("-"))
-        found.append(Mapping(begin, end - begin, int(fields[2], 16)))
-    return found
-
-
 def dense_ranges(model: GgufModel, file_idx: int, mapped: list[Mapping]) -> list[tuple[int, int, int]]:
     """Pages of a file's mappings that hold dense weights, as (file offset, length, address)."""
     experts = {t.name for t in model.expert_tensors}
@@ -201,10 +179,3 @@ def tensor_address(tensor: GgufTensor, mapped: list[Mapping]) -> int | None:
         if m.offset <= tensor.offset and tensor.offset + tensor.n_bytes <= m.offset + m.length:
             return m.address + tensor.offset - m.offset
     return None
-
-
-def drop_experts(mapped: list[Mapping]) -> None:
-    """Take file pages that a loader read ahead out of this process; the kernel may then drop them."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for m in mapped:
-        libc.madvise(ctypes.c_void_p(m.address), ctypes.c_size_t(m.length), 4)  # MADV_DONTNEED

@@ -103,6 +103,11 @@ def slack_bytes(budget_bytes: int) -> int:
     return SLACK_BYTES + int(budget_bytes * SLACK_SHARE)
 
 
+def with_slack(n_bytes: int) -> int:
+    """The smallest budget that leaves `n_bytes` beside its slack."""
+    return int((n_bytes + SLACK_BYTES) / (1 - SLACK_SHARE)) + 1
+
+
 def process_rss_bytes() -> int:
     """Resident set of this process now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -15,8 +15,9 @@ from typing import Any
 
 from llama_cpp import llama_cpp as llama
 
-from edgemoe import _native, choosers, engine, host, planner, price_curve, runtime, topology, warm
+from edgemoe import _native, choosers, engine, host, mapping, planner, price_curve, runtime, topology, warm
 from edgemoe import on_miss as misses
+from edgemoe.budget import MemoryBudget, Share, shared_error
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
@@ -63,7 +64,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self,
         model_path: str | Path | None = None,
         *,
-        memory: int | str | None = None,
+        memory: int | str | MemoryBudget | None = None,
         n_ctx: int = 4096,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
@@ -90,7 +91,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         Args:
             model_path: a GGUF file, the first of a split one; None for the demo model.
             memory: budget for everything this process holds: bytes, or a size such as "1.5GiB"; None for what
-                the machine and its cgroup have free.
+                the machine and its cgroup have free. Or a `MemoryBudget`, which several models share.
             n_ctx: context length in tokens, rounded up to a multiple of 256; 0 for the model's own.
             n_threads, n_threads_batch: threads for decode and prefill; None for the fast physical cores it may use.
             eviction: which expert goes first: `lru`, `lfu`, `least-stale`, `utility`, or `auto` (one of the first two).
@@ -150,6 +151,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._warm_start = warm_start
         self._counters = _Counters()
         self._memory = memory
+        self._share: Share | None = None
+        self._longest_eval_tokens = 0
         self._eviction = eviction
         self._kernels = kernels
         self._prefetch = prefetch
@@ -158,6 +161,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._draft = draft
         self._draft_model: DraftModel | None = None
         self._is_in_prompt = False
+        self._is_prepared = False
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         companion = request.check(model)
         self._choosers = choosers.Choosers(request, model, progress)
@@ -173,14 +177,17 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         kwargs.pop("use_mmap", None)
         if lora_path is not None:
             _check_adapter(lora_path, model)
-        budget_bytes = None if memory is None else parse_size(memory)
         report("planning", 0, 1)
         with _load_lock:
+            process_bytes = host.process_rss_bytes()
             self._footprint = planner.measure(model, kwargs, kernels, prefetch, draft, companion)
-            self.plan = self._footprint.plan(budget_bytes)
+            if isinstance(memory, MemoryBudget):
+                self._share = self._footprint.join(memory, process_bytes)
+                self.plan = self._footprint.shared_plan(self._share)
+            else:
+                self.plan = self._footprint.plan(None if memory is None else parse_size(memory))
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
-            self._choosers.expect(self.plan.slots_bytes, eviction)
             report("loading", 0, model.dense_bytes)
             slots_bytes = self.plan.slots_bytes
             if self.plan.draft_bytes > _LARGE_DRAFT_SHARE * slots_bytes and slots_bytes < model.expert_bank_bytes:
@@ -191,6 +198,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                     slots_bytes >> 20,
                 )
             try:
+                self._choosers.expect(self.plan.slots_bytes, eviction)
                 if self._footprint.draft is not None:
                     self._draft_model = DraftModel(self._footprint.draft)
                 self._load(kwargs, eviction, lock_memory, verbose)
@@ -200,6 +208,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                     self._prepare_drafts(self._draft_model)
                 if self._runtime is not None:
                     self._choosers.prepare(self._runtime, self.plan.slots_bytes, eviction, is_hooked=self._is_hooked)
+                self._is_prepared = True
             except BaseException:
                 self.close()
                 raise
@@ -221,7 +230,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 self._kernels_used = runtime.kernels_used(paths, _native.active_isa())
         else:
             _log.warning("%s has no routed experts: it runs as plain llama.cpp", model.path)
-        before = {m.address for path in model.files for m in engine.mappings(path)}
+        before = {m.address for path in model.files for m in mapping.mappings(path)}
         with engine.loading(self._runtime) as load, engine.engine_log(echo=verbose) as log:
             try:
                 super().__init__(str(model.path), use_mmap=True, verbose=verbose, **kwargs)
@@ -243,12 +252,12 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             )
         libc = ctypes.CDLL(None, use_errno=True)
         for i, path in enumerate(model.files):
-            mapped = [m for m in engine.mappings(path) if m.address not in before]
+            mapped = [m for m in mapping.mappings(path) if m.address not in before]
             ranges = engine.dense_ranges(model, i, mapped)
             if not mapped:
                 _log.warning("cannot find where llama.cpp mapped %s: its dense weights stay in the page cache", path)
             if not load.is_hooked:
-                engine.drop_experts(mapped)
+                mapping.drop(mapped)
             _native.populate(path, ranges, runtime.N_IO_THREADS)
             self._find_embedding(i, mapped)
             for _, length, address in ranges if lock_memory else ():
@@ -260,11 +269,14 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._fixed_bytes = sizes.process_bytes + sizes.compute_bytes + self._footprint.batch_bytes
         if self._footprint.draft is not None:
             self._fixed_bytes += self._footprint.draft.compute_bytes
-        self._fit_slots(self.plan)
+        if self._share is not None:
+            self._share.settle(self, self._fixed_bytes - sizes.process_bytes, self._share.least_bytes)
+        else:
+            self._fit_slots(self.plan)
         if not self._runtime.stats().direct_io:
             _log.warning("the file system of %s has no O_DIRECT: reads are buffered, and slower", model.path)
 
-    def _find_embedding(self, file_idx: int, mapped: list[engine.Mapping]) -> None:
+    def _find_embedding(self, file_idx: int, mapped: list[mapping.Mapping]) -> None:
         """Let the first layers be foreseen from the token, where its embedding can be read."""
         tensor = find_embedding(self._gguf) if self._prefetch != "off" else None
         if tensor is not None and tensor.file_idx == file_idx:
@@ -290,7 +302,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         model.close()
         self._footprint = dataclasses.replace(self._footprint, draft=None)
         self._fixed_bytes -= draft.total_bytes
-        self._fit_slots(self._footprint.plan(self.plan.budget_bytes))
+        if self._share is not None:
+            self._share.release(draft.total_bytes)
+        else:
+            self._fit_slots(self._footprint.plan(self.plan.budget_bytes))
         _log.warning(
             "drafts of %s are no gain here: it is freed, and its %d MiB go to experts",
             draft.model.path,
@@ -306,8 +321,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         """Change the budget now: experts are dropped, coldest first, or get more room.
 
         Raises:
-            BudgetError: the budget is below the floor; the old one stays in force.
+            BudgetError: the budget is below the floor, or shared; the old one stays in force.
         """
+        if self._share is not None:
+            raise shared_error(self._gguf.path.name)
         plan = self._footprint.plan(parse_size(memory))
         if not plan.fits:
             raise planner.refusal(plan, self._gguf, self.n_ctx())
@@ -317,6 +334,19 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         else:
             self.plan = plan
         self._memory = memory
+
+    def take_slots(self, slots_bytes: int) -> None:
+        """Make the slots that large: for the `MemoryBudget` that this model shares."""
+        if self._runtime is None or self._share is None:
+            return
+        _native.set_slots_bytes(self._runtime, slots_bytes)
+        self.plan = self._footprint.shared_plan(self._share)
+        if self._is_prepared:
+            self._choosers.prepare_again(self._runtime, self.plan.slots_bytes, self._eviction)
+
+    def expert_bytes_read(self) -> int:
+        """Bytes of experts read since loading or `reset_stats()`."""
+        return int(self._runtime.stats().bytes_read) if self._runtime is not None else 0
 
     def _add_adapter(self, path: str, scale: float) -> None:
         adapter = llama.llama_adapter_lora_init(self._model.model, path.encode())
@@ -363,6 +393,9 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             self._requires_eval = True
             raise
         elapsed_s = time.perf_counter() - begin_s
+        if len(tokens) > self._longest_eval_tokens and self._share is not None:
+            self._longest_eval_tokens = len(tokens)
+            self._share.observe()
         if self._warm is not None:
             self._warm.on_tokens(len(tokens))
         if self._drafter is not None and before is not None and len(tokens) == n_drafted + 1:
@@ -478,6 +511,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         """Start the counters again; load time and peak memory stay."""
         self._counters = _Counters()
         self._choosers.reset_stats()
+        if self._share is not None:
+            self._share.before_reset()
         if self._runtime is not None:
             self._runtime.reset_stats()
 
@@ -519,6 +554,9 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         if getattr(self, "_runtime", None) is not None:
             self._runtime.close()  # type: ignore[union-attr]
             self._runtime = None
+        if getattr(self, "_share", None) is not None:
+            self._share.leave()  # type: ignore[union-attr]
+            self._share = None
         # llama_cpp would hand null pointers to llama.cpp, which does not check them.
         self._model = self._ctx = self._batch = self.tokenizer_ = _Closed()
 

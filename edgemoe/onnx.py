@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`onnxruntime.InferenceSession` with a memory budget: the experts of QMoE nodes are streamed from the model's file.
+"""`onnxruntime.InferenceSession` with a memory budget: experts of MoE nodes are streamed from the model's file.
 
 ONNX Runtime is used as it is; our execution provider is a plug-in that it loads. See docs/onnx.md.
 """
@@ -17,10 +17,12 @@ from typing import Any
 
 from edgemoe import _native, host, onnx_schedule, topology
 from edgemoe import on_miss as misses
-from edgemoe.errors import BackendError, BudgetError, ModelFormatError
-from edgemoe.formats.onnx_model import OnnxModel, OnnxMoeNode, read_model
+from edgemoe.budget import MemoryBudget
+from edgemoe.errors import BackendError, ModelFormatError
+from edgemoe.formats.onnx_model import read_model
+from edgemoe.onnx_memory import SessionMemory
+from edgemoe.onnx_plan import plan
 from edgemoe.runtime import N_IO_THREADS
-from edgemoe.sizes import format_size, parse_size
 
 try:
     import onnxruntime
@@ -29,12 +31,6 @@ except ImportError as error:
 
 PROVIDER = "EdgeMoEExecutionProvider"
 _OPTION_PREFIX = f"ep.{PROVIDER.lower()}."
-# Positions of QMoE's inputs: weights of fc1 and fc2; scales and zero points, streamed where they are blockwise.
-_WEIGHTS, _SIDES = (2, 5), (3, 6, 11, 12)
-# Activations that the plug-in computes at once; kernels/plugins/onnxruntime/qmoe_model.cc, kActivationBytes.
-_ACTIVATION_BYTES = 16 << 20
-# What a session takes beside its weights: 10 MiB with onnxruntime 1.32.0 on x86-64, for the first one of a process.
-_SESSION_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,90 +90,9 @@ class OnnxStats:
         return dataclasses.asdict(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class OnnxPlan:
-    """Where the bytes of a budget go, by the model's file alone; made before anything is loaded.
-
-    Attributes:
-        process_bytes: what this process holds already.
-        dense_bytes: all tensors that are not streamed.
-        workspace_bytes: the most that the plug-in takes beside its slots, predictions among it.
-        prefetch_bytes: of that, what predictions take.
-        token_cycle_bytes: slots for the experts of one token.
-        expert_bank_bytes: slots for all experts.
-    """
-
-    process_bytes: int
-    dense_bytes: int
-    workspace_bytes: int
-    token_cycle_bytes: int
-    expert_bank_bytes: int
-    prefetch_bytes: int = 0
-
-    @property
-    def fixed_bytes(self) -> int:
-        """All but slots and slack."""
-        return self.process_bytes + _SESSION_BYTES + self.dense_bytes + self.workspace_bytes
-
-    @property
-    def floor_bytes(self) -> int:
-        """The smallest budget that runs."""
-        return int((self.fixed_bytes + self.token_cycle_bytes + host.SLACK_BYTES) / (1 - host.SLACK_SHARE)) + 1
-
-
-def _streamed(model: OnnxModel, node: OnnxMoeNode) -> dict[int, str]:
-    """Position and name of the inputs that the plug-in streams, if it claims the node."""
-    found = {}
-    for position in (*_WEIGHTS, *_SIDES):
-        name = node.inputs[position] if position < len(node.inputs) else ""
-        tensor = model.tensors.get(name)
-        if tensor is None or tensor.path is None or len(tensor.shape) != 3:
-            continue
-        if position in _SIDES:
-            weights = model.tensors.get(node.inputs[_WEIGHTS[position in (6, 12)]])
-            scales = model.tensors.get(node.inputs[(3, 6)[position in (6, 12)]])
-            if weights is None or scales is None or len(scales.shape) != 3 or scales.shape[2] < 2:
-                continue  # one scale for a row: too small to be worth reads of its own
-        found[position] = name
-    return found
-
-
-def plan(model: OnnxModel, n_threads: int, prefetch: str = "auto") -> OnnxPlan:
-    """Add up what a session takes."""
-    prefetch_bytes = onnx_schedule.prefetch_bytes(model, prefetch)
-    streamed_names: set[str] = set()
-    extents: list[_native.TensorExtent] = []
-    sides = dict.fromkeys(_SIDES, 0)
-    activations = columns = 0
-    for layer, node in enumerate(model.moe_nodes):
-        for position, name in _streamed(model, node).items():
-            t = model.tensors[name]
-            n_experts = t.shape[0]
-            if n_experts < 1 or t.n_bytes < 1:
-                raise ModelFormatError(f"tensor {name} of node {node.name} has no experts: shape {list(t.shape)}")
-            n_used = min(max(1, node.ints.get("k", 1)), n_experts)
-            streamed_names.add(name)
-            extents.append(
-                _native.TensorExtent(
-                    f"{layer}.{name}", 0, layer, n_experts, n_used, t.offset, t.n_bytes // n_experts, 0, 0, 0
-                )
-            )
-            if position in _SIDES:
-                sides[position] = max(sides[position], t.n_bytes)
-            elif position == _WEIGHTS[0]:
-                columns = max(columns, 2 * t.shape[2])
-            else:
-                columns = max(columns, t.shape[1], 2 * t.shape[2])
-                activations = _ACTIVATION_BYTES
-    sizes = _native.measure(extents, 0) if extents else None
-    return OnnxPlan(
-        process_bytes=host.process_rss_bytes(),
-        dense_bytes=sum(t.n_bytes for name, t in model.tensors.items() if name not in streamed_names),
-        workspace_bytes=activations + sum(sides.values()) + n_threads * columns * 4 + prefetch_bytes,
-        token_cycle_bytes=sizes.cycle_slot_bytes if sizes else 0,
-        expert_bank_bytes=sizes.bank_slot_bytes if sizes else 0,
-        prefetch_bytes=prefetch_bytes,
-    )
+def _has_plugin_providers() -> bool:
+    """Since onnxruntime 1.23. Without them our custom operators take the place of the built-in ones."""
+    return hasattr(onnxruntime, "register_execution_provider_library")
 
 
 @functools.cache
@@ -194,14 +109,15 @@ def _devices(provider: str) -> list[Any]:
 
 
 class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # onnxruntime has no types
-    """`onnxruntime.InferenceSession` whose QMoE experts live in a memory budget.
+    """`onnxruntime.InferenceSession` whose QMoE and MoE experts live in a memory budget.
 
-    Everything that takes an `onnxruntime.InferenceSession` takes this one.
+    Everything that takes an `onnxruntime.InferenceSession` takes this one. Where onnxruntime has no plug-in execution
+    providers (1.18 to 1.22), custom operators do the same.
 
     Args:
         path: the .onnx file; its experts lie in external data beside it.
-        memory: budget of the whole process ("1.5GiB", or bytes). None: 90 % of what is available, and no more than the
-            model can use.
+        memory: budget of the whole process ("1.5GiB", or bytes), or a `MemoryBudget` that several models share.
+            None: 90 % of what is available, and no more than the model can use.
         sess_options: options of the session; they are this session's from now on, as our provider is added to them.
         providers: other execution providers for the rest of the graph, by name, the preferred one first.
         eviction, prefetch, warm_start: as for `edgemoe.Llama`; none changes a result.
@@ -219,7 +135,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
     def __init__(
         self,
         path: str | os.PathLike[str],
-        memory: int | float | str | None = None,
+        memory: int | float | str | MemoryBudget | None = None,
         sess_options: onnxruntime.SessionOptions | None = None,
         providers: Sequence[str] | None = None,
         *,
@@ -242,7 +158,6 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
                 f"cannot stream a model given as {len(path)} bytes: its experts cannot be located; give the file's path"
             )
         self._runtime: _native.Runtime | None = None
-        budget_bytes = None if memory is None else parse_size(memory)
         model = read_model(Path(path))
         options = sess_options
         if options is None:
@@ -250,56 +165,49 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             options.log_severity_level = 3  # 2 warns of every model that not all nodes are ours
         n_threads = options.intra_op_num_threads or topology.default_threads()
         options.intra_op_num_threads = n_threads
-        _register()
-        planned = plan(model, n_threads, prefetch)
-        self.plan = planned
-        self._cycle_bytes = planned.token_cycle_bytes
-        self._bank_bytes = planned.expert_bank_bytes
-        self._budget_bytes = 0
-        slots_bytes = self._first_slots_bytes(planned, budget_bytes)
-        ours = keywords.provider_options() | {"slots_bytes": str(slots_bytes), "n_threads": str(n_threads)}
-        self._add_providers(options, providers or (), ours, is_strict=budget_bytes is not None)
+        self.plan = plan(model, prefetch=prefetch)
+        self._memory = SessionMemory(model, self.plan, memory, Path(path).name)
+        try:
+            ours = keywords.provider_options() | {
+                "slots_bytes": str(self._memory.slots_bytes),
+                "strict": str(int(memory is not None)),
+                "n_threads": str(n_threads),
+                "n_io_threads": str(N_IO_THREADS),
+                "publish": "1",
+            }
+            if _has_plugin_providers():
+                self._add_providers(options, providers or (), ours)
+                self._make(path, options, None)
+            else:
+                self._add_operators(options, {**ours, "model_path": str(path)})
+                self._make(path, options, [*(providers or ()), "CPUExecutionProvider"])
+            self._schedule = onnx_schedule.Schedule(model, keywords, self._loaded)
+            self._schedule.begin_warm(self)
+        except BaseException:
+            self._memory.close()
+            raise
+        if self._loaded.n_refused and memory is None:
+            warnings.warn(
+                f"{self._loaded.n_refused} MoE nodes are not streamed, all their experts are in memory; "
+                f"{self._loaded.refusal}",
+                stacklevel=2,
+            )
+
+    def _make(self, path: str | os.PathLike[str], options: Any, names: list[str] | None) -> None:
         try:
             # At an error onnxruntime would otherwise make a session without our provider, all experts in memory.
-            super().__init__(str(path), sess_options=options, enable_fallback=0)
+            super().__init__(str(path), sess_options=options, providers=names, enable_fallback=0)
         except Exception as error:
             _native.take_ort_loaded()  # release what was opened before the failure
             raise BackendError(f"ONNX Runtime cannot load the model: {error} ({path})") from error
-        loaded = _native.take_ort_loaded()
-        self._runtime = loaded.runtime
-        self._loaded = loaded
-        self._largest_input_bytes = 0
-        self._other_bytes = host.process_rss_bytes()
-        self._workspace_bytes = loaded.workspace_bytes
-        if loaded.n_refused and budget_bytes is None:
-            warnings.warn(
-                f"{loaded.n_refused} MoE nodes are not streamed, all their experts are in memory; {loaded.refusal}",
-                stacklevel=2,
-            )
-        if budget_bytes is not None:
-            self.set_memory(budget_bytes)
-        self._schedule = onnx_schedule.Schedule(model, keywords, loaded)
-        self._schedule.begin_warm(self)
-
-    def _first_slots_bytes(self, planned: OnnxPlan, budget_bytes: int | None) -> int:
-        if budget_bytes is None:
-            slots = host.spare_bytes() - planned.dense_bytes - planned.workspace_bytes
-            return min(self._bank_bytes, max(slots, self._cycle_bytes))
-        if budget_bytes < planned.floor_bytes:
-            raise BudgetError(
-                f"memory {format_size(budget_bytes)} is below the floor of {format_size(planned.floor_bytes)}: this "
-                f"process {format_size(planned.process_bytes)}, a session {format_size(_SESSION_BYTES)}, dense weights "
-                f"{format_size(planned.dense_bytes)}, workspace {format_size(planned.workspace_bytes)}, the experts of "
-                f"one token {format_size(planned.token_cycle_bytes)}, and slack; give at least {planned.floor_bytes} "
-                "bytes"
-            )
-        slots = budget_bytes - planned.fixed_bytes - host.slack_bytes(budget_bytes)
-        return min(self._bank_bytes, max(slots, self._cycle_bytes))
+        self._loaded = _native.take_ort_loaded()
+        self._runtime = self._loaded.runtime
+        self._memory.loaded(self._loaded)
 
     @staticmethod
-    def _add_providers(options: Any, providers: Sequence[str], ours: dict[str, str], is_strict: bool) -> None:
-        always = {"strict": str(int(is_strict)), "n_io_threads": str(N_IO_THREADS), "publish": "1"}
-        options.add_provider_for_devices(_devices(PROVIDER)[:1], ours | always)
+    def _add_providers(options: Any, providers: Sequence[str], ours: dict[str, str]) -> None:
+        _register()
+        options.add_provider_for_devices(_devices(PROVIDER)[:1], ours)
         for name in providers:
             if name in (PROVIDER, "CPUExecutionProvider"):
                 continue  # ours is there; the CPU's is always the last
@@ -309,54 +217,23 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
                 raise BackendError(f"no device for the execution provider {name}: expected one of {', '.join(known)}")
             options.add_provider_for_devices(devices[:1], {})
 
-    def _slots_for(self, budget_bytes: int) -> int:
-        """Slots beside what the process holds now, or held at most since loading."""
-        slots = budget_bytes - self._other_bytes - self._workspace_bytes - host.slack_bytes(budget_bytes)
-        return min(slots, self._bank_bytes)
-
-    def _measure_others(self) -> None:
-        """What the process holds beside slots and workspace; the most so far counts, as arenas keep what they took."""
-        runtime = self._runtime
-        if runtime is None:
-            return
-        stats = runtime.stats()
-        in_slots = min(stats.slots_bytes, stats.bytes_read)
-        others = host.process_rss_bytes() - in_slots - (self._workspace_bytes if in_slots else 0)
-        self._other_bytes = max(self._other_bytes, others)
+    @staticmethod
+    def _add_operators(options: Any, ours: dict[str, str]) -> None:
+        for key, value in ours.items():
+            options.add_session_config_entry(_OPTION_PREFIX + key, value)
+        try:
+            options.register_custom_ops_library(str(_native.ort_plugin_path()))
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime refused our custom operators: {error}") from error
 
     def set_memory(self, memory: int | float | str) -> None:
         """Change the budget of the process; experts that no longer fit are dropped, the coldest first.
 
         Raises:
-            BudgetError: it is below what the session needs, which the message names; nothing is changed.
+            BudgetError: it is below what the session needs, which the message names, or a `MemoryBudget` is shared;
+                nothing is changed.
         """
-        budget_bytes = parse_size(memory)
-        if self._runtime is not None:
-            self._measure_others()
-            slots = self._slots_for(budget_bytes)
-            if slots + host.TOLERANCE_BYTES < self._cycle_bytes:
-                floor = budget_bytes - slots + self._cycle_bytes
-                raise BudgetError(
-                    f"memory {format_size(budget_bytes)} is below the floor of {format_size(floor)}: this process "
-                    f"without experts {format_size(self._other_bytes)}, workspace "
-                    f"{format_size(self._workspace_bytes)}, the experts of one token "
-                    f"{format_size(self._cycle_bytes)}, and slack; give at least {floor} bytes"
-                )
-            _native.set_slots_bytes(self._runtime, max(slots, self._cycle_bytes))
-        self._budget_bytes = budget_bytes
-
-    def _refit(self, n_input_bytes: int | None) -> None:
-        """After the largest input so far, or one of unknown size, give back slots for what arenas have grown by."""
-        if self._runtime is None or not self._budget_bytes:
-            return
-        if n_input_bytes is not None:
-            if n_input_bytes <= self._largest_input_bytes:
-                return
-            self._largest_input_bytes = n_input_bytes
-        self._measure_others()
-        slots = max(self._slots_for(self._budget_bytes), self._cycle_bytes)
-        if slots + host.TOLERANCE_BYTES < self._runtime.stats().slots_bytes:
-            _native.set_slots_bytes(self._runtime, slots)
+        self._memory.set_memory(memory)
 
     def _watched(self, run: Callable[[], Any], n_input_bytes: int | None) -> Any:
         try:
@@ -367,7 +244,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             if self._runtime is not None:
                 _native.raise_error(self._runtime)
             raise BackendError(f"ONNX Runtime cannot run the model: {error}") from error
-        self._refit(n_input_bytes)
+        self._memory.after_run(n_input_bytes)
         self._schedule.after_run()
         return outputs
 
@@ -405,7 +282,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             slots_bytes=experts.slots_bytes if experts else 0,
             n_streamed_nodes=self._loaded.n_layers,
             n_other_moe_nodes=self._loaded.n_refused,
-            budget_bytes=self._budget_bytes,
+            budget_bytes=self._memory.budget_bytes,
             peak_rss_bytes=host.peak_rss_bytes(),
             **self._schedule.stats(),
         )

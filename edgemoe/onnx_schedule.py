@@ -30,6 +30,8 @@ _KEY_BYTES = 64 << 20
 _KEY_SAMPLE_BYTES = 4096
 # Positions of QMoE's weights of fc1 and fc2.
 _FC1, _FC2 = 2, 5
+# MoE's of fc2.
+_FLOAT_FC2 = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,8 @@ def prefetch_bytes(model: OnnxModel, prefetch: str) -> int:
     """The most memory that predictions take: as if routers of all MoE nodes were found."""
     shapes = []
     for layer, node in enumerate(model.moe_nodes):
-        fc2 = model.tensors.get(node.inputs[_FC2]) if len(node.inputs) > _FC2 else None
+        position = _FLOAT_FC2 if node.op_type == "MoE" else _FC2
+        fc2 = model.tensors.get(node.inputs[position]) if len(node.inputs) > position else None
         if fc2 is not None and len(fc2.shape) == 3:
             shapes.append((layer, fc2.shape[0], fc2.shape[1]))
     return _native.prefetch_bytes(shapes, routers.PREFETCH_DEPTHS[prefetch])

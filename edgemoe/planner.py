@@ -11,6 +11,7 @@ from typing import Any
 
 from edgemoe import _native, choosers, engine, host, runtime, topology
 from edgemoe import on_miss as misses
+from edgemoe.budget import MemoryBudget, Share
 from edgemoe.demo import demo_model
 from edgemoe.draft import reserved_bytes
 from edgemoe.draft_length import MAX_DRAFT_TOKENS
@@ -157,6 +158,36 @@ class Footprint:
             prefetch_bytes=self.prefetch_bytes,
             draft_buffers_bytes=self.draft_buffers_bytes,
             draft_bytes=self.draft_bytes,
+        )
+
+    def join(self, budget: MemoryBudget, process_bytes: int) -> Share:
+        """Make room in a budget that several models share, in a process that held `process_bytes` before `measure`.
+
+        Raises:
+            BudgetError: the model does not fit beside the others.
+        """
+        parts = {
+            "dense weights": self.model.dense_bytes,
+            "KV cache": self.kv_bytes,
+            "buffers": max(0, self.buffers_bytes - process_bytes),
+            "draft model": self.draft_bytes,
+        }
+        sizes = self.slot_sizes(0)
+        return budget.join(
+            self.model.path.name,
+            {name: n_bytes for name, n_bytes in parts.items() if n_bytes},
+            int(sizes.cycle_slot_bytes),
+            int(sizes.bank_slot_bytes),
+        )
+
+    def shared_plan(self, share: Share) -> Plan:
+        """The plan with the slots that a shared budget leaves; the floor is that of all its models."""
+        sizes = self.slot_sizes(share.slots_bytes)
+        return dataclasses.replace(
+            self.plan(share.budget.budget_bytes),
+            fits=True,
+            floor_bytes=share.budget.floor_bytes,
+            slots_bytes=int(sizes.slots_bytes),
         )
 
 

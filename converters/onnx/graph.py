@@ -31,7 +31,6 @@ MICROSOFT = "com.microsoft"
 DENSE, EXPERTS = "model.onnx.data", "experts.bin"
 FLOAT, FLOAT16, BFLOAT16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16), int(TensorProto.BFLOAT16)
 UINT8, INT32, INT64 = int(TensorProto.UINT8), int(TensorProto.INT32), int(TensorProto.INT64)
-_ITEM_BYTES = {FLOAT: 4, FLOAT16: 2, BFLOAT16: 2, UINT8: 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +127,18 @@ class Graph:
         assert name not in self._stored  # a matrix may be an embedding and the output's, under names of their own
         self._stored.add(name)
         offset = -(-self.file_bytes.get(file, 0) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        place = Place(file, offset, math.prod(shape) * _ITEM_BYTES[data_type])
+        place = Place(file, offset, math.prod(shape) * _item_bytes(data_type))
         self.file_bytes[file] = offset + place.n_bytes
         tensor = TensorProto(name=name, data_type=data_type, dims=list(shape), data_location=TensorProto.EXTERNAL)
         for key, value in (("location", file), ("offset", offset), ("length", place.n_bytes)):
             tensor.external_data.add(key=key, value=str(value))
         self._initializers.append(tensor)
         return place
+
+    @property
+    def initializers(self) -> tuple[Any, ...]:
+        """All constants, as `TensorProto`: small ones with their values, others with their places."""
+        return tuple(self._initializers)
 
     def serialize(self) -> bytes:
         """The .onnx file."""
@@ -150,3 +154,7 @@ class Graph:
         n_same = self._n_named.get(name, 0)
         self._n_named[name] = n_same + 1
         return f"{name}.{n_same}" if n_same else name
+
+
+def _item_bytes(data_type: int) -> int:
+    return int(helper.tensor_dtype_to_np_dtype(data_type).itemsize)

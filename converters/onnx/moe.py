@@ -19,7 +19,8 @@ from . import blocks
 from .blocks import Grid
 from .experts import Experts
 from .families import Activation, Routing
-from .graph import EXPERTS, FLOAT, MICROSOFT, UINT8, Graph, Job, Writer
+from .graph import MICROSOFT, Graph
+from .packing import store_experts
 
 _LOWEST = -1e30
 """A score that no expert has: those outside of the chosen groups get it."""
@@ -115,25 +116,8 @@ def add_experts(
                 f"cannot convert {graph.scope}: experts have rows of {n_columns} columns, expected a multiple of "
                 f"{grid.block}; {todo}"
             )
-    shapes = {"fc1": (2 * inter, hidden), "fc2": (hidden, inter)}
-    places, inputs = {}, {}
-    for fc, (n_rows, n_columns) in shapes.items():
-        for kind, data_type, n in (
-            ("q", UINT8, grid.row_bytes(n_columns)),
-            ("scales", FLOAT, grid.n_blocks(n_columns)),
-        ):
-            name = f"{graph.scope}.experts.{fc}_{kind}"
-            inputs[f"{fc}_{kind}"] = name
-            places[f"{fc}_{kind}"] = graph.stored(name, data_type, (n_experts, n_rows, n), EXPERTS)
-
-    def run(writer: Writer) -> None:
-        for expert in range(n_experts):
-            for fc, matrix in (("fc1", experts.gate_up), ("fc2", experts.down)):
-                packed, scales = blocks.quantize(matrix(expert), grid)
-                writer.write(places[f"{fc}_q"], expert * packed.nbytes, packed)
-                writer.write(places[f"{fc}_scales"], expert * scales.nbytes, scales)
-
-    graph.jobs.append(Job(sum(place.n_bytes for place in places.values()), run))
+    matrices = {"fc1": (2 * inter, hidden, experts.gate_up), "fc2": (hidden, inter, experts.down)}
+    inputs = store_experts(graph, graph.scope, n_experts, matrices, grid)
     biases = ["" if b is None else graph.constant(b) for b in (experts.gate_up_bias, experts.down_bias)]
     scores, weights = routed
     names = [x, scores, inputs["fc1_q"], inputs["fc1_scales"], biases[0]]

@@ -65,7 +65,7 @@ def onnx(
 
     Stock ONNX Runtime and onnxruntime-genai run OUT_DIR; edgemoe.onnx streams its experts.
     """
-    from edgemoe.converters.onnx.export import DEFAULT_MAX_POSITIONS, Recipe, export, plan_export
+    from edgemoe.converters.onnx.checkpoint import DEFAULT_MAX_POSITIONS, Recipe, export_checkpoint, plan_export
 
     recipe = Recipe(quant, dense, embedding, int(block), max_positions or DEFAULT_MAX_POSITIONS)
     plan = plan_export(checkpoint, recipe)
@@ -73,7 +73,7 @@ def onnx(
         say(f"edgemoe: note: {note}")
     begin_s = time.monotonic()
     with Progress() as progress:
-        export(plan, out, force=force, progress=progress)
+        export_checkpoint(plan, out, force=force, progress=progress)
     seconds = time.monotonic() - begin_s
     say(f"edgemoe: {plan.family.name}, {plan.n_moe_layers} QMoE nodes, {seconds:.1f} s")
     if as_json:

@@ -268,6 +268,10 @@ _LOAD_OPTIONS = {
 }
 
 
+LOAD_NAMES = tuple(_LOAD_OPTIONS)
+"""The names of the options that say how a model is loaded."""
+
+
 def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say how a model is loaded; the command gets them as one dictionary `load` of `Llama`'s keywords."""
 

@@ -19,7 +19,8 @@ from edgemoe.errors import ModelFormatError
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16}
 _BITS |= {17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
 _MOE_OPS = ("MoE", "QMoE")
-_MOE_DOMAIN = "com.microsoft"
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +36,43 @@ class OnnxTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnnxMoeNode:
-    """A `MoE` or `QMoE` node: its inputs by position ("" where left out) and those attributes that are integers."""
+class OnnxNode:
+    """A node: its inputs by position ("" where left out) and those attributes that are integers."""
 
     name: str
+    domain: str
     op_type: str
     inputs: tuple[str, ...]
     ints: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
+class OnnxInput:
+    """A value that a run is given; dimensions without a number are names, or "" where they have none."""
+
+    name: str
+    data_type: int
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class OnnxModel:
-    """The main graph's constants by name, and its MoE nodes in the order of the file."""
+    """The main graph: its constants by name, its nodes and its inputs in the order of the file."""
 
     path: Path
     tensors: dict[str, OnnxTensor]
-    moe_nodes: tuple[OnnxMoeNode, ...]
+    nodes: tuple[OnnxNode, ...]
+    inputs: tuple[OnnxInput, ...]
+
+    @property
+    def moe_nodes(self) -> tuple[OnnxNode, ...]:
+        """The `MoE` and `QMoE` nodes."""
+        return tuple(n for n in self.nodes if n.op_type in _MOE_OPS and n.domain == MICROSOFT)
+
+
+def element_bits(data_type: int) -> int:
+    """Bits of an element of a TensorProto.DataType; 8 for those without a size, such as strings."""
+    return _BITS.get(data_type, 8)
 
 
 class _Corrupt(Exception):
@@ -135,7 +157,7 @@ def _tensor(data: mmap.mmap, begin: int, end: int, folder: Path) -> OnnxTensor:
             is_external = value == 1
     if any(n < 0 for n in shape):
         raise _Corrupt(f"tensor {name}: shape {shape}")
-    n_bytes = -(-math.prod(shape) * _BITS.get(data_type, 8) // 8)
+    n_bytes = -(-math.prod(shape) * element_bits(data_type) // 8)
     if not is_external:
         return OnnxTensor(name, tuple(shape), data_type, None, 0, n_bytes)
     if not entries.get("location"):
@@ -149,7 +171,7 @@ def _tensor(data: mmap.mmap, begin: int, end: int, folder: Path) -> OnnxTensor:
     return OnnxTensor(name, tuple(shape), data_type, folder / entries["location"], offset, n_bytes)
 
 
-def _moe_node(data: mmap.mmap, begin: int, end: int) -> OnnxMoeNode | None:
+def _node(data: mmap.mmap, begin: int, end: int) -> OnnxNode:
     name = op_type = domain = ""
     inputs: list[str] = []
     ints: dict[str, int] = {}
@@ -171,9 +193,35 @@ def _moe_node(data: mmap.mmap, begin: int, end: int) -> OnnxMoeNode | None:
                     number = _signed(value)
             if number is not None:
                 ints[key] = number
-    if op_type not in _MOE_OPS or domain != _MOE_DOMAIN:
-        return None
-    return OnnxMoeNode(name, op_type, tuple(inputs), ints)
+    return OnnxNode(name, domain, op_type, tuple(inputs), ints)
+
+
+def _input(data: mmap.mmap, begin: int, end: int) -> OnnxInput:
+    name, data_type = "", 0
+    shape: list[int | str] = []
+    for field, _, _, at, after in _fields(data, begin, end):
+        if field == 1:
+            name = _text(data, at, after)
+        if field != 2:
+            continue
+        for kind, _, _, tensor, tensor_end in _fields(data, at, after):
+            if kind != 1:  # no tensor
+                continue
+            for part, _, value, dims, dims_end in _fields(data, tensor, tensor_end):
+                if part == 1:
+                    data_type = value
+                elif part == 2:
+                    shape = [_dimension(data, b, e) for f, _, _, b, e in _fields(data, dims, dims_end) if f == 1]
+    return OnnxInput(name, data_type, tuple(shape))
+
+
+def _dimension(data: mmap.mmap, begin: int, end: int) -> int | str:
+    for field, _, value, at, after in _fields(data, begin, end):
+        if field == 1:
+            return _signed(value)
+        if field == 2:
+            return _text(data, at, after)
+    return ""
 
 
 def _check_extents(model: OnnxModel) -> None:
@@ -203,7 +251,8 @@ def read_model(path: Path) -> OnnxModel:
         ModelFormatError: the file is missing or no ONNX model, or external data is missing or too short.
     """
     tensors: dict[str, OnnxTensor] = {}
-    nodes: list[OnnxMoeNode] = []
+    nodes: list[OnnxNode] = []
+    inputs: list[OnnxInput] = []
     n_graphs = 0
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -213,17 +262,18 @@ def read_model(path: Path) -> OnnxModel:
                 n_graphs += 1
                 for part, _, _, at, after in _fields(data, begin, end):
                     if part == 1:
-                        node = _moe_node(data, at, after)
-                        nodes += [node] if node is not None else []
+                        nodes.append(_node(data, at, after))
                     elif part == 5:
                         tensor = _tensor(data, at, after, path.parent)
                         tensors[tensor.name] = tensor
+                    elif part == 11:
+                        inputs.append(_input(data, at, after))
     except _Corrupt as error:
         raise ModelFormatError(f"cannot read the model: {error} ({path}); download or export it again") from None
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise ModelFormatError(f"cannot open the model: {error} ({path})") from None
     if n_graphs != 1:
         raise ModelFormatError(f"cannot read the model: {n_graphs} graphs, expected one ({path}); is it an .onnx file?")
-    model = OnnxModel(path, tensors, tuple(nodes))
+    model = OnnxModel(path, tensors, tuple(nodes), tuple(inputs))
     _check_extents(model)
     return model

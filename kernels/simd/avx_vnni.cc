@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd/qmoe.h"
 #include "simd/quant_blocks.h"
 #include "simd/tables.h"
 
@@ -41,6 +42,12 @@ struct AvxVnni : Avx2 {
     return Add(sum, partial);
   }
   static I DotPairs(I sum, I pairs, I acts) { return _mm256_dpwssd_avx_epi32(sum, pairs, acts); }
+
+  static constexpr bool kDotsSigned = false;
+  template <int kBits>
+  static I DotWords(I sum, I codes, I x) {
+    return _mm256_dpbusd_avx_epi32(sum, codes, x);
+  }
 };
 
 // clang-format off

@@ -3,6 +3,7 @@
 // Included after formats.inl and pointwise.inl, in the same anonymous namespace.
 #include "simd/interleave.inl"
 #include "simd/products.inl"
+#include "simd/qmoe.inl"
 
 // A panel's sums are prepared for this many columns at a time: what a kernel keeps on its stack is bounded, 4 KiB, for
 // any n_cols. Between strips the sums of a row wait in y, where they lose nothing.
@@ -231,5 +232,6 @@ static constexpr KernelTable MakeTable(const char* isa) {
   SetIntegers<V, kIQ4_XS, Product256<V, FormatIQ4_XS>>(&table);
   table.glu = Glu<V>;
   table.combine = Combine<V>;
+  table.qmoe = Qmoe<V>;
   return table;
 }

@@ -75,9 +75,11 @@ using MultiplyFunction = void (*)(const GroupProduct&);
 // They must not overlap.
 using InterleaveFunction = void (*)(const uint8_t* rows, int64_t n_groups, int64_t n_cols, uint8_t* out);
 
+struct QmoeProduct;  // qmoe.h
+
 enum GluKind : int32_t {
-  kSwiGlu = 0,       // silu(gate) * up
-  kSwiGluOai = 1,    // gpt-oss: g = min(gate, limit), u = clamp(up, -limit, limit): g / (1 + exp(-alpha g)) * (u + 1)
+  kSwiGlu = 0,     // silu(gate) * up
+  kSwiGluOai = 1,  // gpt-oss: g = min(gate, limit), u = clamp(up, -limit, limit): g / (1 + exp(-alpha g)) * (u + beta)
   kSwiGluClamp = 2,  // as ggml's GGML_GLU_OP_SWIGLU_CLAMP with its limit
   kGeGlu = 3,        // gelu(gate) * up, gelu's tanh form
   kReGlu = 4,        // max(gate, 0) * up
@@ -90,6 +92,7 @@ struct GluParams {
   GluKind kind;
   float alpha;
   float limit;
+  float beta = 1.0f;
 };
 
 struct KernelTable {
@@ -111,6 +114,8 @@ struct KernelTable {
   // is rounded, the others are fused into the sum. out may be one of the rows. Biases: null, or none of them is.
   void (*combine)(const float* const* rows, const float* const* biases, const float* weights, int n_rows, float* out,
                   int64_t n);
+  // Weights of ONNX Runtime's QMoE, as they lie in its file.
+  void (*qmoe)(const QmoeProduct& product);
 };
 
 // What is compiled into this build, best first; the last is scalar. Null-terminated.

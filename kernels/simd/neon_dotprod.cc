@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd/qmoe.h"
 #include "simd/quant_blocks.h"
 #include "simd/tables.h"
 

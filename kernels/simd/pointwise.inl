@@ -119,7 +119,7 @@ static inline __attribute__((always_inline)) typename V::F Act(const GluParams& 
     g = V::MinF(limit, g);
     u = V::MaxF(minus_limit, V::MinF(limit, u));
     if constexpr (kKind == kSwiGluClamp) return V::MulF(Gated<V>(g, Negated<V>(g)), u);
-    return V::MulF(Gated<V>(g, V::MulF(V::SetF(params.alpha), Negated<V>(g))), V::AddF(u, V::SetF(1.0f)));
+    return V::MulF(Gated<V>(g, V::MulF(V::SetF(params.alpha), Negated<V>(g))), V::AddF(u, V::SetF(params.beta)));
   } else if constexpr (kKind == kSwiGlu) {
     return V::MulF(Gated<V>(g, Negated<V>(g)), u);
   } else if constexpr (kKind == kGeGlu) {

@@ -20,6 +20,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd/qmoe.h"
 #include "simd/quant_blocks.h"
 #include "simd/tables.h"
 
@@ -367,7 +368,7 @@ float Glu(const GluParams& p, float g, float u) {
     case kSwiGluOai: {
       g = AtMost(g, p.limit);
       u = AtLeast(AtMost(u, p.limit), -p.limit);
-      return (g / (1.0f + E(p.alpha * -g))) * (u + 1.0f);
+      return (g / (1.0f + E(p.alpha * -g))) * (u + p.beta);
     }
     case kSwiGluClamp: {
       g = AtMost(g, p.limit);
@@ -446,6 +447,7 @@ const KernelTable kScalarTable = {
      EDGEMOE_TILES(MXFP4)},
     GluRow,
     Combine,
+    MultiplyQmoe,
 };
 
 }  // namespace edgemoe::simd

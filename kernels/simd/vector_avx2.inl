@@ -175,4 +175,40 @@ struct Avx2 {
   // Assembly, because GCC moves its own prefetches together to the top of a block, and drops calls of a function that
   // does nothing else.
   static void Prefetch(const void* p) { __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p))); }
+
+  // ---- For qmoe.inl.
+  static constexpr bool kLooksUpFloats = false;
+  static constexpr bool kDotsSigned = true;
+  template <int T>
+  static constexpr int kQmoeRows = T == 1 ? 4 : 1;
+  struct Spread {
+    I lanes, mask;
+  };
+  static I LaneNumbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  static Spread MakeSpread(int shift) {
+    const int n = shift < 3 ? 8 >> shift : 1;
+    return {_mm256_srl_epi32(LaneNumbers(), _mm_cvtsi32_si128(shift)), _mm256_cmpgt_epi32(Set(n), LaneNumbers())};
+  }
+  static F LoadSpread(const uint8_t* p, const Spread& s) {
+    const F scales = _mm256_maskload_ps(reinterpret_cast<const float*>(p), s.mask);
+    return _mm256_permutevar8x32_ps(scales, s.lanes);
+  }
+  static I Mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  template <int N>
+  static I Sar(I v) {
+    return _mm256_srai_epi32(v, N);
+  }
+  static I ShrEach(I v, I counts) { return _mm256_srlv_epi32(v, counts); }
+  // Codes of 8 bits are signed. Neither sum of two products saturates.
+  template <int kBits>
+  static I DotWords(I sum, I codes, I x) {
+    const I pairs = kBits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes))
+                               : _mm256_maddubs_epi16(codes, x);
+    return Add(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static float ReduceAddF(F v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
 };

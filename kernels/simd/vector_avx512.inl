@@ -162,4 +162,38 @@ struct Avx512Vnni {
   // Assembly, because GCC moves its own prefetches together to the top of a block, and drops calls of a function that
   // does nothing else.
   static void Prefetch(const void* p) { __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p))); }
+
+  // ---- For qmoe.inl.
+  static constexpr bool kLooksUpFloats = true;
+  static constexpr bool kDotsSigned = false;
+  template <int T>
+  static constexpr int kQmoeRows = T == 1 ? 4 : 2;
+  struct Spread {
+    I lanes;
+    __mmask16 mask;
+  };
+  static I LaneNumbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  static Spread MakeSpread(int shift) {
+    const int n = shift < 4 ? 16 >> shift : 1;
+    return {_mm512_srl_epi32(LaneNumbers(), _mm_cvtsi32_si128(shift)), static_cast<__mmask16>((1 << n) - 1)};
+  }
+  static F LoadSpread(const uint8_t* p, const Spread& s) {
+    return _mm512_permutexvar_ps(s.lanes, _mm512_maskz_loadu_ps(s.mask, p));
+  }
+  template <int N>
+  static I Sar(I v) {
+    return _mm512_srai_epi32(v, N);
+  }
+  static I ShrEach(I v, I counts) { return _mm512_srlv_epi32(v, counts); }
+  static F LookupF(F table, I v) { return _mm512_permutexvar_ps(v, table); }
+  template <int kBits>
+  static I DotWords(I sum, I codes, I x) {
+    return _mm512_dpbusd_epi32(sum, codes, x);
+  }
+  static float ReduceAddF(F v) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
 };

@@ -193,4 +193,43 @@ struct Neon {
   }
   static int32_t ReduceAdd(I v) { return vaddvq_s32(v); }
   static int32_t ReduceMax(I v) { return vmaxvq_s32(v); }
+
+  // ---- For qmoe.inl.
+  static constexpr bool kLooksUpFloats = false;
+  static constexpr bool kDotsSigned = true;
+  template <int T>
+  static constexpr int kQmoeRows = T == 1 ? 4 : 1;
+  struct Spread {
+    int shift;
+  };
+  static I LaneNumbers() {
+    static constexpr int32_t kLaneNumbers[4] = {0, 1, 2, 3};
+    return vld1q_s32(kLaneNumbers);
+  }
+  static Spread MakeSpread(int shift) { return {shift}; }
+  static F LoadSpread(const uint8_t* p, const Spread& s) {
+    if (s.shift == 0) return vreinterpretq_f32_u8(vld1q_u8(p));
+    if (s.shift == 1) {
+      const float32x2_t two = vreinterpret_f32_u8(vld1_u8(p));
+      return vcombine_f32(vdup_lane_f32(two, 0), vdup_lane_f32(two, 1));
+    }
+    return vreinterpretq_f32_s32(vdupq_n_s32(static_cast<int32_t>(LoadWord(p))));
+  }
+  template <int N>
+  static I Sar(I v) {
+    return N == 0 ? v : vshrq_n_s32(v, N == 0 ? 1 : N);
+  }
+  static I ShrEach(I v, I counts) {
+    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(v), vnegq_s32(counts)));
+  }
+  template <int kBits>
+  static I DotWords(I sum, I codes, I x) {
+    const int8x16_t w = vreinterpretq_s8_s32(codes), v = vreinterpretq_s8_s32(x);
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(v)), high = vmull_high_s8(w, v);
+    return vpadalq_s16(sum, vpaddq_s16(low, high));  // two products of -128 and -127 fit
+  }
+  static float ReduceAddF(F v) {
+    const float32x2_t s = vadd_f32(vget_low_f32(v), vget_high_f32(v));
+    return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
+  }
 };

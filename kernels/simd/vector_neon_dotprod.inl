@@ -16,4 +16,9 @@ struct NeonDotprod : Neon {
   static I Dot(I partial, I codes, Element<t> acts) {
     return vdotq_laneq_s32(partial, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(acts.v), t);
   }
+
+  template <int kBits>
+  static I DotWords(I sum, I codes, I x) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x));
+  }
 };

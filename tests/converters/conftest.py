@@ -93,3 +93,13 @@ class Workshop:
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def genai() -> Any:
+    """onnxruntime-genai with our provider, which a process can register once."""
+    module = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed (edgemoe[dev])")
+    from edgemoe import _native
+
+    module.register_execution_provider_library("edgemoe", str(_native.ort_plugin_path()))
+    return module

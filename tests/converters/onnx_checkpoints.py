@@ -40,13 +40,13 @@ def write_checkpoint(folder: Path, name: str, bits: int, **changes: Any) -> Chec
                 continue
             is_transposed = name.startswith("gpt-oss") and tensor.dim() == 3
             rows = tensor.transpose(1, 2) if is_transposed else tensor
-            rows = _on_grid(rows, bits)
+            rows = on_grid(rows, bits)
             state[key] = (rows.transpose(1, 2) if is_transposed else rows).contiguous()
         safetensors.torch.save_file(state, path, metadata={"format": "pt"})
     return checkpoint
 
 
-def _on_grid(tensor: Any, bits: int) -> Any:
+def on_grid(tensor: Any, bits: int) -> Any:
     """Of each 32 columns, the largest element is 2^(bits - 1) steps and the others are less; steps are powers of 2."""
     import torch
 

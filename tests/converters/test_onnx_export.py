@@ -23,11 +23,12 @@ with warnings.catch_warnings():
 
 from edgemoe import _native
 from edgemoe.converters.onnx import blocks
-from edgemoe.converters.onnx.export import Recipe, export, plan_export
+from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_export
 from edgemoe.formats.onnx_model import read_model
-from edgemoe.onnx import InferenceSession
+from edgemoe.onnx import PROVIDER, InferenceSession
 from tests.converters import checkpoints
 from tests.converters.onnx_checkpoints import Floats, Runner, all_logits, greedy, relative_error, write_checkpoint
+from tests.converters.onnx_genai import genai_model, generate
 
 FAMILIES = (
     "deepseek-v2-lite",
@@ -66,7 +67,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Maker:
                 warnings.simplefilter("ignore")
                 checkpoint = write_checkpoint(folder / name, family, int(recipe.quant.removeprefix("int")))
                 logits = checkpoints.reference_logits(checkpoint, [TOKENS], is_as_published=True)[0]
-            export(plan_export(checkpoint.path, recipe), folder / f"{name}.onnx")
+            export_checkpoint(plan_export(checkpoint.path, recipe), folder / f"{name}.onnx")
             made[key] = (folder / f"{name}.onnx" / "model.onnx", logits)
         return made[key]
 
@@ -177,34 +178,14 @@ def test_experts_lie_at_pages_of_a_file_of_their_own(exported: Maker, family: st
             assert (tensor.path.name == "experts.bin") == (tensor.name in names)
 
 
-@pytest.fixture(scope="module")
-def genai() -> Any:
-    """onnxruntime-genai with our provider, which a process can register once."""
-    module = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    module.register_execution_provider_library("edgemoe", str(_native.ort_plugin_path()))
-    return module
-
-
-@pytest.mark.parametrize("provider", [None, "EdgeMoEExecutionProvider"])
-@pytest.mark.parametrize("family", ["olmoe", "deepseek-v3", "gpt-oss", "lfm2moe"])
+@pytest.mark.parametrize("provider", [None, PROVIDER])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_genai_generates_from_the_folder(exported: Maker, genai: Any, family: str, provider: str | None) -> None:
     """Guards against: names, shapes or a genai_config.json that onnxruntime-genai does not take, with its own kernels
     or with our provider in it."""
     path, _ = exported(family)
-    config = genai.Config(str(path.parent))
-    if provider is not None:
-        config.clear_providers()
-        config.append_provider(provider)
-        config.set_provider_option(provider, "strict", "1")
-    model = genai.Model(config)
-    options = genai.GeneratorParams(model)
-    options.set_search_options(max_length=N_PROMPT + 16, do_sample=False)
-    generator = genai.Generator(model, options)
-    generator.append_tokens([TOKENS[:N_PROMPT]])
-    while not generator.is_done():
-        generator.generate_next_token()
-    found = [int(token) for token in generator.get_sequence(0)][N_PROMPT:]
-    assert found == greedy(stock(path), TOKENS[:N_PROMPT], 16)
+    model = genai_model(genai, path.parent, provider)
+    assert generate(genai, model, TOKENS[:N_PROMPT], 16) == greedy(stock(path), TOKENS[:N_PROMPT], 16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

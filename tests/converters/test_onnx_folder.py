@@ -24,7 +24,7 @@ with warnings.catch_warnings():
         pytest.importorskip(package, reason=f"{package} is not installed (the extra edgemoe[verify])")
 
 from edgemoe.cli.main import cli
-from edgemoe.converters.onnx.export import Recipe, export, plan_export
+from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_export
 from edgemoe.errors import ConversionError
 from edgemoe.formats.onnx_model import read_model
 from tests.converters import checkpoints
@@ -105,7 +105,7 @@ def test_a_failed_export_leaves_nothing(olmoe: Path, tmp_path: Path) -> None:
 
     damaged = _change(olmoe, tmp_path / "damaged", damage)
     with pytest.raises(ConversionError, match=r"experts\.15\.down_proj\.weight: nan at row 3, column 5"):
-        export(plan_export(damaged), tmp_path / "out")
+        export_checkpoint(plan_export(damaged), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
@@ -116,12 +116,12 @@ def test_a_full_disk_leaves_nothing(olmoe: Path, tmp_path: Path, monkeypatch: py
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         patch.setattr(shutil, "disk_usage", lambda _path: usage)
         with pytest.raises(ConversionError, match=r"it takes .*, 0\.977 KiB are free; make room"):
-            export(plan, tmp_path / "out")
+            export_checkpoint(plan, tmp_path / "out")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(ConversionError, match="cannot write"):
-            export(plan, tmp_path / "out")
+            export_checkpoint(plan, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -137,9 +137,9 @@ def test_what_a_killed_export_left_is_removed_and_a_running_one_is_not(olmoe: Pa
     with (partial / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConversionError, match="another conversion is writing it"):
-            export(plan, tmp_path / "out")
+            export_checkpoint(plan, tmp_path / "out")
         assert (partial / "old.txt").exists()
-    export(plan, tmp_path / "out")
+    export_checkpoint(plan, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     assert not (tmp_path / "out" / "old.txt").exists() and not (tmp_path / "out" / ".lock").exists()
 
@@ -147,7 +147,7 @@ def test_what_a_killed_export_left_is_removed_and_a_running_one_is_not(olmoe: Pa
 def test_bytes_depend_on_the_checkpoint_and_the_recipe_alone(olmoe: Path, tmp_path: Path) -> None:
     """Guards against: names or places that differ from run to run, so that two exports cannot be compared."""
     for name in ("a", "b"):
-        export(plan_export(olmoe), tmp_path / name)
+        export_checkpoint(plan_export(olmoe), tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -166,8 +166,8 @@ def test_experts_stored_together_become_the_same_file(olmoe: Path, tmp_path: Pat
             state[f"{prefix}.gate_up_proj"] = torch.cat([gates, ups], dim=1)
             state[f"{prefix}.down_proj"] = downs
 
-    export(plan_export(olmoe), tmp_path / "single.onnx")
-    export(plan_export(_change(olmoe, tmp_path / "fused", fuse)), tmp_path / "fused.onnx")
+    export_checkpoint(plan_export(olmoe), tmp_path / "single.onnx")
+    export_checkpoint(plan_export(_change(olmoe, tmp_path / "fused", fuse)), tmp_path / "fused.onnx")
     for name in ("model.onnx", "experts.bin", "model.onnx.data"):
         assert (tmp_path / "fused.onnx" / name).read_bytes() == (tmp_path / "single.onnx" / name).read_bytes()
 
@@ -230,7 +230,7 @@ def test_an_embedding_keeps_its_type(olmoe: Path, tmp_path: Path) -> None:
     """Guards against: an embedding that was to stay as it is and is of twice its size in memory, or rounded."""
     import safetensors.torch
 
-    export(plan_export(olmoe, Recipe(embedding="stored")), tmp_path / "out")
+    export_checkpoint(plan_export(olmoe, Recipe(embedding="stored")), tmp_path / "out")
     tensor = read_model(tmp_path / "out" / "model.onnx").tensors["model.embed_tokens.weight"]
     assert tensor.path is not None
     found = tensor.path.read_bytes()[tensor.offset : tensor.offset + tensor.n_bytes]

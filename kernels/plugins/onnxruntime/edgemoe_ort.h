@@ -1,16 +1,19 @@
 /* SPDX-License-Identifier: MIT */
 /* edgemoe_ort.h: what the ONNX Runtime plug-in offers beside ONNX Runtime's own entry points (CreateEpFactories,
- * ReleaseEpFactory). A host that is not ours needs none of it: it registers the library and appends the provider
- * EdgeMoEExecutionProvider with the options
+ * ReleaseEpFactory, RegisterCustomOps). A host that is not ours needs none of it: it registers the library and appends
+ * the provider EdgeMoEExecutionProvider; or, without plug-in providers, it sets config entries of the session called
+ * ep.edgemoeexecutionprovider.OPTION and registers the library of custom operators. The options are
  *   slots_bytes   memory for resident experts; without it, all of them
  *   strict        1: a MoE node that we do not compute is an error; default 1 with slots_bytes, else 0
  *   n_threads, n_io_threads
  *   eviction      auto (the default), lru, lfu, least-stale or utility; or edgemoe_eviction, a number
- *   prefetch      auto (the default), off, 1 or 2: layers ahead whose experts are predicted, kept and read. Loses
- * nothing these change what nodes with one row of input compute, see docs/routing.md: reuse_bias    off (the default),
- * or 0 (exact) to 1, with reuse_method (cache-prior, max-rank, cumulative) and top_j expert_top_k  off (the default), a
- * number, top-p:P, map or map:MIN-MAX on_miss       wait (the default) or skip, with on_miss_mass and for edgemoe's own
- * Python: publish       1: the runtime of the model waits for edgemoe_ort_take_loaded */
+ *   prefetch      auto (the default), off, 1 or 2: layers ahead whose experts are predicted, kept and read
+ *   reuse_bias    off (the default), or 0 (exact) to 1, with reuse_method (cache-prior, max-rank, cumulative) and
+ * top_j; this and the next two change what nodes with one row of input compute, see docs/routing.md expert_top_k  off
+ * (the default), a number, top-p:P, map or map:MIN-MAX on_miss       wait (the default) or skip, with on_miss_mass
+ *   model_path    custom operators: the session's .onnx file; needed. There, every node that we do not compute is an
+ *                 error, as the built-in operators are replaced
+ *   publish       for edgemoe's own Python, 1: the runtime of the model waits for edgemoe_ort_take_loaded */
 #ifndef EDGEMOE_PLUGINS_ONNXRUNTIME_EDGEMOE_ORT_H_
 #define EDGEMOE_PLUGINS_ONNXRUNTIME_EDGEMOE_ORT_H_
 

@@ -8,18 +8,11 @@
 #include <memory>
 
 #include "plugins/onnxruntime/edgemoe_ort.h"
-#include "plugins/onnxruntime/provider_options.h"
 #include "plugins/onnxruntime/qmoe_model.h"
-
-struct edgemoe_ort_counting {
-  std::shared_ptr<edgemoe_ort::Choosers> choosers;
-};
+#include "plugins/onnxruntime/session_options.h"
 
 namespace edgemoe_ort {
 namespace {
-
-thread_local edgemoe_ort_loaded t_loaded = {};
-thread_local std::vector<edgemoe_ort_tensor> t_tensors;
 
 class Provider;
 
@@ -31,7 +24,8 @@ struct Computation : OrtNodeComputeInfo {
 
 class Provider : public OrtEp {
  public:
-  Provider(const Ort& ort, const OrtSessionOptions* session_options) : OrtEp(), ort_(ort) {
+  Provider(const Ort& ort, const OrtSessionOptions* session_options)
+      : OrtEp(), ort_(ort), options_(ReadOptions(ort, session_options)) {
     ort_version_supported = kOrtApiVersion;
     OrtEp::GetName = [](const OrtEp*) { return EDGEMOE_ORT_PROVIDER; };
     OrtEp::GetCapability = [](OrtEp* self, const OrtGraph* graph, OrtEpGraphSupportInfo* info) -> OrtStatus* {
@@ -46,51 +40,29 @@ class Provider : public OrtEp {
     OrtEp::ReleaseNodeComputeInfos = [](OrtEp*, OrtNodeComputeInfo** infos, size_t n) {
       for (size_t i = 0; i < n; ++i) delete static_cast<Computation*>(infos[i]);
     };
-    ProviderOptions options = ReadOptions(ort, session_options);
-    is_strict_ = options.is_strict;
-    publishes_ = options.publishes;
-    options_ = std::move(options.model);
-    if (publishes_) DropLoaded();
+    if (options_.publishes) DropLoaded();
   }
 
   void Run(const Computation& c, OrtKernelContext* context) { model_->Run(c.node_idx, c.inputs, context); }
   const Ort& ort() const { return ort_; }
 
-  static void DropLoaded() {
-    if (t_loaded.runtime != nullptr) edgemoe_runtime_release(t_loaded.runtime);
-    delete t_loaded.counting;
-    t_loaded = {};
-    t_tensors.clear();
-  }
-
  private:
   void Claim(const OrtGraph* graph, OrtEpGraphSupportInfo* info) {
     const GraphRouters routers(ort_, graph);
     for (const OrtNode* node : ort_.Nodes(graph)) {
-      const std::string type = ort_.NodeType(node);
-      if (type != "com.microsoft::QMoE" && type != "com.microsoft::MoE") continue;
+      if (!IsMoe(ort_.NodeType(node))) continue;
+      const GraphNode source(ort_, graph, node);
       QmoeNode read;
-      std::string reason;
-      if (type == "com.microsoft::MoE") {
-        read.name = ort_.NodeName(node);
-        reason = "experts that are not quantized are not implemented";
-      } else if (ort_.IsSubgraph(graph)) {
-        read.name = ort_.NodeName(node);
-        reason = "it lies inside of a Loop, If or Scan, which is not implemented";
-      } else {
-        reason = ReadQmoe(ort_, graph, node, false, &read);
-      }
+      const std::string reason = ReadMoe(source, false, &read);
       if (!reason.empty()) {
-        if (refusal_.empty()) refusal_ = "node " + read.name + " (" + type + "): " + reason;
-        if (publishes_ && t_loaded.n_refused++ == 0) {
-          std::snprintf(t_loaded.refusal, sizeof(t_loaded.refusal), "%s", refusal_.c_str());
-        }
+        if (refusal_.empty()) refusal_ = "node " + source.name + " (" + source.type + "): " + reason;
+        if (options_.publishes) PublishRefusal(refusal_);
         // ONNX Runtime takes an error here for "nothing to claim", but passes on one of Compile.
-        if (!is_strict_) continue;
+        if (!options_.is_strict) continue;
       } else {
         // Compile sees the node alone.
         router_of_[ort_.Outputs(node)[0]] =
-            routers.Find(node, read.n_experts, read.hidden, options_.prefetch_depth > 0);
+            routers.Find(node, read.n_experts, read.hidden, options_.model.prefetch_depth > 0);
       }
       const OrtNodeFusionOptions fusion = {kOrtApiVersion, true};
       ort_.Check(ep_api::EpGraphSupportInfo_AddNodesToFuse::Call(ort_.ep_table(), info, &node, 1, &fusion));
@@ -99,7 +71,7 @@ class Provider : public OrtEp {
 
   void CompileAll(const OrtGraph** graphs, const OrtNode** fused_nodes, size_t n, OrtNodeComputeInfo** infos) {
     if (n == 0) return;
-    if (is_strict_ && !refusal_.empty()) {
+    if (options_.is_strict && !refusal_.empty()) {
       throw Error("cannot stream the experts of " + refusal_ +
                   "; without a memory budget ONNX Runtime's own kernel computes it, all experts in memory");
     }
@@ -109,7 +81,7 @@ class Provider : public OrtEp {
     for (size_t i = 0; i < n; ++i) {
       const std::vector<const OrtNode*> inner = ort_.Nodes(graphs[i]);
       if (inner.size() != 1) throw Error("a fused node of " + std::to_string(inner.size()) + " nodes, expected one");
-      const std::string reason = ReadQmoe(ort_, graphs[i], inner[0], true, &nodes[i]);
+      const std::string reason = ReadMoe(GraphNode(ort_, graphs[i], inner[0]), true, &nodes[i]);
       if (!reason.empty()) throw Error("node " + nodes[i].name + ": " + reason);
       routers[i] = std::move(router_of_[ort_.Outputs(inner[0])[0]]);
     }
@@ -131,7 +103,7 @@ class Provider : public OrtEp {
     const std::string folder = slash == std::string::npos ? "" : model_path.substr(0, slash);
     router_of_.clear();
     const auto n_routers = std::count_if(routers.begin(), routers.end(), [](const Router& r) { return r.is_known; });
-    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), std::move(routers), options_);
+    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), std::move(routers), options_.model);
     for (size_t i = 0; i < n; ++i) {
       auto* const c = new Computation();
       c->ort_version_supported = kOrtApiVersion;
@@ -149,21 +121,11 @@ class Provider : public OrtEp {
       c->ReleaseState = [](OrtNodeComputeInfo*, void*) {};
       infos[i] = c;
     }
-    if (!publishes_) return;
-    edgemoe_runtime_retain(model_->runtime());
-    t_loaded.runtime = model_->runtime();
-    t_loaded.workspace_bytes = model_->workspace_bytes();
-    t_loaded.kept_bytes = model_->kept_bytes();
-    t_loaded.n_layers = static_cast<int32_t>(n);
-    t_loaded.n_routers = static_cast<int32_t>(n_routers);
-    t_loaded.counting = new edgemoe_ort_counting{model_->choosers()};
-    t_tensors = model_->Tensors();
+    if (options_.publishes) PublishLoaded(*model_, static_cast<int32_t>(n_routers));
   }
 
   const Ort& ort_;
-  ModelOptions options_;
-  bool is_strict_ = false;
-  bool publishes_ = false;
+  const SessionOptions options_;
   std::string refusal_;                      // the first node that is not ours, and why
   std::map<std::string, Router> router_of_;  // by the name of a node's result, until the model is made
   std::unique_ptr<QmoeModel> model_;
@@ -171,7 +133,7 @@ class Provider : public OrtEp {
 
 class Factory : public OrtEpFactory {
  public:
-  explicit Factory(const OrtApiBase* base) : OrtEpFactory(), ort_(base) {
+  explicit Factory(const OrtApiBase* base) : OrtEpFactory(), ort_(base, kOrtApiVersion) {
     ort_version_supported = kOrtApiVersion;
     OrtEpFactory::GetName = [](const OrtEpFactory*) { return EDGEMOE_ORT_PROVIDER; };
     OrtEpFactory::GetVendor = [](const OrtEpFactory*) { return "edgemoe"; };
@@ -250,27 +212,5 @@ EDGEMOE_API OrtStatus* ReleaseEpFactory(OrtEpFactory* factory) {
   delete static_cast<edgemoe_ort::Factory*>(factory);
   return nullptr;
 }
-
-void edgemoe_ort_take_loaded(edgemoe_ort_loaded* loaded) {
-  *loaded = edgemoe_ort::t_loaded;
-  edgemoe_ort::t_loaded = {};
-  edgemoe_ort::t_tensors.clear();
-}
-
-int32_t edgemoe_ort_loaded_tensors(edgemoe_ort_tensor* tensors, int32_t capacity) {
-  const auto n = static_cast<int32_t>(edgemoe_ort::t_tensors.size());
-  std::copy_n(edgemoe_ort::t_tensors.begin(), std::min(n, capacity), tensors);
-  return n;
-}
-
-void edgemoe_ort_read_counters(const edgemoe_ort_counting* counting, edgemoe_ort_counters* counters) {
-  counting->choosers->Read(counters);
-}
-
-void edgemoe_ort_reset_counters(edgemoe_ort_counting* counting) { counting->choosers->Reset(); }
-
-void edgemoe_ort_release_counting(edgemoe_ort_counting* counting) { delete counting; }
-
-const void* edgemoe_ort_instance_id(void) { return edgemoe_instance_id(); }
 
 }  // extern "C"

@@ -5,26 +5,53 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "plugins/onnxruntime/half.h"
+#include "plugins/onnxruntime/moe_float.h"
 #include "plugins/onnxruntime/qmoe_math.h"
 
 namespace edgemoe_ort {
 namespace {
 
+namespace simd = edgemoe::simd;
+
 // Bytes of activations that are computed at once: a prompt of OLMoE (hidden 2048, inter 1024, 8 experts a token) goes
 // through a layer in pieces of 100 tokens, which use nearly all of its 64 experts each.
 constexpr uint64_t kActivationBytes = uint64_t{16} << 20;
+// Results of experts that are summed by the calling thread: what it does in the time that others take to start.
+constexpr int64_t kSerialFloats = 1 << 16;
+
+simd::QmoeShape ShapeOf(const QmoeNode& node, const Projection& p) {
+  return {p.bits, node.has_8_bit_activations ? simd::kQmoeInt8 : simd::kQmoeFloat, p.zero_points.exists, p.n_cols,
+          p.block};
+}
+
+int64_t PanelBytes(const QmoeNode& node, const Projection& p) {
+  return node.is_quantized ? simd::QmoePanelBytes(ShapeOf(node, p)) : p.n_cols * static_cast<int64_t>(sizeof(float));
+}
 
 uint64_t TokenBytes(const QmoeNode& n) {
-  // Results of fc1 and fc2, and libedgemoe's own copies of their inputs.
-  const int64_t floats = n.n_used * (n.fc1.n_rows + n.hidden + n.inter) + n.hidden;
-  return static_cast<uint64_t>(floats) * sizeof(float);
+  // Results of fc1 and fc2, their inputs as the kernels take them, and 32-bit copies of 16-bit inputs and results.
+  const int64_t floats = n.n_used * (n.fc1.n_rows + n.hidden) + 3 * n.hidden + 2 * n.n_experts;
+  const int64_t panels = n.n_used * PanelBytes(n, n.fc2) + PanelBytes(n, n.fc1);
+  return static_cast<uint64_t>(floats) * sizeof(float) + static_cast<uint64_t>(panels);
+}
+
+// The kernels of this machine, or those that the environment's EDGEMOE_ISA names.
+const simd::KernelTable& ActiveKernels() {
+  edgemoe_error error = {};
+  const char* isa = nullptr;
+  if (edgemoe_isa_active(&isa, &error) != EDGEMOE_OK) throw Error(error.message);
+  char text[400];
+  const simd::KernelTable* const table = simd::Choose(isa, text, sizeof(text));
+  if (table == nullptr) throw Error(text);
+  return *table;
 }
 
 }  // namespace
 
 QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes,
                      std::vector<Router> routers, const ModelOptions& options)
-    : ort_(*ort), nodes_(std::move(nodes)), n_threads_(std::max(1, options.n_threads)) {
+    : ort_(*ort), nodes_(std::move(nodes)), n_threads_(std::max(1, options.n_threads)), table_(ActiveKernels()) {
   routers.resize(nodes_.size());
   choosers_ = std::make_shared<Choosers>(options.choosers, nodes_, routers);
   for (size_t i = 0; i < nodes_.size(); ++i) {
@@ -35,7 +62,7 @@ QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<Qmoe
       kept_bytes_ += p->bias.size() * sizeof(float) + p->scales.bytes.size() + p->zero_points.bytes.size();
     }
   }
-  SizeWorkspace(n_threads_);
+  SizeWorkspace();
   OpenRuntime(options, routers);
 }
 
@@ -56,8 +83,7 @@ void QmoeModel::AddTensor(const std::string& folder, size_t node_idx, int produc
   int32_t& tensor_idx = layers_[node_idx].tensor_idxs[product];
   tensor_idx = -1;
   if (!bytes.is_streamed) return;
-  const bool is_absolute = bytes.extent.path.front() == '/';
-  const std::string path = is_absolute || folder.empty() ? bytes.extent.path : folder + "/" + bytes.extent.path;
+  const std::string path = JoinPath(folder, bytes.extent.path);
   const auto found = std::find(paths_.begin(), paths_.end(), path);
   const int file_idx = static_cast<int>(found - paths_.begin());
   if (found == paths_.end()) paths_.push_back(path);
@@ -99,16 +125,16 @@ void QmoeModel::OpenRuntime(const ModelOptions& options, const std::vector<Route
   kernels.struct_size = sizeof(kernels);
   kernels.context = this;
   kernels.parallel = Parallel;
-  kernels.activation_row_bytes = [](void*, int32_t type, int64_t n_cols) -> uint64_t {
-    return type % kWeights2 == kWeights1 ? static_cast<uint64_t>(n_cols) * sizeof(float) : 0;
-  };
-  kernels.quantize_row = [](void* self, int32_t type, const float* x, void* y, int64_t n_cols) {
-    if (type % kWeights2 != kWeights1) return;
+  kernels.activation_row_bytes = [](void* self, int32_t type, int64_t) -> uint64_t {
+    if (type % kWeights2 != kWeights1) return 0;
     const QmoeNode& node = *static_cast<QmoeModel*>(self)->node_;
-    OrderColumns(type < kWeights2 ? node.fc1.bits : node.fc2.bits, n_cols, x, static_cast<float*>(y));
+    return static_cast<uint64_t>(PanelBytes(node, type < kWeights2 ? node.fc1 : node.fc2));
   };
-  kernels.multiply = [](void* self, int32_t thread_idx, const edgemoe_product* product) {
-    static_cast<QmoeModel*>(self)->Multiply(thread_idx, *product);
+  kernels.quantize_row = [](void* self, int32_t type, const float* x, void* y, int64_t) {
+    static_cast<QmoeModel*>(self)->Prepare(type, x, y);
+  };
+  kernels.multiply = [](void* self, int32_t, const edgemoe_product* product) {
+    static_cast<QmoeModel*>(self)->Multiply(*product);
   };
   try {
     StartPrefetch(runtime_, routers, options.prefetch_depth, options.is_prefetch_adaptive);
@@ -135,20 +161,18 @@ std::vector<edgemoe_ort_tensor> QmoeModel::Tensors() const {
   return found;
 }
 
-void QmoeModel::SizeWorkspace(int n_threads) {
-  uint64_t activations = 0, columns = 0, sides[kNProducts] = {};
+void QmoeModel::SizeWorkspace() {
+  uint64_t activations = 0, sides[kNProducts] = {};
   for (size_t i = 0; i < nodes_.size(); ++i) {
     const QmoeNode& n = nodes_[i];
     activations = std::max(activations, TokenBytes(n) * static_cast<uint64_t>(layers_[i].max_tokens));
-    columns = std::max({columns, static_cast<uint64_t>(n.hidden), static_cast<uint64_t>(n.inter)});
     for (int p = 0; p < kNProducts; ++p) {
       if (p % kWeights2 == kWeights1 || layers_[i].tensor_idxs[p] < 0) continue;
-      sides[p] = std::max(sides[p], BytesOf(n, p).expert_bytes * static_cast<uint64_t>(n.n_experts));
+      sides[p] = std::max(sides[p], BytesOf(n, p).memory_bytes * static_cast<uint64_t>(n.n_experts));
     }
   }
-  workspace_bytes_ = activations + static_cast<uint64_t>(n_threads) * columns * sizeof(float);
+  workspace_bytes_ = activations;
   for (const uint64_t bytes : sides) workspace_bytes_ += bytes;
-  dequantized_.assign(static_cast<size_t>(n_threads), std::vector<float>(columns));
 }
 
 void QmoeModel::Check(int32_t code, const edgemoe_error& error) const {
@@ -195,7 +219,7 @@ void QmoeModel::ForEach(int64_t n, Fn fn) {
 
 uint64_t QmoeModel::SideRowBytes(int product) const {
   const Projection& p = product < kWeights2 ? node_->fc1 : node_->fc2;
-  return product % kWeights2 == kScales1 ? p.scale_row_bytes() : p.zero_point_row_bytes();
+  return product % kWeights2 == kScales1 ? p.file_scale_row_bytes() : p.zero_point_row_bytes();
 }
 
 edgemoe_matmul QmoeModel::Matmul(int product) const {
@@ -238,7 +262,20 @@ void QmoeModel::Products(const int* products, int n_products) {
   Check(edgemoe_session_matmul(session_, matmuls, n, &error), error);
 }
 
-void QmoeModel::Multiply(int thread_idx, const edgemoe_product& product) {
+// An input of fc1 or fc2 -> what the kernels take. fc2's are fc1's results, each brought here once: until then they are
+// not activated.
+void QmoeModel::Prepare(int32_t product, const float* x, void* panel) {
+  if (product % kWeights2 != kWeights1) return;
+  if (product == kWeights2) Activate(table_, *node_, rows1_.data() + (x - rows1_.data()));
+  const Projection& p = product < kWeights2 ? node_->fc1 : node_->fc2;
+  if (node_->is_quantized) {
+    simd::QmoePanel(ShapeOf(*node_, p), x, panel);
+  } else {
+    std::memcpy(panel, x, static_cast<size_t>(p.n_cols) * sizeof(float));
+  }
+}
+
+void QmoeModel::Multiply(const edgemoe_product& product) {
   const bool is_first = product.type < kWeights2;
   const Projection& p = is_first ? node_->fc1 : node_->fc2;
   const int64_t at = product.y[0] - (is_first ? rows1_ : rows2_).data();
@@ -247,30 +284,52 @@ void QmoeModel::Multiply(int thread_idx, const edgemoe_product& product) {
   const auto place = static_cast<uint64_t>(place_[static_cast<size_t>(expert)]);
   const auto* bytes = static_cast<const uint8_t*>(product.weights);
   if (product.type % kWeights2 != kWeights1) {
-    uint8_t* const to = sides_[product.type].data() + place * BytesOf(*node_, product.type).expert_bytes;
+    uint8_t* const to = sides_[product.type].data() + place * BytesOf(*node_, product.type).memory_bytes;
+    if (product.type % kWeights2 == kScales1 && p.has_half_scales) {
+      HalvesToFloats(bytes, product.n_rows * p.n_blocks, reinterpret_cast<float*>(to) + first_row * p.n_blocks);
+      return;
+    }
     std::memcpy(to + static_cast<uint64_t>(first_row) * product.row_bytes, bytes,
                 static_cast<uint64_t>(product.n_rows) * product.row_bytes);
     return;
   }
+  const float* const bias = p.bias.empty() ? nullptr : p.bias.data() + expert * p.n_rows + first_row;
+  if (!node_->is_quantized) return MultiplyFloat(p, product, bias);
   const auto side = [&](int which) -> const uint8_t* {
     const ExpertBytes& b = BytesOf(*node_, which);
     if (!b.exists) return nullptr;
-    return b.is_streamed ? sides_[which].data() + place * b.expert_bytes
-                         : b.bytes.data() + static_cast<uint64_t>(expert) * b.expert_bytes;
+    return b.is_streamed ? sides_[which].data() + place * b.memory_bytes
+                         : b.bytes.data() + static_cast<uint64_t>(expert) * b.memory_bytes;
   };
-  ExpertSides sides;
-  sides.scales = side(is_first ? kScales1 : kScales2);
-  sides.zero_points = side(is_first ? kZeroPoints1 : kZeroPoints2);
-  if (!p.bias.empty()) sides.bias = p.bias.data() + expert * p.n_rows;
-  float* const w = dequantized_[static_cast<size_t>(thread_idx)].data();
-  for (int64_t r = 0; r < product.n_rows; ++r, bytes += product.row_bytes) {
-    const int64_t row = first_row + r;
-    DequantizeRow(p, bytes, sides, row, w);
-    for (int32_t i = 0; i < product.n_x; ++i) {
-      const float dot = Dot(w, static_cast<const float*>(product.x[i]), p.n_cols);
-      product.y[i][r] = sides.bias != nullptr ? dot + sides.bias[row] : dot;
-    }
+  simd::QmoeProduct q = {};
+  q.shape = ShapeOf(*node_, p);
+  q.weights = bytes;
+  q.n_rows = product.n_rows;
+  q.scales = side(is_first ? kScales1 : kScales2) + static_cast<uint64_t>(first_row) * p.scale_row_bytes();
+  q.zero_points = side(is_first ? kZeroPoints1 : kZeroPoints2);
+  q.zero_point_row_bits = p.has_packed_row_zero_points ? p.bits : static_cast<int64_t>(p.zero_point_row_bytes()) * 8;
+  q.zero_points_bit = first_row * q.zero_point_row_bits;
+  q.bias = bias;
+  q.n_x = product.n_x;
+  q.x = product.x;
+  q.y = product.y;
+  table_.qmoe(q);
+}
+
+void QmoeModel::Combine(int64_t token, float* out) {
+  const auto first = static_cast<size_t>(token * node_->n_used);
+  float* const y = out + token * node_->hidden;
+  size_t n = 0;  // without empty places, whose rows nobody has written
+  for (size_t i = first; i < first + static_cast<size_t>(node_->n_used); ++i) {
+    if (experts_[i] == EDGEMOE_NO_EXPERT) continue;
+    row2_ptrs_[first + n] = rows2_.data() + i * static_cast<size_t>(node_->hidden);
+    weights_[first + n++] = weights_[i];
   }
+  if (n == 0) {
+    std::fill(y, y + node_->hidden, 0.0f);
+    return;
+  }
+  table_.combine(row2_ptrs_.data() + first, nullptr, weights_.data() + first, static_cast<int>(n), y, node_->hidden);
 }
 
 void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* context) {
@@ -278,14 +337,8 @@ void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* 
   node_ = &nodes_[node_idx];
   layer_ = &layers_[node_idx];
   context_ = context;
-  const auto input = [&](int idx, std::vector<int64_t>* dims) -> const float* {
-    const OrtValue* value = nullptr;
-    ort_.Check(api::KernelContext_GetInput::Call(ort_.table(), context, static_cast<size_t>(idx), &value));
-    *dims = ort_.Dims(value);
-    return static_cast<const float*>(ort_.Data(const_cast<OrtValue*>(value)));
-  };
   std::vector<int64_t> x_dims, dims;
-  const float* const x = input(inputs.x, &x_dims);
+  const Numbers x = Input(inputs.x, node_->x, &x_dims);
   if ((x_dims.size() != 2 && x_dims.size() != 3) || x_dims.back() != node_->hidden) {
     throw Error("node " + node_->name + ": input " + node_->x + " has " + std::to_string(x_dims.size()) + " axes and " +
                 std::to_string(x_dims.empty() ? 0 : x_dims.back()) + " columns, expected 2 or 3 axes and " +
@@ -294,26 +347,56 @@ void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* 
   int64_t n_tokens = 1;
   for (size_t i = 0; i + 1 < x_dims.size(); ++i) n_tokens *= x_dims[i];
   const auto scores_of = [&](int idx, const std::string& name) {
-    const float* const data = input(idx, &dims);
+    const Numbers numbers = Input(idx, name, &dims);
     if (dims.size() != 2 || dims[0] != n_tokens || dims[1] != node_->n_experts) {
       throw Error("node " + node_->name + ": input " + name + " has " + std::to_string(dims.size()) +
                   " axes, expected [" + std::to_string(n_tokens) + ", " + std::to_string(node_->n_experts) + "]");
     }
-    return data;
+    return numbers;
   };
-  const float* const scores = scores_of(inputs.router, node_->router);
-  const float* const mixing =
-      inputs.router_weights < 0 ? nullptr : scores_of(inputs.router_weights, node_->router_weights);
+  const Numbers scores = scores_of(inputs.router, node_->router);
+  const Numbers mixing =
+      inputs.router_weights < 0 ? Numbers() : scores_of(inputs.router_weights, node_->router_weights);
   OrtValue* output = nullptr;
   ort_.Check(api::KernelContext_GetOutput::Call(ort_.table(), context, 0, x_dims.data(), x_dims.size(), &output));
-  auto* const out = static_cast<float*>(ort_.Data(output));
+  void* const out = ort_.Data(output);
   if (node_idx == 0) choosers_->CountTokens(n_tokens);
   is_decode_ = n_tokens == 1;
   for (int64_t token = 0; token < n_tokens; token += layer_->max_tokens) {
-    RunTokens(x + token * node_->hidden, scores + token * node_->n_experts,
-              mixing == nullptr ? nullptr : mixing + token * node_->n_experts,
-              std::min(layer_->max_tokens, n_tokens - token), out + token * node_->hidden);
+    const int64_t n = std::min(layer_->max_tokens, n_tokens - token);
+    const int64_t at = token * node_->hidden, end = at + n * node_->hidden;
+    const auto scores_at = [&](const Numbers& numbers, std::vector<float>* copy) {
+      return Floats(numbers, token * node_->n_experts, n * node_->n_experts, copy);
+    };
+    float* to = static_cast<float*>(out) + at;
+    if (x.is_half) {
+      if (out_floats_.size() < static_cast<size_t>(end - at)) out_floats_.resize(static_cast<size_t>(end - at));
+      to = out_floats_.data();
+    }
+    RunTokens(Floats(x, at, end - at, &x_floats_), scores_at(scores, &scores_floats_),
+              scores_at(mixing, &mixing_floats_), n, to);
+    if (x.is_half) FloatsToHalves(to, end - at, static_cast<uint16_t*>(out) + at);
   }
+}
+
+QmoeModel::Numbers QmoeModel::Input(int idx, const std::string& name, std::vector<int64_t>* dims) const {
+  const OrtValue* value = nullptr;
+  ort_.Check(api::KernelContext_GetInput::Call(ort_.table(), context_, static_cast<size_t>(idx), &value));
+  int32_t element_type = 0;
+  *dims = ort_.Dims(value, &element_type);
+  if (element_type != kOrtFloat && element_type != kOrtFloat16) {
+    throw Error("node " + node_->name + ": input " + name + " has element type " + std::to_string(element_type) +
+                ", expected 1 (float32) or 10 (float16)");
+  }
+  return {ort_.Data(const_cast<OrtValue*>(value)), element_type == kOrtFloat16};
+}
+
+const float* QmoeModel::Floats(const Numbers& numbers, int64_t first, int64_t n, std::vector<float>* copy) {
+  if (numbers.data == nullptr) return nullptr;
+  if (!numbers.is_half) return static_cast<const float*>(numbers.data) + first;
+  if (copy->size() < static_cast<size_t>(n)) copy->resize(static_cast<size_t>(n));
+  HalvesToFloats(static_cast<const uint16_t*>(numbers.data) + first, n, copy->data());
+  return copy->data();
 }
 
 void QmoeModel::RunTokens(const float* x, const float* scores, const float* router_weights, int64_t n_tokens,
@@ -327,6 +410,7 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   grow(&weights_, n_pairs);
   grow(&rows1_, n_pairs * node_->fc1.n_rows);
   grow(&rows2_, n_pairs * node_->hidden);
+  grow(&row2_ptrs_, n_pairs);
   if (is_decode_ && choosers_->any()) {
     choosers_->Choose(runtime_, static_cast<int32_t>(node_ - nodes_.data()), *node_, scores, router_weights,
                       experts_.data());
@@ -347,7 +431,7 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   }
   for (int p = 0; p < kNProducts; ++p) {
     if (p % kWeights2 == kWeights1 || layer_->tensor_idxs[p] < 0) continue;
-    grow(&sides_[p], n_places * static_cast<int64_t>(BytesOf(*node_, p).expert_bytes));
+    grow(&sides_[p], n_places * static_cast<int64_t>(BytesOf(*node_, p).memory_bytes));
   }
 
   // In the order of use, which is that of reading.
@@ -368,19 +452,12 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   } const end_layer{session_};
   Products(kOrder, 2);
   Products(kOrder + 2, 3);
-  ForEach(n_pairs, [this](int64_t pair) { Activate(*node_, rows1_.data() + pair * node_->fc1.n_rows); });
   Products(kOrder + 5, 1);
-  ForEach(n_tokens, [this, out](int64_t token) {
-    float* const y = out + token * node_->hidden;
-    std::fill(y, y + node_->hidden, 0.0f);
-    for (int64_t u = 0; u < node_->n_used; ++u) {
-      const int64_t pair = token * node_->n_used + u;
-      if (experts_[static_cast<size_t>(pair)] == EDGEMOE_NO_EXPERT) continue;
-      const float weight = weights_[static_cast<size_t>(pair)];
-      const float* const row = rows2_.data() + pair * node_->hidden;
-      for (int64_t i = 0; i < node_->hidden; ++i) y[i] += weight * row[i];
-    }
-  });
+  if (n_pairs * node_->hidden < kSerialFloats) {
+    for (int64_t token = 0; token < n_tokens; ++token) Combine(token, out);
+  } else {
+    ForEach(n_tokens, [this, out](int64_t token) { Combine(token, out); });
+  }
 }
 
 }  // namespace edgemoe_ort

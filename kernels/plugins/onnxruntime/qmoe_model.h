@@ -18,6 +18,8 @@
 #include "plugins/onnxruntime/ort_api.h"
 #include "plugins/onnxruntime/qmoe_node.h"
 #include "plugins/onnxruntime/routers.h"
+#include "simd/kernel_table.h"
+#include "simd/qmoe.h"
 
 namespace edgemoe_ort {
 
@@ -65,14 +67,25 @@ class QmoeModel {
     int64_t max_tokens = 0;           // computed at once
   };
 
+  // An input of a call, floats or halves.
+  struct Numbers {
+    const void* data = nullptr;
+    bool is_half = false;
+  };
+
   static const ExpertBytes& BytesOf(const QmoeNode& node, int product);
   void AddTensor(const std::string& folder, size_t node_idx, int product);
   void OpenRuntime(const ModelOptions& options, const std::vector<Router>& routers);
-  void SizeWorkspace(int n_threads);
+  void SizeWorkspace();
+  Numbers Input(int idx, const std::string& name, std::vector<int64_t>* dims) const;
+  // n of them from `first` on, as floats; `copy` holds them if they have to be made. Null where there are none.
+  static const float* Floats(const Numbers& numbers, int64_t first, int64_t n, std::vector<float>* copy);
   void RunTokens(const float* x, const float* scores, const float* router_weights, int64_t n_tokens, float* out);
   edgemoe_matmul Matmul(int product) const;
   void Products(const int* products, int n_products);
-  void Multiply(int thread_idx, const edgemoe_product& product);
+  void Multiply(const edgemoe_product& product);
+  void Prepare(int32_t product, const float* x, void* panel);
+  void Combine(int64_t token, float* out);
   uint64_t SideRowBytes(int product) const;
   void Check(int32_t code, const edgemoe_error& error) const;
   template <typename Fn>
@@ -88,6 +101,7 @@ class QmoeModel {
   edgemoe_runtime* runtime_ = nullptr;
   edgemoe_session* session_ = nullptr;
   const int n_threads_;
+  const edgemoe::simd::KernelTable& table_;
   uint64_t workspace_bytes_ = 0;
   uint64_t kept_bytes_ = 0;
   std::shared_ptr<Choosers> choosers_;
@@ -100,13 +114,15 @@ class QmoeModel {
   const float* x_ = nullptr;
   bool is_decode_ = false;  // one row: choosers have a say
   std::vector<std::pair<float, int32_t>> order_;
-  std::vector<int32_t> experts_;                 // [token][used]
-  std::vector<float> weights_;                   // [token][used]
-  std::vector<int32_t> place_;                   // [expert] where its sides are copied to
-  std::vector<float> rows1_;                     // [token][used][fc1.n_rows]
-  std::vector<float> rows2_;                     // [token][used][hidden]
-  std::vector<uint8_t> sides_[kNProducts];       // [place][expert_bytes] of scales and zero points
-  std::vector<std::vector<float>> dequantized_;  // [thread][columns]
+  std::vector<int32_t> experts_;            // [token][used]
+  std::vector<float> weights_;              // [token][used]
+  std::vector<int32_t> place_;              // [expert] where its sides are copied to
+  std::vector<float> rows1_;                // [token][used][fc1.n_rows]
+  std::vector<float> rows2_;                // [token][used][hidden]
+  std::vector<const float*> row2_ptrs_;     // [token][used] rows of rows2_
+  std::vector<uint8_t> sides_[kNProducts];  // [place][expert_bytes] of scales and zero points
+  // Copies of 16-bit inputs, and the output before it is rounded.
+  std::vector<float> x_floats_, scores_floats_, mixing_floats_, out_floats_;
 };
 
 }  // namespace edgemoe_ort

@@ -129,7 +129,7 @@ def plan_export(folder: Path, recipe: Recipe | None = None) -> Plan:
     )
 
 
-def export(plan: Plan, out: Path, *, force: bool = False, progress: Progress | None = None) -> None:
+def export_checkpoint(plan: Plan, out: Path, *, force: bool = False, progress: Progress | None = None) -> None:
     """Carry a plan out.
 
     Args:

@@ -1,18 +1,25 @@
 // SPDX-License-Identifier: MIT
-#include "plugins/onnxruntime/provider_options.h"
+#include "plugins/onnxruntime/session_options.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
 #include <thread>
+#include <vector>
 
-#include "plugins/onnxruntime/edgemoe_ort.h"
+struct edgemoe_ort_counting {
+  std::shared_ptr<edgemoe_ort::Choosers> choosers;
+};
 
 namespace edgemoe_ort {
 namespace {
 
-// As ONNX Runtime names a session's options for this provider.
+// As ONNX Runtime names a session's options for a provider; those of our custom operators are called the same.
 constexpr char kPrefix[] = "ep.edgemoeexecutionprovider.";
+
+thread_local edgemoe_ort_loaded t_loaded = {};
+thread_local std::vector<edgemoe_ort_tensor> t_tensors;
 
 struct Name {
   const char* text;
@@ -110,9 +117,9 @@ ChooserOptions ReadChoosers(const Reader& reader) {
 
 }  // namespace
 
-ProviderOptions ReadOptions(const Ort& ort, const OrtSessionOptions* session_options) {
+SessionOptions ReadOptions(const Ort& ort, const OrtSessionOptions* session_options) {
   const Reader reader(ort, session_options);
-  ProviderOptions o;
+  SessionOptions o;
   o.model.has_slots_bytes = !reader.Text("slots_bytes", "").empty();
   if (o.model.has_slots_bytes) o.model.slots_bytes = static_cast<uint64_t>(reader.Number("slots_bytes", 0));
   const int64_t n_cpus = std::max(1u, std::thread::hardware_concurrency());
@@ -130,9 +137,58 @@ ProviderOptions ReadOptions(const Ort& ort, const OrtSessionOptions* session_opt
   o.model.prefetch_depth = reader.Choice("prefetch", "auto", {{"auto", 2}, {"off", 0}, {"1", 1}, {"2", 2}});
   o.model.is_prefetch_adaptive = reader.Text("prefetch", "auto") == "auto";
   o.model.choosers = ReadChoosers(reader);
+  o.model_path = reader.Text("model_path", "");
   o.is_strict = reader.Number("strict", o.model.has_slots_bytes ? 1 : 0) != 0;
   o.publishes = reader.Number("publish", 0) != 0;
   return o;
 }
 
+void DropLoaded() {
+  if (t_loaded.runtime != nullptr) edgemoe_runtime_release(t_loaded.runtime);
+  delete t_loaded.counting;
+  t_loaded = {};
+  t_tensors.clear();
+}
+
+void PublishLoaded(const QmoeModel& model, int n_routers) {
+  edgemoe_runtime_retain(model.runtime());
+  t_loaded.runtime = model.runtime();
+  t_loaded.workspace_bytes = model.workspace_bytes();
+  t_loaded.kept_bytes = model.kept_bytes();
+  t_loaded.n_layers = static_cast<int32_t>(model.n_nodes());
+  t_loaded.n_routers = n_routers;
+  t_loaded.counting = new edgemoe_ort_counting{model.choosers()};
+  t_tensors = model.Tensors();
+}
+
+void PublishRefusal(const std::string& refusal) {
+  if (t_loaded.n_refused++ == 0) std::snprintf(t_loaded.refusal, sizeof(t_loaded.refusal), "%s", refusal.c_str());
+}
+
 }  // namespace edgemoe_ort
+
+extern "C" {
+
+void edgemoe_ort_take_loaded(edgemoe_ort_loaded* loaded) {
+  *loaded = edgemoe_ort::t_loaded;
+  edgemoe_ort::t_loaded = {};
+  edgemoe_ort::t_tensors.clear();
+}
+
+int32_t edgemoe_ort_loaded_tensors(edgemoe_ort_tensor* tensors, int32_t capacity) {
+  const auto n = static_cast<int32_t>(edgemoe_ort::t_tensors.size());
+  std::copy_n(edgemoe_ort::t_tensors.begin(), std::min(n, capacity), tensors);
+  return n;
+}
+
+void edgemoe_ort_read_counters(const edgemoe_ort_counting* counting, edgemoe_ort_counters* counters) {
+  counting->choosers->Read(counters);
+}
+
+void edgemoe_ort_reset_counters(edgemoe_ort_counting* counting) { counting->choosers->Reset(); }
+
+void edgemoe_ort_release_counting(edgemoe_ort_counting* counting) { delete counting; }
+
+const void* edgemoe_ort_instance_id(void) { return edgemoe_instance_id(); }
+
+}  // extern "C"
