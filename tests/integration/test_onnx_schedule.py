@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from pathlib import Path
@@ -68,6 +69,22 @@ def test_routers_are_found_and_foretell_the_next_node(tmp_path: Path, form: str)
     assert stats.predicted == (SHAPE.n_layers - 1) * SHAPE.k * N_TOKENS
     assert stats.predicted_right > (0.7 if form == "groups" else 0.95) * stats.predicted
     assert stats.prefetch_used_bytes > 0
+
+
+def test_float_experts_are_scheduled_as_quantized_ones(tmp_path: Path) -> None:
+    """Guards against: inputs of MoE taken for those of QMoE, whose positions are others."""
+    model = write_routed(tmp_path / "m.onnx", "gemm", dataclasses.replace(SHAPE, is_quantized=False))
+    x = model.inputs(N_PROMPT + N_TOKENS)
+    session = opened(model, prefetch="1", reuse_bias=1.0, reuse_method="max-rank")
+    found, recorded = traced(session, x, tmp_path / "t.trace")
+    expected = model.reference_of_choice(x[N_PROMPT:], recorded.experts, "gemm")
+    assert relative_error(found[N_PROMPT:], expected) <= TOLERANCE
+    stats = session.stats()
+    assert stats.n_predicted_nodes == SHAPE.n_layers
+    assert stats.predicted_right > 0.5 * stats.predicted > 0  # a bias chooses others
+    assert stats.selections_changed > 0
+    quantized = write_routed(tmp_path / "q.onnx", "gemm", SHAPE)
+    assert session.plan.prefetch_bytes == opened(quantized, prefetch="1").plan.prefetch_bytes > 0
 
 
 def test_a_router_that_is_none_is_left_alone(tmp_path: Path) -> None:
