@@ -22,7 +22,7 @@ import numpy.typing as npt
 from edgemoe import _core
 from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadError, ModelFormatError, TraceError
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadError, 4: BudgetError, 5: BudgetError}
 
 EVICTION_RULES = {"auto": 4, "lru": 0, "lfu": 1, "least-stale": 2, "utility": 3}
@@ -40,6 +40,7 @@ ReplayResult = _core.ReplayResult
 ReuseBias = _core.ReuseBias
 ExpertCount = _core.ExpertCount
 OnMiss = _core.OnMiss
+OrtCounting = _core.OrtCounting
 Runtime = _core.Runtime
 Sizes = _core.Sizes
 
@@ -275,20 +276,36 @@ def plugin() -> _core.GgmlPlugin:
 
 
 @dataclasses.dataclass(frozen=True)
+class OrtTensor:
+    """One stacked tensor of experts: `expert_bytes` of each of them, used in `stage` 0 to 3 of its layer: sides (scales
+    and zero points) of fc1, its weights, and both of fc2."""
+
+    layer: int
+    n_experts: int
+    n_experts_used: int
+    stage: int
+    expert_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class OrtLoaded:
     """What a session of ONNX Runtime streams: `n_layers` MoE nodes are ours, `n_refused` others are not.
 
     `runtime` is None without a node of ours; `workspace_bytes` is the most that a run takes beside the slots, and
     `kept_bytes` are the biases, scales and zero points of experts that stay in memory. `refusal` says why the first
-    node that is not ours is not.
+    node that is not ours is not. Of the layers, `n_routers` can be predicted. `counting` counts what the provider
+    itself knows; `tensors` are those that are streamed, in the order of the runtime's slices.
     """
 
     runtime: Runtime | None
     workspace_bytes: int
     kept_bytes: int
     n_layers: int
+    n_routers: int
     n_refused: int
     refusal: str
+    counting: OrtCounting | None
+    tensors: tuple[OrtTensor, ...]
 
 
 @functools.cache
@@ -309,7 +326,8 @@ def ort_plugin_path() -> Path:
 def take_ort_loaded() -> OrtLoaded:
     """What the session that this thread has made last, with the provider's option `publish`, has loaded."""
     with _translated():
-        return OrtLoaded(*_core.OrtPlugin(str(ort_plugin_path())).take_loaded())
+        loaded = _core.OrtPlugin(str(ort_plugin_path())).take_loaded()
+        return OrtLoaded(*loaded[:-1], tuple(OrtTensor(*t) for t in loaded[-1]))
 
 
 def populate(path: Path, ranges: Sequence[tuple[int, int, int]], n_threads: int) -> None:

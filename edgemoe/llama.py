@@ -215,7 +215,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._load_s = time.perf_counter() - begin_s
         self._load_bytes_read = host.storage_bytes_read() - begin_read
         if warm_start and self._runtime is not None:
-            self._warm = warm.WarmStart(model, self._runtime)
+            self._warm = warm.WarmStart(warm.Bank.of_gguf(model), self._runtime)
             self._warm.begin()
         report("loading", model.dense_bytes, model.dense_bytes)
 
@@ -258,7 +258,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 _log.warning("cannot find where llama.cpp mapped %s: its dense weights stay in the page cache", path)
             if not load.is_hooked:
                 mapping.drop(mapped)
-            _native.populate(path, ranges, runtime.N_IO_THREADS)
+            _native.populate(path, ranges, host.N_IO_THREADS)
             self._find_embedding(i, mapped)
             for _, length, address in ranges if lock_memory else ():
                 if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(length)) != 0:

@@ -66,7 +66,7 @@ class SessionMemory:
         self._rows: _Rows | None = None
         self._share: Share | None = None
         self._largest_input_bytes = 0
-        self._pending_bytes = planned.workspace_bytes + planned.kv_bytes + planned.scratch_bytes + planned.rows_bytes
+        self._pending_bytes = planned.pending_bytes
         if memory is None:
             slots = host.spare_bytes() - planned.own_bytes
             self.slots_bytes = min(planned.expert_bank_bytes, max(slots, planned.token_cycle_bytes))

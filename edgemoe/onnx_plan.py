@@ -13,12 +13,14 @@ import dataclasses
 import math
 from typing import Any
 
-from edgemoe import _native, host
+from edgemoe import _native, host, onnx_schedule
 from edgemoe.errors import ModelFormatError
 from edgemoe.formats.onnx_model import MICROSOFT, OnnxModel, OnnxNode, OnnxTensor, element_bits
 
 # Positions of QMoE's inputs: weights of fc1 and fc2; scales and zero points, streamed where they are blockwise.
 _WEIGHTS, _SIDES = (2, 5), (3, 6, 11, 12)
+# MoE's weights, and where a quantized node has them.
+_FLOAT_WEIGHTS = {2: 2, 4: 5}
 # Activations that the plug-in computes at once; kernels/plugins/onnxruntime/qmoe_model.cc, kActivationBytes.
 _ACTIVATION_BYTES = 16 << 20
 # What a session takes beside its weights: 10 MiB with onnxruntime 1.32.0 on x86-64, for the first one of a process.
@@ -27,6 +29,7 @@ SESSION_BYTES = 16 << 20
 # fault maps up to 64 KiB, so these are 256 rows at least.
 _ROWS_BYTES = 16 << 20
 _UINT8 = 2
+_FLOAT16 = 10  # scales become floats as they are copied
 # By operator and domain, the inputs of which a run reads some rows.
 _GATHERED = {("Gather", ""): (0,), ("GatherBlockQuantized", MICROSOFT): (0, 2, 3)}
 _REPACKED = {("MatMul", ""): (1,), ("Gemm", ""): (1,)}
@@ -43,10 +46,11 @@ class OnnxPlan:
         mapped_names, mapped_bytes: tensors of which a run reads some rows, mostly embeddings. They are no part of a
             budget but for `rows_bytes`, as they are pages of a file that can be dropped at any time.
         rows_bytes: of those, what may stay in memory.
-        kv_bytes: the cache of a context, where one was asked for.
+        kv_bytes, logits_bytes: the cache of a context and logits of a piece of a prompt, where they were asked for.
         scratch_bytes: the most that ONNX Runtime takes for a moment to decode weights that it does not repack.
         repack_bytes: the most that is held twice while loading, before experts are read.
-        workspace_bytes: the most that the plug-in takes beside its slots.
+        workspace_bytes: the most that the plug-in takes beside its slots, predictions among it.
+        prefetch_bytes: of that, what predictions take.
         token_cycle_bytes: slots for the experts of one token.
         expert_bank_bytes: slots for all experts.
     """
@@ -57,9 +61,11 @@ class OnnxPlan:
     mapped_bytes: int
     rows_bytes: int
     kv_bytes: int
+    logits_bytes: int
     scratch_bytes: int
     repack_bytes: int
     workspace_bytes: int
+    prefetch_bytes: int
     token_cycle_bytes: int
     expert_bank_bytes: int
 
@@ -71,6 +77,7 @@ class OnnxPlan:
             "dense weights": self.dense_bytes,
             "rows of embeddings": self.rows_bytes,
             "KV cache": self.kv_bytes,
+            "logits": self.logits_bytes,
             "decoded weights": self.scratch_bytes,
             "workspace": self.workspace_bytes,
         }
@@ -80,6 +87,11 @@ class OnnxPlan:
     def own_bytes(self) -> int:
         """What the model takes beside slots."""
         return sum(self.parts.values())
+
+    @property
+    def pending_bytes(self) -> int:
+        """What it takes only when it runs."""
+        return self.rows_bytes + self.kv_bytes + self.logits_bytes + self.scratch_bytes + self.workspace_bytes
 
     @property
     def least_slots_bytes(self) -> int:
@@ -103,8 +115,15 @@ class OnnxPlan:
 
 
 def streamed(model: OnnxModel, node: OnnxNode) -> dict[int, str]:
-    """Position and name of the inputs that the plug-in streams, if it claims the MoE node."""
+    """Position (of QMoE) and name of the inputs that the plug-in streams, if it claims the MoE node."""
     found = {}
+    if node.op_type == "MoE":
+        for position, place in _FLOAT_WEIGHTS.items():
+            name = node.inputs[position] if position < len(node.inputs) else ""
+            tensor = model.tensors.get(name)
+            if tensor is not None and tensor.path is not None and len(tensor.shape) == 3:
+                found[place] = name
+        return found
     for position in (*_WEIGHTS, *_SIDES):
         name = node.inputs[position] if position < len(node.inputs) else ""
         tensor = model.tensors.get(name)
@@ -187,16 +206,18 @@ def _dense(model: OnnxModel, streamed_names: set[str]) -> _Dense:
     return dense
 
 
-def plan(model: OnnxModel, cache_bytes: int = 0) -> OnnxPlan:
+def plan(model: OnnxModel, cache_bytes: int = 0, logits_bytes: int = 0, prefetch: str = "auto") -> OnnxPlan:
     """Add up what a session takes.
 
     Args:
         model: what the file says.
-        cache_bytes: what a cache of keys and values takes, if it is to be part of the plan.
+        cache_bytes, logits_bytes: what a cache of keys and values, and logits take, if they are to be part of the plan.
+        prefetch: how far ahead experts will be predicted, as for `InferenceSession`.
 
     Raises:
         ModelFormatError: a tensor of experts has none.
     """
+    prefetch_bytes = onnx_schedule.prefetch_bytes(model, prefetch)
     streamed_names: set[str] = set()
     extents: list[_native.TensorExtent] = []
     sides = dict.fromkeys(_SIDES, 0)
@@ -215,7 +236,7 @@ def plan(model: OnnxModel, cache_bytes: int = 0) -> OnnxPlan:
                 )
             )
             if position in _SIDES:
-                sides[position] = max(sides[position], t.n_bytes)
+                sides[position] = max(sides[position], t.n_bytes * (2 if t.data_type == _FLOAT16 else 1))
             else:
                 activations = _ACTIVATION_BYTES
     sizes: Any = _native.measure(extents, 0) if extents else None
@@ -228,9 +249,11 @@ def plan(model: OnnxModel, cache_bytes: int = 0) -> OnnxPlan:
         mapped_bytes=mapped_bytes,
         rows_bytes=min(mapped_bytes, _ROWS_BYTES),
         kv_bytes=cache_bytes,
+        logits_bytes=logits_bytes,
         scratch_bytes=dense.scratch_bytes,
         repack_bytes=dense.repack_bytes,
-        workspace_bytes=activations + sum(sides.values()),
+        workspace_bytes=activations + sum(sides.values()) + prefetch_bytes,
+        prefetch_bytes=prefetch_bytes,
         token_cycle_bytes=int(sizes.cycle_slot_bytes) if sizes else 0,
         expert_bank_bytes=int(sizes.bank_slot_bytes) if sizes else 0,
     )

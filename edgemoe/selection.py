@@ -15,6 +15,39 @@ from edgemoe.errors import BackendError
 from edgemoe.formats.gguf import GgufModel
 
 
+def price(count: Any | None, biased: Any | None, missed: Any | None) -> dict[str, Any]:
+    """The fields of `Stats` that say what choosers cost together, by the native statistics of each (None: it has no
+    say)."""
+    n_selections = n_chosen = n_changed = n_skipped = 0
+    mass_moved = kl = 0.0
+    found: dict[str, Any] = {}
+    if biased is not None:
+        n_selections, n_chosen, n_changed = biased.n_selections, biased.n_chosen, biased.n_changed
+        mass_moved, kl = biased.mass_moved, biased.kl
+        found["reuse_bias"] = biased.mean_strength
+    if count is not None:
+        # All that the model would have chosen, of which a bias sees only those that are left.
+        n_skipped += count.n_dropped
+        n_selections, n_chosen = count.n_selections, count.n_chosen
+        n_changed += count.n_dropped
+        mass_moved += count.mass_moved
+        kl += count.kl
+    if missed is not None:
+        n_selections = n_selections or missed.n_selections
+        n_chosen = n_chosen or missed.n_chosen
+        n_skipped += missed.n_skipped
+        n_changed += missed.n_skipped
+        mass_moved += missed.mass_moved
+        kl += missed.kl
+        found["lowbit_hits"] = missed.n_copies
+    return found | {
+        "skipped_experts": n_skipped,
+        "selections_changed": n_changed / max(n_chosen, 1),
+        "gate_mass_moved": mass_moved / max(n_selections, 1),
+        "kl_estimate": kl / max(n_selections, 1),
+    }
+
+
 class Selection:
     """Those who choose the experts of one model's decoded tokens: how many, which, and of those that would have to be
     read, in which precision. None: the model."""
@@ -57,37 +90,11 @@ class Selection:
 
     def stats(self) -> dict[str, Any]:
         """The fields of `Stats` that say what it costs."""
-        n_selections = n_chosen = n_changed = n_skipped = 0
-        mass_moved = kl = 0.0
-        found: dict[str, Any] = {}
-        if self._reuse is not None:
-            biased = self._reuse.native.stats()
-            n_selections, n_chosen, n_changed = biased.n_selections, biased.n_chosen, biased.n_changed
-            mass_moved, kl = biased.mass_moved, biased.kl
-            found["reuse_bias"] = biased.mean_strength
-        if self._count is not None:
-            # All that the model would have chosen, of which a bias sees only those that are left.
-            counted = self._count.stats()
-            n_skipped += counted.n_dropped
-            n_selections, n_chosen = counted.n_selections, counted.n_chosen
-            n_changed += counted.n_dropped
-            mass_moved += counted.mass_moved
-            kl += counted.kl
-        if self._miss is not None:
-            missed = self._miss.stats()
-            n_selections = n_selections or missed.n_selections
-            n_chosen = n_chosen or missed.n_chosen
-            n_skipped += missed.n_skipped
-            n_changed += missed.n_skipped
-            mass_moved += missed.mass_moved
-            kl += missed.kl
-            found["lowbit_hits"] = missed.n_copies
-        return found | {
-            "skipped_experts": n_skipped,
-            "selections_changed": n_changed / max(n_chosen, 1),
-            "gate_mass_moved": mass_moved / max(n_selections, 1),
-            "kl_estimate": kl / max(n_selections, 1),
-        }
+        return price(
+            None if self._count is None else self._count.stats(),
+            None if self._reuse is None else self._reuse.native.stats(),
+            None if self._miss is None else self._miss.stats(),
+        )
 
     def reset_stats(self) -> None:
         """Start the counters again; what a guard has learned stays."""

@@ -28,7 +28,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -240,14 +240,37 @@ def write_file(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """The experts of a model, as its runtime numbers them.
+
+    Attributes:
+        path: the model's file, for messages.
+        tensors: (layer, number of experts) of each expert tensor, in the order in which the runtime was given them.
+        n_experts_used: the most that a token selects in a layer.
+        key: what tells the model from all others, 32 bytes; may raise OSError.
+    """
+
+    path: Path
+    tensors: tuple[tuple[int, int], ...]
+    n_experts_used: int
+    key: Callable[[], bytes]
+
+    @classmethod
+    def of_gguf(cls, model: GgufModel) -> Bank:
+        """That of a GGUF model; its tensors are in the order of `runtime.extents`."""
+        tensors = tuple((t.layer, t.shape[2]) for t in model.expert_tensors)
+        return cls(model.path, tensors, model.n_experts_used, lambda: model_key(model))
+
+
 class WarmStart:
     """Reads what was hot ahead when a model is loaded, and remembers what is hot when it is closed.
 
     Nothing that goes wrong here is more than a warning. Not thread-safe: called by the thread that evaluates.
     """
 
-    def __init__(self, model: GgufModel, runtime: _native.Runtime) -> None:
-        self._model = model
+    def __init__(self, bank: Bank, runtime: _native.Runtime) -> None:
+        self._bank = bank
         self._runtime = runtime
         self._path: Path | None = None  # where to save; None: nowhere
         self._key = b""
@@ -255,11 +278,10 @@ class WarmStart:
         self._n_tokens = 0
         self._is_matched = False
         self._is_saved = False
-        layers = sorted({t.layer for t in model.expert_tensors})
-        self._shape = (len(layers), max(t.shape[2] for t in model.expert_tensors))
-        # As the runtime numbers slices: tensor by tensor, in the order of `runtime.extents`.
+        layers = sorted({layer for layer, _ in bank.tensors})
+        self._shape = (len(layers), max(n_experts for _, n_experts in bank.tensors))
         self._expert_of_slice = np.concatenate(
-            [layers.index(t.layer) * self._shape[1] + np.arange(t.shape[2]) for t in model.expert_tensors]
+            [layers.index(layer) * self._shape[1] + np.arange(n_experts) for layer, n_experts in bank.tensors]
         )
         order = np.argsort(self._expert_of_slice, kind="stable")
         n_slices = np.bincount(self._expert_of_slice, minlength=self._shape[0] * self._shape[1])
@@ -270,10 +292,10 @@ class WarmStart:
         # A model that nobody closes is freed when the interpreter can no longer open files.
         atexit.register(self.save)
         try:
-            self._key = model_key(self._model)
+            self._key = self._bank.key()
             self._path = default_dir() / f"{self._key.hex()[:32]}.warm"
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-            _log.warning("cannot start warm: no place for a file about %s: %s", self._model.path, error)
+            _log.warning("cannot start warm: no place for a file about %s: %s", self._bank.path, error)
             return
         try:
             self._sets = read_file(self._path, self._key, self._shape)
@@ -305,7 +327,7 @@ class WarmStart:
         self._is_saved = True
         try:
             counts = self._counts()
-            n_tokens = counts.sum(axis=1).max() / max(1, self._model.n_experts_used)
+            n_tokens = counts.sum(axis=1).max() / max(1, self._bank.n_experts_used)
             if self._path is None or n_tokens < SIGNATURE_TOKENS:
                 return
             try:

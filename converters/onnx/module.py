@@ -21,9 +21,9 @@ from .blocks import BLOCKS, Grid
 if TYPE_CHECKING:
     import torch
 
-    from .module_blocks import Found, Mappings
+    from .module_blocks import Mappings
 
-QUANTS = {"int4": 4, "int8": 8}
+QUANTS: dict[str, int | None] = {"int4": 4, "int8": 8, "fp32": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,10 @@ def export(
         moe: which submodules are MoE blocks and what they compute. A key is a class, a pattern of names in
             `module.named_modules()` (`blocks.*.moe`), or a function of a name and a module that says whether; a value
             is a function from the submodule to a `MoeBlock`.
-        quant: `int4` or `int8`: experts' weights. All others stay as they are.
-        block: columns that share a scale: 32, 64 or 128. Experts whose widths are no multiple are filled up with zeros.
+        quant: `int4`, `int8` or `fp32`: experts' weights. All others stay as they are. With `fp32`, experts are MoE
+            nodes, which have no input for weights: these have to be the softmax of the scores, normalized or not.
+        block: columns that share a scale of `int4` and `int8`: 32, 64 or 128. Experts whose widths are no multiple are
+            filled up with zeros.
         dynamic: by the input's name, names of axes that may have any size. None: the first axis of every input is
             `batch`.
         output_names: names of the outputs; torch's if None.
@@ -98,10 +100,13 @@ def export(
     _check_module(module, inputs)
     names = _input_names(module, len(inputs))
     axes = _axes(dynamic, names, inputs)
-    grid = Grid(QUANTS[quant], block)
+    bits = QUANTS[quant]
+    grid = Grid(bits, block) if bits else None
     found = module_blocks.find_blocks(module, moe)
-    mapping_error = module_blocks.check_blocks(module, found, tuple(inputs))
-    traced = _trace(module, found, tuple(inputs), names, axes, output_names, block)
+    are_weights_input = grid is not None
+    mapping_error = module_blocks.check_blocks(module, found, tuple(inputs), are_weights_input=are_weights_input)
+    with module_blocks.traced_as_nodes(found, grid.block if grid else 1, are_weights_input=are_weights_input):
+        traced = _trace(module, tuple(inputs), names, axes, output_names)
     model, graph = module_graph.place_tensors(traced, found, grid)
     data = model.SerializeToString(deterministic=True)
     with OutFolder(out, graph.file_bytes, sum(graph.file_bytes.values()) + len(data)) as folder:
@@ -169,18 +174,14 @@ def _axes(
 
 def _trace(
     module: torch.nn.Module,
-    blocks: list[Found],
     inputs: tuple[torch.Tensor, ...],
     names: list[str],
     axes: dict[str, dict[int, str]],
     output_names: Sequence[str] | None,
-    multiple: int,
 ) -> Any:
     import torch
 
-    from .module_blocks import traced_as_nodes
-
-    with traced_as_nodes(blocks, multiple), torch.no_grad():
+    with torch.no_grad():
         try:
             program = torch.onnx.export(
                 module,

@@ -21,11 +21,15 @@ from edgemoe.errors import ConversionError
 from .moe_block import MoeBlock
 
 DOMAIN, OP = "edgemoe.trace", "MoeBlock"
-"""The node that stands for a block while a module is traced; its attribute `block` is the place in the list."""
+"""The node that stands for a block while a module is traced; its attribute `block` is the place in the list, and
+`has_weights` says whether the block's weights are others than the softmax of the k highest scores."""
 
 MAPPING_TOLERANCE = 1e-4
 """Largest difference, relative to the largest element, between a block and what its `MoeBlock` says that it computes:
 sums in another order make 1e-6 of it, another activation or another rule for weights more than 1e-3."""
+
+SOFTMAX_TOLERANCE = 1e-6
+"""Largest difference of weights that count as the softmax of scores: some roundings of numbers up to 1."""
 
 Key = type[torch.nn.Module] | str | Callable[[str, torch.nn.Module], bool]
 Mappings = Mapping[Key, Callable[[Any], MoeBlock]]
@@ -96,8 +100,15 @@ def find_blocks(module: torch.nn.Module, mappings: Mappings) -> list[Found]:
     return found
 
 
-def check_blocks(module: torch.nn.Module, blocks: list[Found], inputs: tuple[Any, ...]) -> float:
+def check_blocks(
+    module: torch.nn.Module, blocks: list[Found], inputs: tuple[Any, ...], *, are_weights_input: bool
+) -> float:
     """Run the module, and compare each block's outputs with what its `MoeBlock` says.
+
+    Args:
+        module, inputs: what to run.
+        blocks: within the module.
+        are_weights_input: whether the nodes to come take weights; if not, they have to be the softmax of the scores.
 
     Returns:
         the largest relative difference.
@@ -115,6 +126,8 @@ def check_blocks(module: torch.nn.Module, blocks: list[Found], inputs: tuple[Any
                 return
             args, kwargs = block.inputs(args, kwargs)
             x, scores, weights = block.routed(args, kwargs)
+            if weights is not None and not are_weights_input:
+                _check_softmax(block, scores, weights)
             computed = block.finished(mix(block.moe, x, scores, weights), args, kwargs)
             errors[i] = max(errors[i], _difference(block, computed, output))
 
@@ -161,16 +174,17 @@ def mix(moe: MoeBlock, x: torch.Tensor, scores: torch.Tensor, weights: torch.Ten
 
 
 @contextlib.contextmanager
-def traced_as_nodes(blocks: list[Found], multiple: int) -> Iterator[None]:
+def traced_as_nodes(blocks: list[Found], multiple: int, *, are_weights_input: bool) -> Iterator[None]:
     """While this lasts, blocks are traced as nodes of `DOMAIN` with tokens, scores and weights.
 
     Args:
         blocks: which.
         multiple: the nodes' tokens have zeros behind their elements up to a multiple of this.
+        are_weights_input: whether the nodes take weights.
     """
     before = [block.module.__dict__.get("forward") for block in blocks]
     for i, block in enumerate(blocks):
-        block.module.__dict__["forward"] = _traced(i, block, multiple)
+        block.module.__dict__["forward"] = _traced(i, block, multiple, are_weights_input)
     try:
         yield
     finally:
@@ -180,7 +194,7 @@ def traced_as_nodes(blocks: list[Found], multiple: int) -> Iterator[None]:
                 block.module.__dict__["forward"] = forward
 
 
-def _traced(i: int, block: Found, multiple: int) -> Callable[..., Any]:
+def _traced(i: int, block: Found, multiple: int, are_weights_input: bool) -> Callable[..., Any]:
     hidden = block.moe.hidden
     missing = -hidden % multiple
 
@@ -190,10 +204,9 @@ def _traced(i: int, block: Found, multiple: int) -> Callable[..., Any]:
         tokens = x.reshape(-1, hidden)
         if missing:
             tokens = torch.nn.functional.pad(tokens, (0, missing))
-        inputs = [tokens, scores] if weights is None else [tokens, scores, weights]
-        y = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{OP}", inputs, {"block": i}, dtype=tokens.dtype, shape=tokens.shape, version=1
-        )
+        inputs = [tokens, scores] if weights is None or not are_weights_input else [tokens, scores, weights]
+        about: dict[str, Any] = {"block": i, "has_weights": int(weights is not None)}
+        y = torch.onnx.ops.symbolic(f"{DOMAIN}::{OP}", inputs, about, dtype=tokens.dtype, shape=tokens.shape, version=1)
         if missing:
             y = y[:, :hidden]
         return block.finished(y.reshape(x.shape), args, kwargs)
@@ -241,6 +254,15 @@ def _check_routed(block: Found, x: Any, scores: Any, weights: Any) -> None:
                 f"cannot export {block.name}: {what} have shape {list(value.shape)}, expected "
                 f"{[*x.shape[:-1], size]}: a row for each token of {list(x.shape)}; correct tokens or route in moe"
             )
+
+
+def _check_softmax(block: Found, scores: torch.Tensor, weights: torch.Tensor) -> None:
+    error = float((weights - scores.softmax(-1)).abs().max()) if weights.numel() else 0.0
+    if not error <= SOFTMAX_TOLERANCE:
+        raise ConversionError(
+            f"cannot export {block.name}: its weights differ from the softmax of its scores by {error:.2g}, and nodes "
+            "of float experts have no input for weights; use int4 or int8"
+        )
 
 
 def _difference(block: Found, computed: Any, output: Any) -> float:

@@ -17,20 +17,19 @@ from edgemoe.errors import ConversionError
 
 from ..hf.checkpoint import Floats
 from .blocks import Grid
-from .experts import Matrix
 from .graph import ALIGNMENT_BYTES, FLOAT, MICROSOFT, MICROSOFT_OPSET, Graph, Job, Place, Writer
 from .module_blocks import DOMAIN, Found
 from .moe_block import ACTIVATIONS
-from .packing import store_experts
+from .packing import Matrices, store_experts, store_float_experts
 
 
-def place_tensors(traced: Any, blocks: list[Found], grid: Grid) -> tuple[Any, Graph]:
+def place_tensors(traced: Any, blocks: list[Found], grid: Grid | None) -> tuple[Any, Graph]:
     """Decide the whole result.
 
     Args:
         traced: `onnx_ir.Model` with a node of `DOMAIN` for every call of a block; large constants are taken out of it.
         blocks: what these nodes stand for.
-        grid: how experts are quantized.
+        grid: how experts are quantized; None: they stay float32, in MoE nodes.
 
     Returns:
         the `ModelProto`, and a `Graph` whose jobs fill the files of tensors.
@@ -46,12 +45,12 @@ def place_tensors(traced: Any, blocks: list[Found], grid: Grid) -> tuple[Any, Gr
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
-        i = int(node.attribute[0].i)
+        i = _block_of(node)
         if i not in names:
             names[i] = _store(graph, blocks[i], grid)
         _rewrite(node, blocks[i], names[i], grid)
     if hidden := [node for node in _inner_nodes(model) if node.domain == DOMAIN]:
-        name = blocks[int(hidden[0].attribute[0].i)].name
+        name = blocks[_block_of(hidden[0])].name
         raise ConversionError(
             f"cannot export {name}: it is called inside of torch.cond, a loop or another function, where experts "
             "cannot be streamed; call it always, and choose between results"
@@ -110,17 +109,25 @@ def _inner_nodes(model: Any) -> Iterator[Any]:
         yield from inside(function.node)
 
 
-def _store(graph: Graph, block: Found, grid: Grid) -> dict[str, str]:
+def _block_of(node: Any) -> int:
+    return int(next(attribute.i for attribute in node.attribute if attribute.name == "block"))
+
+
+def _store(graph: Graph, block: Found, grid: Grid | None) -> dict[str, str]:
     """Places of a block's experts. Rows and columns are filled up to whole blocks with zeros, which adds nothing: to a
     column of zeros it does not matter what it is multiplied with."""
     moe = block.moe
-    hidden, inter = (size + -size % grid.block for size in (moe.hidden, moe.inter))
+    multiple = grid.block if grid else 1
+    hidden, inter = (size + -size % multiple for size in (moe.hidden, moe.inter))
     rows = 2 * inter if moe.is_gated else inter
-    matrices: dict[str, tuple[int, int, Matrix]] = {
+    matrices: Matrices = {
         "fc1": (rows, hidden, lambda expert: _filled(moe.fc1(expert), rows, hidden)),
         "fc2": (hidden, inter, lambda expert: _filled(moe.fc2(expert), hidden, inter)),
     }
-    names = store_experts(graph, block.name, moe.n_experts, matrices, grid)
+    if grid is None:
+        names = store_float_experts(graph, block.name, moe.n_experts, matrices)
+    else:
+        names = store_experts(graph, block.name, moe.n_experts, matrices, grid)
     for fc, biases, size in (("fc1", moe.fc1_bias(), rows), ("fc2", moe.fc2_bias(), hidden)):
         if biases is not None:
             names[f"{fc}_bias"] = name = f"{block.name}.experts.{fc}_bias"
@@ -139,26 +146,30 @@ def _filled(values: Floats, n_rows: int, n_columns: int) -> Floats:
     return np.ascontiguousarray(np.pad(values, missing))
 
 
-def _rewrite(node: Any, block: Found, names: dict[str, str], grid: Grid) -> None:
+def _rewrite(node: Any, block: Found, names: dict[str, str], grid: Grid | None) -> None:
     moe = block.moe
     x, scores, *weights = node.input
-    inputs = [x, scores, names["fc1_q"], names["fc1_scales"], names.get("fc1_bias", "")]
-    inputs += [names["fc2_q"], names["fc2_scales"], names.get("fc2_bias", "")]
-    if weights:
-        inputs += [""] * 6 + weights
+    has_weights = any(attribute.name == "has_weights" and attribute.i for attribute in node.attribute)
     attributes: dict[str, Any] = {
         "k": moe.k,
         "activation_type": ACTIVATIONS[moe.activation],
-        "expert_weight_bits": grid.bits,
-        "block_size": grid.block,
-        "normalize_routing_weights": int(moe.normalizes or not weights),
+        "normalize_routing_weights": int(moe.normalizes or not has_weights),
     }
+    if grid is None:
+        inputs = [x, scores, names["fc1"], names.get("fc1_bias", ""), names["fc2"], names.get("fc2_bias", "")]
+    else:
+        inputs = [x, scores, names["fc1_q"], names["fc1_scales"], names.get("fc1_bias", "")]
+        inputs += [names["fc2_q"], names["fc2_scales"], names.get("fc2_bias", "")]
+        if weights:
+            inputs += [""] * 6 + weights
+        attributes |= {"expert_weight_bits": grid.bits, "block_size": grid.block}
     if moe.is_gated:
         attributes |= {"swiglu_fusion": 1, "activation_alpha": moe.swiglu_alpha, "activation_beta": moe.swiglu_beta}
         if moe.swiglu_limit is not None:
             attributes["swiglu_limit"] = float(moe.swiglu_limit)
+    op_type = "MoE" if grid is None else "QMoE"
     name = f"{block.name}.{node.name}"
-    node.CopyFrom(helper.make_node("QMoE", inputs, list(node.output), name, domain=MICROSOFT, **attributes))
+    node.CopyFrom(helper.make_node(op_type, inputs, list(node.output), name, domain=MICROSOFT, **attributes))
 
 
 def _check_names(model: Any) -> None:

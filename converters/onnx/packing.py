@@ -10,16 +10,17 @@ from .blocks import Grid
 from .experts import Matrix
 from .graph import EXPERTS, FLOAT, UINT8, Graph, Job, Writer
 
+Matrices = Mapping[str, tuple[int, int, Matrix]]
+"""Of each projection (`fc1`, `fc2`) the rows, the columns, and the matrix of an expert."""
 
-def store_experts(
-    graph: Graph, scope: str, n_experts: int, matrices: Mapping[str, tuple[int, int, Matrix]], grid: Grid
-) -> dict[str, str]:
+
+def store_experts(graph: Graph, scope: str, n_experts: int, matrices: Matrices, grid: Grid) -> dict[str, str]:
     """Describe the tensors of a layer's experts in the file of experts.
 
     Args:
         graph: where they are constants.
         scope: what their names begin with.
-        matrices: of each projection (`fc1`, `fc2`) the rows, the columns, and the matrix of an expert.
+        matrices: what they have.
         grid: how they are quantized.
 
     Returns:
@@ -41,6 +42,27 @@ def store_experts(
                 packed, scales = blocks.quantize(matrix(expert), grid)
                 writer.write(places[f"{fc}_q"], expert * packed.nbytes, packed)
                 writer.write(places[f"{fc}_scales"], expert * scales.nbytes, scales)
+
+    graph.jobs.append(Job(sum(place.n_bytes for place in places.values()), run))
+    return names
+
+
+def store_float_experts(graph: Graph, scope: str, n_experts: int, matrices: Matrices) -> dict[str, str]:
+    """As `store_experts`, but for experts that are not quantized.
+
+    Returns:
+        names of constants: `fc1` and `fc2`, float32 (experts, rows, columns).
+    """
+    places, names = {}, {}
+    for fc, (n_rows, n_columns, _) in matrices.items():
+        names[fc] = f"{scope}.experts.{fc}"
+        places[fc] = graph.stored(names[fc], FLOAT, (n_experts, n_rows, n_columns), EXPERTS)
+
+    def run(writer: Writer) -> None:
+        for expert in range(n_experts):
+            for fc, (_, _, matrix) in matrices.items():
+                values = matrix(expert)
+                writer.write(places[fc], expert * values.nbytes, values)
 
     graph.jobs.append(Job(sum(place.n_bytes for place in places.values()), run))
     return names

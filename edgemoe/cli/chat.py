@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemoe.cli.completion import Completion, Message, chat_prompt, has_chat_template
-from edgemoe.cli.console import Settings, open_llama, say, say_reuse_choice
+from edgemoe.cli.console import Settings, say, say_reuse_choice
+from edgemoe.cli.onnx_folder import open_model
 from edgemoe.cli.options import (
     UNLIMITED,
     TokenCountType,
@@ -28,6 +29,7 @@ from edgemoe.errors import EdgeMoeError
 from edgemoe.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
+    from edgemoe.genai import GenaiModel
     from edgemoe.llama import Llama
 
 PROMPT = "> "
@@ -76,7 +78,7 @@ def chat(
 
     Answers go to stdout, all else to stderr; /help lists what else can be typed. Lines piped in are one turn each.
     """
-    with open_llama(settings, model, load) as llm:
+    with open_model(settings, model, load) as llm:
         if not has_chat_template(llm):
             say("edgemoe: the model has no chat template, using ChatML; a base model may not answer sensibly")
         if sys.stdin.isatty():
@@ -96,7 +98,7 @@ class Chat:
 
     def __init__(
         self,
-        llm: Llama,
+        llm: Llama | GenaiModel,
         *,
         system: str | None,
         n_tokens_max: int,

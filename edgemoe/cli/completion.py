@@ -11,13 +11,14 @@ import codecs
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from edgemoe.cli.options import UNLIMITED
 from edgemoe.errors import EdgeMoeError
 from edgemoe.sizes import format_size
 
 if TYPE_CHECKING:
+    from edgemoe.genai import GenaiModel
     from edgemoe.llama import Llama
     from edgemoe.types import Stats
 
@@ -25,6 +26,24 @@ Message = dict[str, str]
 """One message of a conversation: its `role` (system, user, assistant) and its `content`."""
 
 CHAT_TEMPLATE_KEY = "tokenizer.chat_template"
+
+
+@runtime_checkable
+class OwnTokens(Protocol):
+    """A model that makes tokens of text by itself, as that of a folder does (`edgemoe.genai.GenaiModel`)."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it brings a chat template of its own."""
+
+    def text_tokens(self, text: str) -> list[int]:
+        """The tokens of a plain prompt."""
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation, ready for an answer."""
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends an answer."""
 
 
 class Completion:
@@ -40,7 +59,13 @@ class Completion:
     """
 
     def __init__(
-        self, llm: Llama, prompt_tokens: Sequence[int], *, n_tokens_max: int, temperature: float, seed: int | None
+        self,
+        llm: Llama | GenaiModel,
+        prompt_tokens: Sequence[int],
+        *,
+        n_tokens_max: int,
+        temperature: float,
+        seed: int | None,
     ) -> None:
         """Prepare an answer of at most `n_tokens_max` tokens (`UNLIMITED`: until the context is full).
 
@@ -144,8 +169,10 @@ def miss_price(stats: Stats) -> str:
     return f"{stats.lowbit_hits} low-bit copies, {stats.skipped_experts} experts left out"
 
 
-def text_prompt(llm: Llama, text: str) -> list[int]:
+def text_prompt(llm: Llama | GenaiModel, text: str) -> list[int]:
     """The tokens of a plain prompt, begun as the model wants it begun."""
+    if isinstance(llm, OwnTokens):
+        return llm.text_tokens(text)
     tokens: list[int] = llm.tokenize(text.encode("utf-8", errors="replace"), add_bos=True, special=True)
     if not tokens and llm.token_bos() >= 0:
         tokens = [llm.token_bos()]
@@ -154,12 +181,14 @@ def text_prompt(llm: Llama, text: str) -> list[int]:
     return tokens
 
 
-def chat_prompt(llm: Llama, messages: Sequence[Message]) -> list[int]:
+def chat_prompt(llm: Llama | GenaiModel, messages: Sequence[Message]) -> list[int]:
     """The tokens of a conversation in the model's own chat template (ChatML if it has none), ready for an answer.
 
     Raises:
         EdgeMoeError: the template refuses the conversation; some know no system message.
     """
+    if isinstance(llm, OwnTokens):
+        return llm.chat_tokens(messages)
     from jinja2 import TemplateError
     from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
@@ -180,13 +209,17 @@ def chat_prompt(llm: Llama, messages: Sequence[Message]) -> list[int]:
     return tokens
 
 
-def has_chat_template(llm: Llama) -> bool:
+def has_chat_template(llm: Llama | GenaiModel) -> bool:
     """Whether the model brings a chat template of its own."""
+    if isinstance(llm, OwnTokens):
+        return llm.has_chat_template
     return bool(llm.metadata.get(CHAT_TEMPLATE_KEY))
 
 
-def is_end_of_generation(llm: Llama, token: int) -> bool:
+def is_end_of_generation(llm: Llama | GenaiModel, token: int) -> bool:
     """Whether a token ends an answer (end of sequence, of turn, ...)."""
+    if isinstance(llm, OwnTokens):
+        return llm.is_end(token)
     import llama_cpp
 
     return bool(llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(llm.model), token))

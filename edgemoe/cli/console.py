@@ -17,6 +17,7 @@ import click
 from edgemoe.errors import ModelFormatError
 
 if TYPE_CHECKING:
+    from edgemoe.genai import GenaiModel
     from edgemoe.llama import Llama
 
 BAR_WIDTH = 30
@@ -133,7 +134,7 @@ def open_llama(settings: Settings, model: Path | None, load: dict[str, Any]) -> 
     return llm
 
 
-def say_reuse_choice(llm: Llama) -> None:
+def say_reuse_choice(llm: Llama | GenaiModel) -> None:
     """Print which reuse bias `auto` has chosen, and why; that there is none is logged as a warning by itself."""
     if llm.reuse_choice is not None and llm.reuse_choice.settings is not None:
         say(f"edgemoe: {llm.reuse_choice.text}")

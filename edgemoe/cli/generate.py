@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 import click
 
 from edgemoe.cli.completion import Completion, chat_prompt, text_prompt
-from edgemoe.cli.console import Settings, open_llama, print_json, say
+from edgemoe.cli.console import Settings, print_json, say
+from edgemoe.cli.onnx_folder import open_model
 from edgemoe.cli.options import (
     json_option,
     load_options,
@@ -57,7 +58,7 @@ def generate(
     if (prompt is None) == (file is None):
         raise click.UsageError("Give the prompt with exactly one of -p TEXT and -f FILE.")
     text = prompt if prompt is not None else read_prompt(file)
-    with open_llama(settings, model, load) as llm:
+    with open_model(settings, model, load) as llm:
         tokens = chat_prompt(llm, [{"role": "user", "content": text}]) if as_chat else text_prompt(llm, text)
         completion = Completion(llm, tokens, n_tokens_max=n_tokens_max, temperature=temperature, seed=seed)
         with llm.profile() if with_profile else contextlib.nullcontext() as profiler:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemoe.cli.console import find_model, print_json
+from edgemoe.cli.onnx_folder import is_folder
 from edgemoe.cli.options import json_option, model_argument
 from edgemoe.sizes import format_size
 
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 @model_argument
 @json_option
 def inspect(model: Path | None, as_json: bool) -> None:
-    """Show what a model file holds."""
-    path = find_model(model)
-    from edgemoe.formats.gguf import read_model
+    """Show what a model file, or a folder with an ONNX model, holds."""
+    if model is not None and is_folder(model):
+        from edgemoe.onnx_folder import folder_facts, read_folder
 
-    facts = model_facts(read_model(path))
+        facts = folder_facts(read_folder(model))
+    else:
+        path = find_model(model)
+        from edgemoe.formats.gguf import read_model
+
+        facts = model_facts(read_model(path))
     if as_json:
         print_json(facts)
     else:
@@ -82,7 +88,8 @@ def _table(facts: dict[str, Any]) -> str:
         for name, of_type in facts["expert_types"].items()
     ]
     rows += [("file", f"{file['path']} ({format_size(file['bytes'])})") for file in facts["files"]]
-    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+    width = max(16, 2 + max(len(name) for name, _ in rows))
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
 
 def _count(n: int) -> str:

@@ -66,9 +66,10 @@ def error_line(error: Exception) -> str:
 @click.option("-v", "--verbose", is_flag=True, help="Print llama.cpp's log on stderr.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool, verbose: bool) -> None:
-    """Run Mixture-of-Experts GGUF models whose experts do not fit into memory.
+    """Run Mixture-of-Experts models whose experts do not fit into memory.
 
-    MODEL is a .gguf file (the first one of a split model); without it the built-in demo model is used.
+    MODEL is a .gguf file (the first one of a split model); without it the built-in demo model is used. For chat,
+    generate, plan and inspect it may be a folder with an ONNX model, as `edgemoe convert onnx` writes it.
     """
     ctx.obj = Settings(debug=debug, verbose=verbose)
 

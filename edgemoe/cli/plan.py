@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgemoe.cli.console import find_model, print_json
+from edgemoe.cli.onnx_folder import folder_options, is_folder
 from edgemoe.cli.options import json_option, load_options, model_argument
 from edgemoe.sizes import format_size
 
 if TYPE_CHECKING:
     from edgemoe.types import Plan
+
+    PlanContext = Callable[[int, int | None], Plan]  # of a context in tokens, and a budget instead of the given one
 
 SMALLEST_ADVISED_CTX = 512
 
@@ -30,12 +34,12 @@ def plan(click_ctx: click.Context, model: Path | None, as_json: bool, load: dict
 
     Exits with 1 if the model does not fit into the budget, and says what would make it fit.
     """
-    path = find_model(model)
-    from edgemoe import plan as make_plan
-
-    options = {**load, "n_threads_batch": load["n_threads"]}
-    n_ctx = options.pop("n_ctx")
-    made = make_plan(path, n_ctx=n_ctx, **options)
+    if model is not None and is_folder(model):
+        path, n_ctx, plan_ctx = model.resolve(), *_folder_plans(model, load)
+    else:
+        path = find_model(model)
+        n_ctx, plan_ctx = _gguf_plans(path, load)
+    made = plan_ctx(n_ctx, None)
     if as_json:
         print_json(made.to_dict())
     else:
@@ -44,8 +48,7 @@ def plan(click_ctx: click.Context, model: Path | None, as_json: bool, load: dict
         if made.fits:
             click.echo(f"fits: {format_size(made.budget_bytes)} is at or above the floor")
         else:
-            n_ctx_fitting = _fitting_ctx(path, n_ctx, {**options, "memory": made.budget_bytes})
-            click.echo(does_not_fit(made, n_ctx_fitting))
+            click.echo(does_not_fit(made, _fitting_ctx(n_ctx, lambda n: plan_ctx(n, made.budget_bytes).fits)))
     if not made.fits:
         click_ctx.exit(1)
 
@@ -88,13 +91,32 @@ def does_not_fit(plan: Plan, n_ctx_fitting: int | None) -> str:
     )
 
 
-def _fitting_ctx(path: Path, n_ctx: int, options: dict[str, Any]) -> int | None:
-    """The largest context, among halvings of `n_ctx`, that fits with these options; None if none does."""
+def _gguf_plans(path: Path, load: dict[str, Any]) -> tuple[int, PlanContext]:
     from edgemoe import plan as make_plan
 
+    options = {**load, "n_threads_batch": load["n_threads"]}
+
+    def plan_ctx(n_ctx: int, memory: int | None) -> Plan:
+        return make_plan(path, **{**options, "n_ctx": n_ctx, "memory": memory or options["memory"]})
+
+    return load["n_ctx"], plan_ctx
+
+
+def _folder_plans(path: Path, load: dict[str, Any]) -> tuple[int, PlanContext]:
+    options = folder_options(load)
+    from edgemoe.onnx_folder import plan_folder, read_folder
+
+    def plan_ctx(n_ctx: int, memory: int | None) -> Plan:
+        return plan_folder(path, memory or options["memory"], n_ctx)
+
+    return read_folder(path).context(options["n_ctx"]), plan_ctx
+
+
+def _fitting_ctx(n_ctx: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest context, among halvings of `n_ctx`, that fits; None if none does."""
     n_ctx //= 2
     while n_ctx >= SMALLEST_ADVISED_CTX:
-        if make_plan(path, n_ctx=n_ctx, **options).fits:
+        if fits(n_ctx):
             return n_ctx
         n_ctx //= 2
     return None

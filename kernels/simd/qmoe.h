@@ -7,8 +7,8 @@
 // up with zeros. A word has 32 / bits columns and lies in one block, so each of 16 lanes has one scale. Activations are
 // brought into the order of the codes in a line (QmoePanel), the weights stay as they are.
 //
-// *Same bits everywhere.* Lane l of a line: p = the sum of its columns' (code - c) * x, then sum_l = fma(p, scale, sum_l);
-// at the end lanes l and l + 8, l + 4, l + 2, l + 1 are added.
+// *Same bits everywhere.* Lane l of a line: p = the sum of its columns' (code - c) * x, then sum_l = fma(p, scale,
+// sum_l); at the end lanes l and l + 8, l + 4, l + 2, l + 1 are added.
 //   kQmoeFloat: c is the default zero point, p begins with (c - zero point) * (sum of the word's x) where there are
 //               zero points and is a chain of fma in the order of the columns.
 //   kQmoeInt8:  x = d * q with d = max |x| / 127 of 32 columns (16 with blocks of 16), p is an integer and the scale is
@@ -41,7 +41,8 @@ struct QmoeShape {
 int64_t QmoePanelBytes(const QmoeShape& shape);
 // x: [n_cols] -> panel, for each line
 //   kQmoeFloat: float x[32 / bits][16], and with zero points float sums[16]
-//   kQmoeInt8:  int8 q[8 / bits][64]; float d[16]; int32 sums[16], negated, times the default zero point if there are no
+//   kQmoeInt8:  int8 q[8 / bits][64]; float d[16]; int32 sums[16], negated, times the default zero point if there are
+//   no
 //               others
 // Inf and NaN give NaN results with kQmoeInt8, and with kQmoeFloat what IEEE arithmetic makes of them.
 void QmoePanel(const QmoeShape& shape, const float* x, void* panel);

@@ -8,7 +8,8 @@
 //
 // Traits besides those of formats.inl, beginning with Load, Mul:
 //   kQmoeRows<T>        R
-//   kLooksUpFloats      LookupF(table, v): of 16 floats those that the low 4 bits of lanes name. Others shift the code to
+//   kLooksUpFloats      LookupF(table, v): of 16 floats those that the low 4 bits of lanes name. Others shift the code
+//   to
 //                       the top of a lane, and back as a signed number
 //   kDotsSigned         DotWords<8> takes codes - 128
 //   DotWords<kBits>(sum, codes, x)  sum + 4 codes * 4 activation bytes in each lane
@@ -63,7 +64,9 @@ struct QmoeKernel {
     return lines;
   }
 
-  static inline __attribute__((always_inline)) I Flipped(I v) { return V::Xor(v, V::Set(static_cast<int32_t>(kFlips))); }
+  static inline __attribute__((always_inline)) I Flipped(I v) {
+    return V::Xor(v, V::Set(static_cast<int32_t>(kFlips)));
+  }
 
   // Column j of each word, less kCenter.
   template <int j>
@@ -71,7 +74,7 @@ struct QmoeKernel {
     if constexpr (V::kLooksUpFloats && kBits <= 4) {
       return V::LookupF(lines.floats, V::template Shr<kBits * j>(v));
     } else {
-      return V::ToFloat(V::template Sar<32 - kBits>(V::template Shl<32 - kBits * (j + 1)>(v)));
+      return V::ToFloat(V::template Sar<32 - kBits>(V::template Shl<32 - kBits*(j + 1)>(v)));
     }
   }
 
@@ -112,9 +115,8 @@ struct QmoeKernel {
           });
           For<T>([&](auto t) __attribute__((always_inline)) {
             const I q = V::Load(x[t] + j * kQmoeLineBytes + kAt);
-            For<R>([&](auto r) __attribute__((always_inline)) {
-              p[r][t] = V::template DotWords<kBits>(p[r][t], codes[r], q);
-            });
+            For<R>([&](auto r)
+                       __attribute__((always_inline)) { p[r][t] = V::template DotWords<kBits>(p[r][t], codes[r], q); });
           });
         });
         For<T>([&](auto t) __attribute__((always_inline)) {
@@ -147,9 +149,8 @@ struct QmoeKernel {
           });
         });
         For<R>([&](auto r) __attribute__((always_inline)) {
-          For<T>([&](auto t) __attribute__((always_inline)) {
-            sums[r][t][h] = V::FmaF(p[r][t], scale[r], sums[r][t][h]);
-          });
+          For<T>([&](auto t)
+                     __attribute__((always_inline)) { sums[r][t][h] = V::FmaF(p[r][t], scale[r], sums[r][t][h]); });
         });
       }
     });

@@ -7,6 +7,7 @@ the dequantized weights. Relative errors are max |a - b| / max |b| over all posi
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,19 @@ def test_logits_do_not_depend_on_what_is_resident(exported: Maker, family: str) 
             assert session.stats().expert_misses > len(read_model(path).moe_nodes) * N_TOKENS
 
 
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss", "lfm2moe", "olmoe", "phimoe"])
+def test_routers_are_found_in_the_graph(exported: Maker, family: str) -> None:
+    """Guards against: routers written such that the next layer's experts cannot be foretold by them."""
+    path, _ = exported(family)
+    session = InferenceSession(path, "16GiB", _options(), prefetch="1", warm_start=False)
+    _native.set_slots_bytes(session._runtime, session.plan.token_cycle_bytes)
+    all_logits(session, TOKENS, N_PROMPT)
+    stats, tensor = session.stats(), session._loaded.tensors[0]
+    assert stats.n_predicted_nodes == stats.n_streamed_nodes
+    chance = tensor.n_experts_used / tensor.n_experts
+    assert stats.predicted_right >= (1 + chance) / 2 * stats.predicted > 0
+
+
 def test_sequences_of_a_batch_do_not_mix(exported: Maker) -> None:
     """Guards against: a graph that was made for one sequence."""
     path, expected = exported("qwen3moe")
@@ -173,6 +187,19 @@ def test_genai_generates_from_the_folder(exported: Maker, genai: Any, family: st
     path, _ = exported(family)
     model = genai_model(genai, path.parent, provider)
     assert generate(genai, model, TOKENS[:N_PROMPT], 16) == greedy(stock(path), TOKENS[:N_PROMPT], 16)
+
+
+def test_genai_generates_with_our_custom_operators(exported: Maker, genai: Any) -> None:
+    """Guards against: options of a session that do not reach operators through onnxruntime-genai."""
+    path, _ = exported("olmoe")
+    config = genai.Config(str(path.parent))
+    entries = {"model_path": str(path), "publish": "1"}
+    session = {f"ep.edgemoeexecutionprovider.{key}": value for key, value in entries.items()}
+    session["custom_ops_library"] = str(_native.ort_plugin_path())
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    found = generate(genai, genai.Model(config), TOKENS[:N_PROMPT], 16)
+    assert _native.take_ort_loaded().n_layers > 0
+    assert found == greedy(stock(path), TOKENS[:N_PROMPT], 16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -57,12 +57,14 @@ class Block(nn.Module):
             self.register_parameter(name, nn.Parameter(weights))
             self.register_buffer(f"{name}_bias", torch.randn(N_EXPERTS, n_rows) * float(has_biases))
         self.router = nn.Linear(hidden, N_EXPERTS)
+        self.is_normalized = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         alpha, beta, limit = self.limits
         logits = self.router(x)
         best, chosen = logits.topk(N_USED)
-        weights = torch.zeros_like(logits).scatter(-1, chosen, best.softmax(-1))
+        shares = best.softmax(-1) if self.is_normalized else logits.softmax(-1).gather(-1, chosen)
+        weights = torch.zeros_like(logits).scatter(-1, chosen, shares)
         gate = torch.einsum("...h,eih->...ei", x, self.gate) + self.gate_bias
         up = torch.einsum("...h,eih->...ei", x, self.up) + self.up_bias
         if limit is not None:
@@ -168,6 +170,48 @@ def test_int8_computes_what_torch_does(tmp_path: Path) -> None:
     module = Around(Block(bits=8)).eval()
     done = export(module, _example(), tmp_path / "out", moe=MOE, quant="int8")
     assert _errors(done, module, torch.randn(3, 5, 8))[1] <= TOLERANCE
+
+
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_experts_may_stay_in_floats(tmp_path: Path, has_weights: bool) -> None:
+    """Guards against: float experts that are rounded or filled up, and the softmax of all scores taken for that of the
+    chosen ones."""
+    block = Block(hidden=40, inter=72, limits=(1.7, 1.0, 0.6))
+    for weights in (block.gate, block.up, block.down):
+        weights.data = torch.randn_like(weights) / 8
+    block.is_normalized = not has_weights
+    module = Around(block, 40).eval()
+
+    def describe(block: Block) -> MoeBlock:
+        if not has_weights:
+            return block.describe()
+        return dataclasses.replace(block.describe(), route=lambda x: (block.router(x), block.router(x).softmax(-1)))
+
+    done = export(module, _example(), tmp_path / "out", moe={Block: describe}, quant="fp32")
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        expected = module(x).numpy()
+    found = onnxruntime.InferenceSession(done.path, _options()).run(None, {"x": x.numpy()})[0]
+    assert relative_error(found, expected) <= TOLERANCE
+    streamed = InferenceSession(done.path, memory="16GiB")
+    assert relative_error(streamed.run(None, {"x": x.numpy()})[0], expected) <= TOLERANCE
+    assert [node.op_type for node in read_model(done.path).moe_nodes] == ["MoE"]
+    assert done.expert_bytes >= N_EXPERTS * 3 * 40 * 72 * 4
+
+
+def test_float_experts_with_other_weights_are_refused(tmp_path: Path) -> None:
+    """Guards against: weights that a MoE node has no input for and that are silently others."""
+
+    def describe(block: Block) -> MoeBlock:
+        def route(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            scores = block.router(x)
+            return scores, scores.softmax(-1) * 0.999
+
+        return dataclasses.replace(block.describe(), route=route, normalizes=True)
+
+    with pytest.raises(ConversionError, match=r"weights differ from the softmax of its scores.*use int4 or int8"):
+        export(Around(Block()).eval(), _example(), tmp_path / "out", moe={Block: describe}, quant="fp32")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_block_that_is_called_again_has_its_experts_once(tmp_path: Path) -> None:
@@ -318,7 +362,7 @@ class Anything(Around):
         (lambda: Around(Block()).eval(), {"dynamic": {"y": {0: "batch"}}}, "dynamic names y, expected inputs: x"),
         (lambda: Around(Block()).eval(), {"dynamic": {"x": {3: "batch"}}}, "x has 3 axes, dynamic names axis 3"),
         (lambda: Around(Block()).eval(), {"dynamic": {"x": {2: "columns"}}}, "(?s)refuses it: .*make dynamic only"),
-        (lambda: Around(Block()).eval(), {"quant": "int3"}, "quant int3: expected one of int4, int8"),
+        (lambda: Around(Block()).eval(), {"quant": "int3"}, "quant int3: expected one of int4, int8, fp32"),
         (lambda: Around(Block()).eval(), {"block": 48}, "block 48: expected one of 32, 64, 128"),
     ],
 )

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 import onnx
 
 from benchmarks.cgroup import CgroupError, MemoryCgroup
-from edgemoe.converters.onnx.export import Recipe, export, plan_export
+from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_export
 from edgemoe.formats.onnx_model import read_model
 from edgemoe.onnx_plan import kv_bytes
 from edgemoe.onnx_plan import plan as plan_onnx
@@ -42,7 +42,7 @@ from edgemoe.onnx_plan import plan
 from tests.converters.onnx_checkpoints import Runner
 from pathlib import Path
 path, memory = sys.argv[1], int(sys.argv[2])
-memory = memory or plan(read_model(Path(path)), 2).floor_bytes + (1 << 20)
+memory = memory or plan(read_model(Path(path))).floor_bytes + (1 << 20)
 session = InferenceSession(path, memory=memory)
 loaded = host.process_rss_bytes()
 run = Runner(session)
@@ -68,7 +68,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for dense in ("int4", "int8", "fp32"):
         found[dense] = root / dense
-        export(plan_export(checkpoint.path, Recipe(dense=dense)), found[dense])
+        export_checkpoint(plan_export(checkpoint.path, Recipe(dense=dense)), found[dense])
     for bits in ("int4", "int8"):
         model = onnx.load(found[bits] / "model.onnx", load_external_data=False)
         for node in model.graph.node:
@@ -161,4 +161,4 @@ def test_cache_of_a_context(folders: dict[str, Path]) -> None:
     config = json.loads((folders["int4"].parent / "genai_config.json").read_text())["model"]["decoder"]
     per_token = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_size"]
     assert kv_bytes(model, 1000) == 1000 * per_token
-    assert plan_onnx(model, 2, 12345).kv_bytes == 12345
+    assert plan_onnx(model, 12345).kv_bytes == 12345

@@ -13,9 +13,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from edgemoe import host
 from edgemoe.errors import BackendError, BudgetError, ExpertReadError, ModelFormatError
 from edgemoe.onnx import InferenceSession
 from tests.integration.onnx_models import Shape, relative_error, write_model
@@ -50,11 +49,12 @@ def test_the_budget_changes_while_the_session_lives(tmp_path: Path) -> None:
     expected = session.run(None, feed)[0]
     largest = session.stats()
     assert largest.slots_bytes >= session.plan.expert_bank_bytes
-    with pytest.raises(BudgetError, match="below the floor"):
+    with pytest.raises(BudgetError, match=r"below the floor of .* give at least [0-9]+ bytes") as refused:
         session.set_memory("40MiB")
+    floor = int(str(refused.value).split()[-2])
     assert session.stats().slots_bytes == largest.slots_bytes
     assert session.stats().budget_bytes == 4 << 30
-    session.set_memory(host.process_rss_bytes() + 48 * MIB)
+    session.set_memory(floor + 2 * MIB)
     assert session.stats().slots_bytes < largest.slots_bytes
     np.testing.assert_array_equal(session.run(None, feed)[0], expected)
 
@@ -170,20 +170,6 @@ def _save(graph: onnx.GraphProto, path: Path) -> Path:
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     onnx.save_model(proto, path, save_as_external_data=True, location=path.name + ".data", size_threshold=0)
     return path
-
-
-def test_float_experts_are_refused_with_a_budget(tmp_path: Path) -> None:
-    """Guards against: a MoE node of the other kind overlooked, all its experts in memory."""
-    rng = np.random.default_rng(0)
-    weights = {"w1": (4, 32, 16), "w2": (4, 16, 32)}
-    arrays = [numpy_helper.from_array(rng.standard_normal(d).astype(np.float32), n) for n, d in weights.items()]
-    values = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["t", c]) for n, c in (("x", 16), ("r", 4), ("y", 16))
-    ]
-    node = helper.make_node("MoE", ["x", "r", "w1", "", "w2"], ["y"], "moe", domain="com.microsoft", k=2)
-    path = _save(helper.make_graph([node], "g", values[:2], values[2:], arrays), tmp_path / "model.onnx")
-    with pytest.raises(BackendError, match=r"node moe \(com\.microsoft::MoE\): experts that are not quantized"):
-        InferenceSession(path, memory="4GiB")
 
 
 def test_experts_inside_of_a_branch_are_refused_with_a_budget(tmp_path: Path) -> None:

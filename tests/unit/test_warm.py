@@ -280,7 +280,8 @@ def _session(tmp_path: Path) -> Iterator[Session]:
     ]
     metadata = {"general.architecture": "a", "a.expert_count": 8, "a.expert_used_count": 1}
     runtime = FakeRuntime()
-    session = Session(warm.WarmStart(GgufModel(path, [path], metadata, tensors), runtime), runtime)  # type: ignore[arg-type]
+    bank = warm.Bank.of_gguf(GgufModel(path, [path], metadata, tensors))
+    session = Session(warm.WarmStart(bank, runtime), runtime)  # type: ignore[arg-type]
     session.warm_start.begin()
     yield session
     session.warm_start.save()

@@ -13,6 +13,11 @@
 
 // The version of the C API in which the last of the functions below appeared: ONNX Runtime 1.23.
 constexpr uint32_t kOrtApiVersion = 23;
+// For custom operators the last is KernelContext_ParallelFor, of 1.17; but 1.17 cannot tell the type that operators of
+// one name and several types have as output ("type inference failed", 1.17.3).
+constexpr uint32_t kOrtCustomOpApiVersion = 18;
+// Of OrtCustomOp as declared below.
+constexpr uint32_t kOrtCustomOpVersion = 17;
 
 extern "C" {
 
@@ -30,6 +35,9 @@ struct OrtSessionOptions;
 struct OrtRunOptions;
 struct OrtKeyValuePairs;
 struct OrtKernelContext;
+struct OrtKernelInfo;
+struct OrtCustomOpDomain;
+struct OrtShapeInferContext;
 struct OrtHardwareDevice;
 struct OrtEpDevice;
 struct OrtEpGraphSupportInfo;
@@ -43,6 +51,32 @@ struct OrtDataTransferImpl;
 struct OrtApiBase {
   const void* (*GetApi)(uint32_t version);
   const char* (*GetVersionString)();
+};
+
+// Ends where version 1.17 ended.
+struct OrtCustomOp {
+  uint32_t version;
+  void (*CreateKernel)();  // before version 1.16
+  const char* (*GetName)(const OrtCustomOp*);
+  const char* (*GetExecutionProviderType)(const OrtCustomOp*);
+  int32_t (*GetInputType)(const OrtCustomOp*, size_t idx);
+  size_t (*GetInputTypeCount)(const OrtCustomOp*);
+  int32_t (*GetOutputType)(const OrtCustomOp*, size_t idx);
+  size_t (*GetOutputTypeCount)(const OrtCustomOp*);
+  void (*KernelCompute)();  // before version 1.16
+  void (*KernelDestroy)(void* kernel);
+  int32_t (*GetInputCharacteristic)(const OrtCustomOp*, size_t idx);
+  int32_t (*GetOutputCharacteristic)(const OrtCustomOp*, size_t idx);
+  int32_t (*GetInputMemoryType)(const OrtCustomOp*, size_t idx);
+  int (*GetVariadicInputMinArity)(const OrtCustomOp*);
+  int (*GetVariadicInputHomogeneity)(const OrtCustomOp*);
+  int (*GetVariadicOutputMinArity)(const OrtCustomOp*);
+  int (*GetVariadicOutputHomogeneity)(const OrtCustomOp*);
+  OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const void* api, const OrtKernelInfo*, void** kernel);
+  OrtStatus* (*KernelComputeV2)(void* kernel, OrtKernelContext*);
+  OrtStatus* (*InferOutputShapeFn)(const OrtCustomOp*, OrtShapeInferContext*);  // optional
+  int (*GetStartVersion)(const OrtCustomOp*);
+  int (*GetEndVersion)(const OrtCustomOp*);
 };
 
 struct OrtNodeFusionOptions {
@@ -118,6 +152,9 @@ struct Slot<kIdx, R(Args...)> {
 namespace api {  // OrtApi
 using CreateStatus = Slot<0, OrtStatus*(int32_t code, const char* message)>;
 using GetErrorMessage = Slot<2, const char*(const OrtStatus*)>;
+using CreateCustomOpDomain = Slot<26, OrtStatus*(const char* domain, OrtCustomOpDomain**)>;
+using CustomOpDomain_Add = Slot<27, OrtStatus*(OrtCustomOpDomain*, const OrtCustomOp*)>;
+using AddCustomOpDomain = Slot<28, OrtStatus*(OrtSessionOptions*, OrtCustomOpDomain*)>;
 using GetTensorMutableData = Slot<51, OrtStatus*(OrtValue*, void**)>;
 using CastTypeInfoToTensorInfo = Slot<55, OrtStatus*(const OrtTypeInfo*, const OrtTensorTypeAndShapeInfo**)>;
 using GetTensorElementType = Slot<60, OrtStatus*(const OrtTensorTypeAndShapeInfo*, int32_t*)>;
@@ -128,8 +165,12 @@ using KernelContext_GetInput = Slot<90, OrtStatus*(const OrtKernelContext*, size
 using KernelContext_GetOutput = Slot<91, OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>;
 using ReleaseStatus = Slot<93, void(OrtStatus*)>;
 using ReleaseTensorTypeAndShapeInfo = Slot<99, void(OrtTensorTypeAndShapeInfo*)>;
+using KernelInfo_GetInputName = Slot<232, OrtStatus*(const OrtKernelInfo*, size_t, char*, size_t*)>;
+using KernelInfo_GetOutputName = Slot<233, OrtStatus*(const OrtKernelInfo*, size_t, char*, size_t*)>;
 using HasSessionConfigEntry = Slot<237, OrtStatus*(const OrtSessionOptions*, const char*, int*)>;
 using GetSessionConfigEntry = Slot<238, OrtStatus*(const OrtSessionOptions*, const char*, char*, size_t*)>;
+using KernelInfo_GetNodeName = Slot<244, OrtStatus*(const OrtKernelInfo*, char*, size_t*)>;
+using KernelInfoGetConstantInput_tensor = Slot<249, OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>;
 using ReadOpAttr = Slot<272, OrtStatus*(const OrtOpAttr*, int32_t, void*, size_t, size_t*)>;
 using KernelContext_ParallelFor = Slot<274, OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>;
 using GetValueInfoName = Slot<289, OrtStatus*(const OrtValueInfo*, const char**)>;
@@ -148,6 +189,8 @@ using Node_GetOperatorType = Slot<350, OrtStatus*(const OrtNode*, const char**)>
 using Node_GetDomain = Slot<351, OrtStatus*(const OrtNode*, const char**)>;
 using Node_GetNumInputs = Slot<353, OrtStatus*(const OrtNode*, size_t*)>;
 using Node_GetInputs = Slot<354, OrtStatus*(const OrtNode*, const OrtValueInfo**, size_t)>;
+using Node_GetNumOutputs = Slot<355, OrtStatus*(const OrtNode*, size_t*)>;
+using Node_GetOutputs = Slot<356, OrtStatus*(const OrtNode*, const OrtValueInfo**, size_t)>;
 using Node_GetNumAttributes = Slot<359, OrtStatus*(const OrtNode*, size_t*)>;
 using Node_GetAttributes = Slot<360, OrtStatus*(const OrtNode*, const OrtOpAttr**, size_t)>;
 using OpAttr_GetType = Slot<363, OrtStatus*(const OrtOpAttr*, int32_t*)>;
@@ -166,8 +209,11 @@ using EpGraphSupportInfo_AddNodesToFuse = Slot<2, OrtStatus*(OrtEpGraphSupportIn
 
 constexpr int32_t kOrtFail = 1;  // not ORT_EP_FAIL: at that, Python's session goes on with the stock kernels in silence
 constexpr int32_t kOrtCpu = 0;   // OrtHardwareDeviceType
-constexpr int32_t kOrtFloat = 1, kOrtUint8 = 2;                            // ONNXTensorElementDataType
+constexpr int32_t kOrtFloat = 1, kOrtUint8 = 2, kOrtFloat16 = 10;          // ONNXTensorElementDataType
 constexpr int32_t kOrtAttrInt = 1, kOrtAttrFloat = 3, kOrtAttrString = 5;  // OrtOpAttrType
+
+constexpr int32_t kOrtRequired = 0, kOrtOptional = 1;  // OrtCustomOpInputOutputCharacteristic
+constexpr int32_t kOrtMemTypeDefault = 0;              // OrtMemType
 
 }  // namespace edgemoe_ort
 #endif  // EDGEMOE_PLUGINS_ONNXRUNTIME_ORT_ABI_H_

@@ -2,12 +2,27 @@
 #include "plugins/onnxruntime/ort_api.h"
 
 namespace edgemoe_ort {
+namespace {
 
-Ort::Ort(const OrtApiBase* base) : api_(base->GetApi(kOrtApiVersion)), ep_api_(nullptr) {
+// A text that a function of the API copies out: its size first, with the zero at its end.
+template <typename Copy>
+std::string CopiedText(Copy copy) {
+  size_t length = 0;
+  copy(nullptr, &length);
+  std::string text(length, '\0');
+  copy(text.data(), &length);
+  while (!text.empty() && text.back() == '\0') text.pop_back();
+  return text;
+}
+
+}  // namespace
+
+Ort::Ort(const OrtApiBase* base, uint32_t version) : api_(base->GetApi(version)), ep_api_(nullptr) {
   if (api_ == nullptr) {
-    throw Error(std::string("cannot use this ONNX Runtime: it is ") + base->GetVersionString() +
-                ", expected 1.23 or newer; pip install -U onnxruntime");
+    throw Error(std::string("cannot use this ONNX Runtime: it is ") + base->GetVersionString() + ", expected 1." +
+                std::to_string(version) + " or newer; pip install -U onnxruntime");
   }
+  if (version < kOrtApiVersion) return;
   ep_api_ = api::GetEpApi::Call(api_);
   if (ep_api_ == nullptr) throw Error("cannot use this ONNX Runtime: it was built without plug-in execution providers");
 }
@@ -72,6 +87,7 @@ std::vector<ValueInfo> Ort::Inputs(const OrtNode* node) const {
     const char* name = nullptr;
     Check(api::GetValueInfoName::Call(api_, infos[i], &name));
     if (name == nullptr || *name == '\0') continue;
+    v.is_given = true;
     v.info = infos[i];
     v.name = name;
     Check(api::ValueInfo_IsConstantInitializer::Call(api_, v.info, &v.is_constant));
@@ -84,6 +100,20 @@ std::vector<ValueInfo> Ort::Inputs(const OrtNode* node) const {
     v.dims = DimsOf(shape);
   }
   return values;
+}
+
+std::vector<std::string> Ort::Outputs(const OrtNode* node) const {
+  size_t n = 0;
+  Check(api::Node_GetNumOutputs::Call(api_, node, &n));
+  std::vector<const OrtValueInfo*> infos(n);
+  Check(api::Node_GetOutputs::Call(api_, node, infos.data(), n));
+  std::vector<std::string> names(n);
+  for (size_t i = 0; i < n; ++i) {
+    const char* name = nullptr;
+    if (infos[i] != nullptr) Check(api::GetValueInfoName::Call(api_, infos[i], &name));
+    if (name != nullptr) names[i] = name;
+  }
+  return names;
 }
 
 std::map<std::string, Attribute> Ort::Attributes(const OrtNode* node) const {
@@ -134,11 +164,12 @@ const void* Ort::Constant(const ValueInfo& value) const {
   return Data(const_cast<OrtValue*>(constant));
 }
 
-std::vector<int64_t> Ort::Dims(const OrtValue* value) const {
+std::vector<int64_t> Ort::Dims(const OrtValue* value, int32_t* element_type) const {
   OrtTensorTypeAndShapeInfo* shape = nullptr;
   Check(api::GetTensorTypeAndShape::Call(api_, value, &shape));
   // Not an exception's way: what GetDimensions* can fail at is a null pointer.
   std::vector<int64_t> dims = DimsOf(shape);
+  Check(api::GetTensorElementType::Call(api_, shape, element_type));
   api::ReleaseTensorTypeAndShapeInfo::Call(api_, shape);
   return dims;
 }
@@ -153,12 +184,31 @@ std::string Ort::Option(const OrtSessionOptions* options, const std::string& key
   int exists = 0;
   Check(api::HasSessionConfigEntry::Call(api_, options, key.c_str(), &exists));
   if (exists == 0) return fallback;
-  size_t length = 0;
-  Check(api::GetSessionConfigEntry::Call(api_, options, key.c_str(), nullptr, &length));
-  std::string value(length, '\0');
-  Check(api::GetSessionConfigEntry::Call(api_, options, key.c_str(), value.data(), &length));
-  while (!value.empty() && value.back() == '\0') value.pop_back();
-  return value;
+  return CopiedText([&](char* to, size_t* length) {
+    Check(api::GetSessionConfigEntry::Call(api_, options, key.c_str(), to, length));
+  });
+}
+
+std::string Ort::KernelNodeName(const OrtKernelInfo* info) const {
+  return CopiedText(
+      [&](char* to, size_t* length) { Check(api::KernelInfo_GetNodeName::Call(api_, info, to, length)); });
+}
+
+std::string Ort::InputName(const OrtKernelInfo* info, size_t idx) const {
+  return CopiedText(
+      [&](char* to, size_t* length) { Check(api::KernelInfo_GetInputName::Call(api_, info, idx, to, length)); });
+}
+
+std::string Ort::OutputName(const OrtKernelInfo* info, size_t idx) const {
+  return CopiedText(
+      [&](char* to, size_t* length) { Check(api::KernelInfo_GetOutputName::Call(api_, info, idx, to, length)); });
+}
+
+const OrtValue* Ort::ConstantInput(const OrtKernelInfo* info, size_t idx) const {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  Check(api::KernelInfoGetConstantInput_tensor::Call(api_, info, idx, &is_constant, &value));
+  return is_constant != 0 ? value : nullptr;
 }
 
 }  // namespace edgemoe_ort

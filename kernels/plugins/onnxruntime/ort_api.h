@@ -29,9 +29,10 @@ struct Attribute {
 
 // An input of a node: a value that is computed, or a constant of the model.
 struct ValueInfo {
-  const OrtValueInfo* info = nullptr;  // null: the optional input is left out
+  bool is_given = false;               // false: the optional input is left out
+  const OrtValueInfo* info = nullptr;  // of ONNX Runtime's graph
   std::string name;
-  int32_t element_type = 0;
+  int32_t element_type = 0;   // 0: not known
   std::vector<int64_t> dims;  // -1: not known before the model runs
   bool is_constant = false;
 };
@@ -45,8 +46,9 @@ struct FileExtent {
 
 class Ort {
  public:
-  // Throws when the runtime's C API is older than what we use.
-  explicit Ort(const OrtApiBase* base);
+  // Throws when the runtime's C API is older than `version`: kOrtApiVersion, or kOrtCustomOpApiVersion, with which
+  // only tensors, options and kernels may be asked for.
+  Ort(const OrtApiBase* base, uint32_t version);
 
   const void* table() const { return api_; }
   const void* ep_table() const { return ep_api_; }
@@ -69,15 +71,24 @@ class Ort {
   // "domain::type"
   std::string NodeType(const OrtNode* node) const;
   std::vector<ValueInfo> Inputs(const OrtNode* node) const;
+  // Names; "" where an optional output is left out.
+  std::vector<std::string> Outputs(const OrtNode* node) const;
   std::map<std::string, Attribute> Attributes(const OrtNode* node) const;
   FileExtent Extent(const ValueInfo& value) const;
   // The bytes of a constant of n_bytes; valid as long as the graph.
   const void* Constant(const ValueInfo& value) const;
   // Of a tensor at run time.
-  std::vector<int64_t> Dims(const OrtValue* value) const;
+  std::vector<int64_t> Dims(const OrtValue* value, int32_t* element_type) const;
   void* Data(OrtValue* value) const;
   // An option of the session for this provider, or `fallback`.
   std::string Option(const OrtSessionOptions* options, const std::string& key, const std::string& fallback) const;
+
+  // Of the node that a custom operator's kernel is made for.
+  std::string KernelNodeName(const OrtKernelInfo* info) const;
+  std::string InputName(const OrtKernelInfo* info, size_t idx) const;
+  std::string OutputName(const OrtKernelInfo* info, size_t idx) const;
+  // Null: the input is no constant.
+  const OrtValue* ConstantInput(const OrtKernelInfo* info, size_t idx) const;
 
  private:
   std::vector<int64_t> DimsOf(const OrtTensorTypeAndShapeInfo* shape) const;

@@ -2,22 +2,17 @@
 // provider.cc: edgemoe as a plug-in execution provider of ONNX Runtime: the factory that ONNX Runtime finds, and the
 // provider of one session, which claims QMoE nodes and gives each its computation. Claiming a node with its constants
 // dropped keeps ONNX Runtime from ever touching the bytes of experts.
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
-#include <mutex>
-#include <thread>
 
 #include "plugins/onnxruntime/edgemoe_ort.h"
 #include "plugins/onnxruntime/qmoe_model.h"
+#include "plugins/onnxruntime/session_options.h"
 
 namespace edgemoe_ort {
 namespace {
-
-// As ONNX Runtime names a session's options for this provider.
-constexpr char kOptionPrefix[] = "ep.edgemoeexecutionprovider.";
-
-thread_local edgemoe_ort_loaded t_loaded = {};
 
 class Provider;
 
@@ -29,7 +24,8 @@ struct Computation : OrtNodeComputeInfo {
 
 class Provider : public OrtEp {
  public:
-  Provider(const Ort& ort, const OrtSessionOptions* session_options) : OrtEp(), ort_(ort) {
+  Provider(const Ort& ort, const OrtSessionOptions* session_options)
+      : OrtEp(), ort_(ort), options_(ReadOptions(ort, session_options)) {
     ort_version_supported = kOrtApiVersion;
     OrtEp::GetName = [](const OrtEp*) { return EDGEMOE_ORT_PROVIDER; };
     OrtEp::GetCapability = [](OrtEp* self, const OrtGraph* graph, OrtEpGraphSupportInfo* info) -> OrtStatus* {
@@ -44,64 +40,29 @@ class Provider : public OrtEp {
     OrtEp::ReleaseNodeComputeInfos = [](OrtEp*, OrtNodeComputeInfo** infos, size_t n) {
       for (size_t i = 0; i < n; ++i) delete static_cast<Computation*>(infos[i]);
     };
-    const std::string slots = Option(session_options, "slots_bytes", "");
-    options_.has_slots_bytes = !slots.empty();
-    options_.slots_bytes = static_cast<uint64_t>(Number("slots_bytes", slots.empty() ? "0" : slots));
-    const std::string n_cpus = std::to_string(std::max(1u, std::thread::hardware_concurrency()));
-    options_.n_threads = static_cast<int>(Number("n_threads", Option(session_options, "n_threads", n_cpus)));
-    options_.n_io_threads = static_cast<int>(Number("n_io_threads", Option(session_options, "n_io_threads", "4")));
-    options_.eviction =
-        static_cast<int>(Number("eviction", Option(session_options, "eviction", std::to_string(EDGEMOE_EVICT_AUTO))));
-    is_strict_ = Number("strict", Option(session_options, "strict", slots.empty() ? "0" : "1")) != 0;
-    publishes_ = Number("publish", Option(session_options, "publish", "0")) != 0;
-    if (publishes_) DropLoaded();
+    if (options_.publishes) DropLoaded();
   }
 
   void Run(const Computation& c, OrtKernelContext* context) { model_->Run(c.node_idx, c.inputs, context); }
   const Ort& ort() const { return ort_; }
 
-  static void DropLoaded() {
-    if (t_loaded.runtime != nullptr) edgemoe_runtime_release(t_loaded.runtime);
-    t_loaded = {};
-  }
-
  private:
-  std::string Option(const OrtSessionOptions* options, const char* key, const std::string& fallback) const {
-    return ort_.Option(options, std::string(kOptionPrefix) + key, fallback);
-  }
-
-  static int64_t Number(const char* key, const std::string& text) {
-    char* end = nullptr;
-    const long long value = std::strtoll(text.c_str(), &end, 10);
-    if (text.empty() || *end != '\0' || value < 0) {
-      throw Error(std::string("option ") + key + " of " EDGEMOE_ORT_PROVIDER ": '" + text +
-                  "', expected a number from 0 on");
-    }
-    return value;
-  }
-
   void Claim(const OrtGraph* graph, OrtEpGraphSupportInfo* info) {
+    const GraphRouters routers(ort_, graph);
     for (const OrtNode* node : ort_.Nodes(graph)) {
-      const std::string type = ort_.NodeType(node);
-      if (type != "com.microsoft::QMoE" && type != "com.microsoft::MoE") continue;
+      if (!IsMoe(ort_.NodeType(node))) continue;
+      const GraphNode source(ort_, graph, node);
       QmoeNode read;
-      std::string reason;
-      if (type == "com.microsoft::MoE") {
-        read.name = ort_.NodeName(node);
-        reason = "experts that are not quantized are not implemented";
-      } else if (ort_.IsSubgraph(graph)) {
-        read.name = ort_.NodeName(node);
-        reason = "it lies inside of a Loop, If or Scan, which is not implemented";
-      } else {
-        reason = ReadQmoe(ort_, graph, node, false, &read);
-      }
+      const std::string reason = ReadMoe(source, false, &read);
       if (!reason.empty()) {
-        if (refusal_.empty()) refusal_ = "node " + read.name + " (" + type + "): " + reason;
-        if (publishes_ && t_loaded.n_refused++ == 0) {
-          std::snprintf(t_loaded.refusal, sizeof(t_loaded.refusal), "%s", refusal_.c_str());
-        }
+        if (refusal_.empty()) refusal_ = "node " + source.name + " (" + source.type + "): " + reason;
+        if (options_.publishes) PublishRefusal(refusal_);
         // ONNX Runtime takes an error here for "nothing to claim", but passes on one of Compile.
-        if (!is_strict_) continue;
+        if (!options_.is_strict) continue;
+      } else {
+        // Compile sees the node alone.
+        router_of_[ort_.Outputs(node)[0]] =
+            routers.Find(node, read.n_experts, read.hidden, options_.model.prefetch_depth > 0);
       }
       const OrtNodeFusionOptions fusion = {kOrtApiVersion, true};
       ort_.Check(ep_api::EpGraphSupportInfo_AddNodesToFuse::Call(ort_.ep_table(), info, &node, 1, &fusion));
@@ -110,17 +71,19 @@ class Provider : public OrtEp {
 
   void CompileAll(const OrtGraph** graphs, const OrtNode** fused_nodes, size_t n, OrtNodeComputeInfo** infos) {
     if (n == 0) return;
-    if (is_strict_ && !refusal_.empty()) {
+    if (options_.is_strict && !refusal_.empty()) {
       throw Error("cannot stream the experts of " + refusal_ +
                   "; without a memory budget ONNX Runtime's own kernel computes it, all experts in memory");
     }
     if (model_ != nullptr) throw Error("ONNX Runtime compiles a session's nodes in parts, expected all at once");
     std::vector<QmoeNode> nodes(n);
+    std::vector<Router> routers(n);
     for (size_t i = 0; i < n; ++i) {
       const std::vector<const OrtNode*> inner = ort_.Nodes(graphs[i]);
       if (inner.size() != 1) throw Error("a fused node of " + std::to_string(inner.size()) + " nodes, expected one");
-      const std::string reason = ReadQmoe(ort_, graphs[i], inner[0], true, &nodes[i]);
+      const std::string reason = ReadMoe(GraphNode(ort_, graphs[i], inner[0]), true, &nodes[i]);
       if (!reason.empty()) throw Error("node " + nodes[i].name + ": " + reason);
+      routers[i] = std::move(router_of_[ort_.Outputs(inner[0])[0]]);
     }
     std::vector<QmoeModel::InputIdxs> inputs(n);
     for (size_t i = 0; i < n; ++i) {
@@ -138,7 +101,9 @@ class Provider : public OrtEp {
     const std::string model_path = ort_.ModelPath(graphs[0]);
     const size_t slash = model_path.rfind('/');
     const std::string folder = slash == std::string::npos ? "" : model_path.substr(0, slash);
-    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), options_);
+    router_of_.clear();
+    const auto n_routers = std::count_if(routers.begin(), routers.end(), [](const Router& r) { return r.is_known; });
+    model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), std::move(routers), options_.model);
     for (size_t i = 0; i < n; ++i) {
       auto* const c = new Computation();
       c->ort_version_supported = kOrtApiVersion;
@@ -156,25 +121,19 @@ class Provider : public OrtEp {
       c->ReleaseState = [](OrtNodeComputeInfo*, void*) {};
       infos[i] = c;
     }
-    if (!publishes_) return;
-    edgemoe_runtime_retain(model_->runtime());
-    t_loaded.runtime = model_->runtime();
-    t_loaded.workspace_bytes = model_->workspace_bytes();
-    t_loaded.kept_bytes = model_->kept_bytes();
-    t_loaded.n_layers = static_cast<int32_t>(n);
+    if (options_.publishes) PublishLoaded(*model_, static_cast<int32_t>(n_routers));
   }
 
   const Ort& ort_;
-  ModelOptions options_;
-  bool is_strict_ = false;
-  bool publishes_ = false;
-  std::string refusal_;  // the first node that is not ours, and why
+  const SessionOptions options_;
+  std::string refusal_;                      // the first node that is not ours, and why
+  std::map<std::string, Router> router_of_;  // by the name of a node's result, until the model is made
   std::unique_ptr<QmoeModel> model_;
 };
 
 class Factory : public OrtEpFactory {
  public:
-  explicit Factory(const OrtApiBase* base) : OrtEpFactory(), ort_(base) {
+  explicit Factory(const OrtApiBase* base) : OrtEpFactory(), ort_(base, kOrtApiVersion) {
     ort_version_supported = kOrtApiVersion;
     OrtEpFactory::GetName = [](const OrtEpFactory*) { return EDGEMOE_ORT_PROVIDER; };
     OrtEpFactory::GetVendor = [](const OrtEpFactory*) { return "edgemoe"; };
@@ -253,12 +212,5 @@ EDGEMOE_API OrtStatus* ReleaseEpFactory(OrtEpFactory* factory) {
   delete static_cast<edgemoe_ort::Factory*>(factory);
   return nullptr;
 }
-
-void edgemoe_ort_take_loaded(edgemoe_ort_loaded* loaded) {
-  *loaded = edgemoe_ort::t_loaded;
-  edgemoe_ort::t_loaded = {};
-}
-
-const void* edgemoe_ort_instance_id(void) { return edgemoe_instance_id(); }
 
 }  // extern "C"

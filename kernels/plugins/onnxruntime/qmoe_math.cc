@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
+
+#include "edgemoe/selection.h"
 
 namespace edgemoe_ort {
 namespace {
@@ -50,15 +53,28 @@ void Route(const QmoeNode& node, const float* scores, const float* router_weight
   order->resize(static_cast<size_t>(node.n_experts));
   for (int32_t e = 0; e < node.n_experts; ++e) (*order)[static_cast<size_t>(e)] = {scores[e], e};
   std::partial_sort(order->begin(), order->begin() + node.n_used, order->end(), std::greater<>());
-  const float highest = order->front().first;
-  float sum = 0.0f;
+  for (int64_t u = 0; u < node.n_used; ++u) experts[u] = (*order)[static_cast<size_t>(u)].second;
+  Mix(node, scores, router_weights, experts, weights);
+}
+
+void Mix(const QmoeNode& node, const float* scores, const float* router_weights, const int32_t* experts,
+         float* weights) {
+  float highest = -std::numeric_limits<float>::infinity(), sum = 0.0f;
   for (int64_t u = 0; u < node.n_used; ++u) {
-    const auto& [score, expert] = (*order)[static_cast<size_t>(u)];
-    experts[u] = expert;
-    weights[u] = router_weights != nullptr ? router_weights[expert] : std::exp(score - highest);
+    if (experts[u] != EDGEMOE_NO_EXPERT) highest = std::max(highest, scores[experts[u]]);
+  }
+  for (int64_t u = 0; u < node.n_used; ++u) {
+    const int32_t expert = experts[u];
+    weights[u] = expert == EDGEMOE_NO_EXPERT ? 0.0f
+                 : router_weights != nullptr ? router_weights[expert]
+                                             : std::exp(scores[expert] - highest);
     sum += weights[u];
   }
   if (router_weights != nullptr && !node.normalizes) return;
+  if (!node.is_quantized && !node.normalizes) {
+    sum = 0.0f;
+    for (int64_t e = 0; e < node.n_experts; ++e) sum += std::exp(scores[e] - highest);
+  }
   for (int64_t u = 0; u < node.n_used; ++u) weights[u] = sum == 0.0f ? 0.0f : weights[u] / sum;
 }
 

@@ -19,6 +19,9 @@ void Activate(const edgemoe::simd::KernelTable& table, const QmoeNode& node, flo
 // router_weights: [n_experts] or null. `order` is scratch.
 void Route(const QmoeNode& node, const float* scores, const float* router_weights,
            std::vector<std::pair<float, int32_t>>* order, int32_t* experts, float* weights);
+// The mixing weights of one token's chosen experts; EDGEMOE_NO_EXPERT has none, and no part in what is divided by.
+void Mix(const QmoeNode& node, const float* scores, const float* router_weights, const int32_t* experts,
+         float* weights);
 
 }  // namespace edgemoe_ort
 #endif  // EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MATH_H_

@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "plugins/onnxruntime/half.h"
+#include "plugins/onnxruntime/moe_float.h"
 #include "plugins/onnxruntime/qmoe_math.h"
 
 namespace edgemoe_ort {
@@ -23,11 +25,14 @@ simd::QmoeShape ShapeOf(const QmoeNode& node, const Projection& p) {
           p.block};
 }
 
+int64_t PanelBytes(const QmoeNode& node, const Projection& p) {
+  return node.is_quantized ? simd::QmoePanelBytes(ShapeOf(node, p)) : p.n_cols * static_cast<int64_t>(sizeof(float));
+}
+
 uint64_t TokenBytes(const QmoeNode& n) {
-  // Results of fc1 and fc2, and their inputs as the kernels take them.
-  const int64_t floats = n.n_used * (n.fc1.n_rows + n.hidden);
-  const int64_t panels =
-      n.n_used * simd::QmoePanelBytes(ShapeOf(n, n.fc2)) + simd::QmoePanelBytes(ShapeOf(n, n.fc1));
+  // Results of fc1 and fc2, their inputs as the kernels take them, and 32-bit copies of 16-bit inputs and results.
+  const int64_t floats = n.n_used * (n.fc1.n_rows + n.hidden) + 3 * n.hidden + 2 * n.n_experts;
+  const int64_t panels = n.n_used * PanelBytes(n, n.fc2) + PanelBytes(n, n.fc1);
   return static_cast<uint64_t>(floats) * sizeof(float) + static_cast<uint64_t>(panels);
 }
 
@@ -45,8 +50,10 @@ const simd::KernelTable& ActiveKernels() {
 }  // namespace
 
 QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<QmoeNode> nodes,
-                     const ModelOptions& options)
+                     std::vector<Router> routers, const ModelOptions& options)
     : ort_(*ort), nodes_(std::move(nodes)), n_threads_(std::max(1, options.n_threads)), table_(ActiveKernels()) {
+  routers.resize(nodes_.size());
+  choosers_ = std::make_shared<Choosers>(options.choosers, nodes_, routers);
   for (size_t i = 0; i < nodes_.size(); ++i) {
     layers_.emplace_back();
     layers_.back().max_tokens = std::max<int64_t>(1, static_cast<int64_t>(kActivationBytes / TokenBytes(nodes_[i])));
@@ -56,7 +63,7 @@ QmoeModel::QmoeModel(const Ort* ort, const std::string& folder, std::vector<Qmoe
     }
   }
   SizeWorkspace();
-  OpenRuntime(options);
+  OpenRuntime(options, routers);
 }
 
 QmoeModel::~QmoeModel() {
@@ -76,8 +83,7 @@ void QmoeModel::AddTensor(const std::string& folder, size_t node_idx, int produc
   int32_t& tensor_idx = layers_[node_idx].tensor_idxs[product];
   tensor_idx = -1;
   if (!bytes.is_streamed) return;
-  const bool is_absolute = bytes.extent.path.front() == '/';
-  const std::string path = is_absolute || folder.empty() ? bytes.extent.path : folder + "/" + bytes.extent.path;
+  const std::string path = JoinPath(folder, bytes.extent.path);
   const auto found = std::find(paths_.begin(), paths_.end(), path);
   const int file_idx = static_cast<int>(found - paths_.begin());
   if (found == paths_.end()) paths_.push_back(path);
@@ -94,7 +100,7 @@ void QmoeModel::AddTensor(const std::string& folder, size_t node_idx, int produc
   tensors_.push_back(t);
 }
 
-void QmoeModel::OpenRuntime(const ModelOptions& options) {
+void QmoeModel::OpenRuntime(const ModelOptions& options, const std::vector<Router>& routers) {
   std::vector<const char*> paths;
   for (const std::string& path : paths_) paths.push_back(path.c_str());
   for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].name = tensor_names_[i].c_str();
@@ -122,7 +128,7 @@ void QmoeModel::OpenRuntime(const ModelOptions& options) {
   kernels.activation_row_bytes = [](void* self, int32_t type, int64_t) -> uint64_t {
     if (type % kWeights2 != kWeights1) return 0;
     const QmoeNode& node = *static_cast<QmoeModel*>(self)->node_;
-    return static_cast<uint64_t>(simd::QmoePanelBytes(ShapeOf(node, type < kWeights2 ? node.fc1 : node.fc2)));
+    return static_cast<uint64_t>(PanelBytes(node, type < kWeights2 ? node.fc1 : node.fc2));
   };
   kernels.quantize_row = [](void* self, int32_t type, const float* x, void* y, int64_t) {
     static_cast<QmoeModel*>(self)->Prepare(type, x, y);
@@ -130,13 +136,29 @@ void QmoeModel::OpenRuntime(const ModelOptions& options) {
   kernels.multiply = [](void* self, int32_t, const edgemoe_product* product) {
     static_cast<QmoeModel*>(self)->Multiply(*product);
   };
-  const int32_t code = edgemoe_session_create(runtime_, &kernels, &session_, &error);
-  if (code != EDGEMOE_OK) {
+  try {
+    StartPrefetch(runtime_, routers, options.prefetch_depth, options.is_prefetch_adaptive);
+    Check(edgemoe_session_create(runtime_, &kernels, &session_, &error), error);
+  } catch (...) {
     edgemoe_runtime_release(runtime_);
     runtime_ = nullptr;
+    throw;
   }
-  Check(code, error);
   edgemoe_session_set_threads(session_, n_threads_);
+}
+
+std::vector<edgemoe_ort_tensor> QmoeModel::Tensors() const {
+  std::vector<edgemoe_ort_tensor> found(tensors_.size());
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    for (int p = 0; p < kNProducts; ++p) {
+      const int32_t tensor_idx = layers_[i].tensor_idxs[p];
+      if (tensor_idx < 0) continue;
+      const edgemoe_tensor& t = tensors_[static_cast<size_t>(tensor_idx)];
+      const int stage = (p < kWeights2 ? 0 : 2) + (p % kWeights2 == kWeights1 ? 1 : 0);
+      found[static_cast<size_t>(tensor_idx)] = {t.layer, t.n_experts, t.n_experts_used, stage, t.expert_bytes};
+    }
+  }
+  return found;
 }
 
 void QmoeModel::SizeWorkspace() {
@@ -146,7 +168,7 @@ void QmoeModel::SizeWorkspace() {
     activations = std::max(activations, TokenBytes(n) * static_cast<uint64_t>(layers_[i].max_tokens));
     for (int p = 0; p < kNProducts; ++p) {
       if (p % kWeights2 == kWeights1 || layers_[i].tensor_idxs[p] < 0) continue;
-      sides[p] = std::max(sides[p], BytesOf(n, p).expert_bytes * static_cast<uint64_t>(n.n_experts));
+      sides[p] = std::max(sides[p], BytesOf(n, p).memory_bytes * static_cast<uint64_t>(n.n_experts));
     }
   }
   workspace_bytes_ = activations;
@@ -158,7 +180,9 @@ void QmoeModel::Check(int32_t code, const edgemoe_error& error) const {
 }
 
 void QmoeModel::Parallel(void* self, int32_t n_threads, void (*fn)(void*, int32_t, int32_t), void* arg) {
-  if (n_threads <= 1) {
+  const QmoeModel& model = *static_cast<const QmoeModel*>(self);
+  // Scales stay where they are, or come from storage: either is faster than starting threads.
+  if (n_threads <= 1 || model.copies_only_) {
     fn(arg, 0, 1);
     return;
   }
@@ -171,7 +195,6 @@ void QmoeModel::Parallel(void* self, int32_t n_threads, void (*fn)(void*, int32_
     const Call& c = *static_cast<const Call*>(data);
     c.fn(c.arg, static_cast<int32_t>(i), c.n_threads);
   };
-  const QmoeModel& model = *static_cast<const QmoeModel*>(self);
   OrtStatus* const status = api::KernelContext_ParallelFor::Call(model.ort_.table(), model.context_, run,
                                                                  static_cast<size_t>(n_threads), 0, &call);
   if (status == nullptr) return;
@@ -197,7 +220,7 @@ void QmoeModel::ForEach(int64_t n, Fn fn) {
 
 uint64_t QmoeModel::SideRowBytes(int product) const {
   const Projection& p = product < kWeights2 ? node_->fc1 : node_->fc2;
-  return product % kWeights2 == kScales1 ? p.scale_row_bytes() : p.zero_point_row_bytes();
+  return product % kWeights2 == kScales1 ? p.file_scale_row_bytes() : p.zero_point_row_bytes();
 }
 
 edgemoe_matmul QmoeModel::Matmul(int product) const {
@@ -212,7 +235,8 @@ edgemoe_matmul QmoeModel::Matmul(int product) const {
   m.n_rows = p.n_rows;
   m.row_bytes = is_weights ? p.row_bytes() : SideRowBytes(product);
   m.x_n_used = 1;
-  if (is_weights && is_first) {
+  if (is_first) {
+    // For copies of scales as well, which do not read it: the core predicts from the first product's input.
     m.x = x_;
     m.x_token_bytes = static_cast<uint64_t>(node_->hidden) * sizeof(float);
   } else if (is_weights) {
@@ -244,7 +268,12 @@ void QmoeModel::Products(const int* products, int n_products) {
 void QmoeModel::Prepare(int32_t product, const float* x, void* panel) {
   if (product % kWeights2 != kWeights1) return;
   if (product == kWeights2) Activate(table_, *node_, rows1_.data() + (x - rows1_.data()));
-  simd::QmoePanel(ShapeOf(*node_, product < kWeights2 ? node_->fc1 : node_->fc2), x, panel);
+  const Projection& p = product < kWeights2 ? node_->fc1 : node_->fc2;
+  if (node_->is_quantized) {
+    simd::QmoePanel(ShapeOf(*node_, p), x, panel);
+  } else {
+    std::memcpy(panel, x, static_cast<size_t>(p.n_cols) * sizeof(float));
+  }
 }
 
 void QmoeModel::Multiply(const edgemoe_product& product) {
@@ -256,16 +285,23 @@ void QmoeModel::Multiply(const edgemoe_product& product) {
   const auto place = static_cast<uint64_t>(place_[static_cast<size_t>(expert)]);
   const auto* bytes = static_cast<const uint8_t*>(product.weights);
   if (product.type % kWeights2 != kWeights1) {
-    uint8_t* const to = sides_[product.type].data() + place * BytesOf(*node_, product.type).expert_bytes;
-    std::memcpy(to + static_cast<uint64_t>(first_row) * product.row_bytes, bytes,
-                static_cast<uint64_t>(product.n_rows) * product.row_bytes);
+    uint8_t* const copy = sides_[product.type].data() + place * BytesOf(*node_, product.type).memory_bytes;
+    const bool is_half = product.type % kWeights2 == kScales1 && p.has_half_scales;
+    if (is_half) {
+      HalvesToFloats(bytes, product.n_rows * p.n_blocks, reinterpret_cast<float*>(copy) + first_row * p.n_blocks);
+    } else if (product.stays == 0) {
+      std::memcpy(copy + static_cast<uint64_t>(first_row) * product.row_bytes, bytes,
+                  static_cast<uint64_t>(product.n_rows) * product.row_bytes);
+    }
+    if (first_row == 0) side_ptrs_[product.type][place] = is_half || product.stays == 0 ? copy : bytes;
     return;
   }
+  const float* const bias = p.bias.empty() ? nullptr : p.bias.data() + expert * p.n_rows + first_row;
+  if (!node_->is_quantized) return MultiplyFloat(p, product, bias);
   const auto side = [&](int which) -> const uint8_t* {
     const ExpertBytes& b = BytesOf(*node_, which);
     if (!b.exists) return nullptr;
-    return b.is_streamed ? sides_[which].data() + place * b.expert_bytes
-                         : b.bytes.data() + static_cast<uint64_t>(expert) * b.expert_bytes;
+    return b.is_streamed ? side_ptrs_[which][place] : b.bytes.data() + static_cast<uint64_t>(expert) * b.memory_bytes;
   };
   simd::QmoeProduct q = {};
   q.shape = ShapeOf(*node_, p);
@@ -275,7 +311,7 @@ void QmoeModel::Multiply(const edgemoe_product& product) {
   q.zero_points = side(is_first ? kZeroPoints1 : kZeroPoints2);
   q.zero_point_row_bits = p.has_packed_row_zero_points ? p.bits : static_cast<int64_t>(p.zero_point_row_bytes()) * 8;
   q.zero_points_bit = first_row * q.zero_point_row_bits;
-  if (!p.bias.empty()) q.bias = p.bias.data() + expert * p.n_rows + first_row;
+  q.bias = bias;
   q.n_x = product.n_x;
   q.x = product.x;
   q.y = product.y;
@@ -283,9 +319,19 @@ void QmoeModel::Multiply(const edgemoe_product& product) {
 }
 
 void QmoeModel::Combine(int64_t token, float* out) {
-  const int64_t first = token * node_->n_used;
-  table_.combine(row2_ptrs_.data() + first, nullptr, weights_.data() + first, static_cast<int>(node_->n_used),
-                 out + token * node_->hidden, node_->hidden);
+  const auto first = static_cast<size_t>(token * node_->n_used);
+  float* const y = out + token * node_->hidden;
+  size_t n = 0;  // without empty places, whose rows nobody has written
+  for (size_t i = first; i < first + static_cast<size_t>(node_->n_used); ++i) {
+    if (experts_[i] == EDGEMOE_NO_EXPERT) continue;
+    row2_ptrs_[first + n] = rows2_.data() + i * static_cast<size_t>(node_->hidden);
+    weights_[first + n++] = weights_[i];
+  }
+  if (n == 0) {
+    std::fill(y, y + node_->hidden, 0.0f);
+    return;
+  }
+  table_.combine(row2_ptrs_.data() + first, nullptr, weights_.data() + first, static_cast<int>(n), y, node_->hidden);
 }
 
 void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* context) {
@@ -293,14 +339,8 @@ void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* 
   node_ = &nodes_[node_idx];
   layer_ = &layers_[node_idx];
   context_ = context;
-  const auto input = [&](int idx, std::vector<int64_t>* dims) -> const float* {
-    const OrtValue* value = nullptr;
-    ort_.Check(api::KernelContext_GetInput::Call(ort_.table(), context, static_cast<size_t>(idx), &value));
-    *dims = ort_.Dims(value);
-    return static_cast<const float*>(ort_.Data(const_cast<OrtValue*>(value)));
-  };
   std::vector<int64_t> x_dims, dims;
-  const float* const x = input(inputs.x, &x_dims);
+  const Numbers x = Input(inputs.x, node_->x, &x_dims);
   if ((x_dims.size() != 2 && x_dims.size() != 3) || x_dims.back() != node_->hidden) {
     throw Error("node " + node_->name + ": input " + node_->x + " has " + std::to_string(x_dims.size()) + " axes and " +
                 std::to_string(x_dims.empty() ? 0 : x_dims.back()) + " columns, expected 2 or 3 axes and " +
@@ -309,24 +349,56 @@ void QmoeModel::Run(size_t node_idx, const InputIdxs& inputs, OrtKernelContext* 
   int64_t n_tokens = 1;
   for (size_t i = 0; i + 1 < x_dims.size(); ++i) n_tokens *= x_dims[i];
   const auto scores_of = [&](int idx, const std::string& name) {
-    const float* const data = input(idx, &dims);
+    const Numbers numbers = Input(idx, name, &dims);
     if (dims.size() != 2 || dims[0] != n_tokens || dims[1] != node_->n_experts) {
       throw Error("node " + node_->name + ": input " + name + " has " + std::to_string(dims.size()) +
                   " axes, expected [" + std::to_string(n_tokens) + ", " + std::to_string(node_->n_experts) + "]");
     }
-    return data;
+    return numbers;
   };
-  const float* const scores = scores_of(inputs.router, node_->router);
-  const float* const mixing =
-      inputs.router_weights < 0 ? nullptr : scores_of(inputs.router_weights, node_->router_weights);
+  const Numbers scores = scores_of(inputs.router, node_->router);
+  const Numbers mixing =
+      inputs.router_weights < 0 ? Numbers() : scores_of(inputs.router_weights, node_->router_weights);
   OrtValue* output = nullptr;
   ort_.Check(api::KernelContext_GetOutput::Call(ort_.table(), context, 0, x_dims.data(), x_dims.size(), &output));
-  auto* const out = static_cast<float*>(ort_.Data(output));
+  void* const out = ort_.Data(output);
+  if (node_idx == 0) choosers_->CountTokens(n_tokens);
+  is_decode_ = n_tokens == 1;
   for (int64_t token = 0; token < n_tokens; token += layer_->max_tokens) {
-    RunTokens(x + token * node_->hidden, scores + token * node_->n_experts,
-              mixing == nullptr ? nullptr : mixing + token * node_->n_experts,
-              std::min(layer_->max_tokens, n_tokens - token), out + token * node_->hidden);
+    const int64_t n = std::min(layer_->max_tokens, n_tokens - token);
+    const int64_t at = token * node_->hidden, end = at + n * node_->hidden;
+    const auto scores_at = [&](const Numbers& numbers, std::vector<float>* copy) {
+      return Floats(numbers, token * node_->n_experts, n * node_->n_experts, copy);
+    };
+    float* to = static_cast<float*>(out) + at;
+    if (x.is_half) {
+      if (out_floats_.size() < static_cast<size_t>(end - at)) out_floats_.resize(static_cast<size_t>(end - at));
+      to = out_floats_.data();
+    }
+    RunTokens(Floats(x, at, end - at, &x_floats_), scores_at(scores, &scores_floats_),
+              scores_at(mixing, &mixing_floats_), n, to);
+    if (x.is_half) FloatsToHalves(to, end - at, static_cast<uint16_t*>(out) + at);
   }
+}
+
+QmoeModel::Numbers QmoeModel::Input(int idx, const std::string& name, std::vector<int64_t>* dims) const {
+  const OrtValue* value = nullptr;
+  ort_.Check(api::KernelContext_GetInput::Call(ort_.table(), context_, static_cast<size_t>(idx), &value));
+  int32_t element_type = 0;
+  *dims = ort_.Dims(value, &element_type);
+  if (element_type != kOrtFloat && element_type != kOrtFloat16) {
+    throw Error("node " + node_->name + ": input " + name + " has element type " + std::to_string(element_type) +
+                ", expected 1 (float32) or 10 (float16)");
+  }
+  return {ort_.Data(const_cast<OrtValue*>(value)), element_type == kOrtFloat16};
+}
+
+const float* QmoeModel::Floats(const Numbers& numbers, int64_t first, int64_t n, std::vector<float>* copy) {
+  if (numbers.data == nullptr) return nullptr;
+  if (!numbers.is_half) return static_cast<const float*>(numbers.data) + first;
+  if (copy->size() < static_cast<size_t>(n)) copy->resize(static_cast<size_t>(n));
+  HalvesToFloats(static_cast<const uint16_t*>(numbers.data) + first, n, copy->data());
+  return copy->data();
 }
 
 void QmoeModel::RunTokens(const float* x, const float* scores, const float* router_weights, int64_t n_tokens,
@@ -341,21 +413,28 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   grow(&rows1_, n_pairs * node_->fc1.n_rows);
   grow(&rows2_, n_pairs * node_->hidden);
   grow(&row2_ptrs_, n_pairs);
-  for (int64_t i = 0; i < n_pairs; ++i) row2_ptrs_[static_cast<size_t>(i)] = rows2_.data() + i * node_->hidden;
-  for (int64_t t = 0; t < n_tokens; ++t) {
-    Route(*node_, scores + t * node_->n_experts,
-          router_weights == nullptr ? nullptr : router_weights + t * node_->n_experts, &order_,
-          experts_.data() + t * node_->n_used, weights_.data() + t * node_->n_used);
+  if (is_decode_ && choosers_->any()) {
+    choosers_->Choose(runtime_, static_cast<int32_t>(node_ - nodes_.data()), *node_, scores, router_weights,
+                      experts_.data());
+    Mix(*node_, scores, router_weights, experts_.data(), weights_.data());
+  } else {
+    for (int64_t t = 0; t < n_tokens; ++t) {
+      Route(*node_, scores + t * node_->n_experts,
+            router_weights == nullptr ? nullptr : router_weights + t * node_->n_experts, &order_,
+            experts_.data() + t * node_->n_used, weights_.data() + t * node_->n_used);
+    }
   }
   place_.assign(static_cast<size_t>(node_->n_experts), -1);
   int32_t n_places = 0;
   for (int64_t i = 0; i < n_pairs; ++i) {
+    if (experts_[static_cast<size_t>(i)] == EDGEMOE_NO_EXPERT) continue;
     int32_t& place = place_[static_cast<size_t>(experts_[static_cast<size_t>(i)])];
     if (place < 0) place = n_places++;
   }
   for (int p = 0; p < kNProducts; ++p) {
     if (p % kWeights2 == kWeights1 || layer_->tensor_idxs[p] < 0) continue;
-    grow(&sides_[p], n_places * static_cast<int64_t>(BytesOf(*node_, p).expert_bytes));
+    grow(&sides_[p], n_places * static_cast<int64_t>(BytesOf(*node_, p).memory_bytes));
+    grow(&side_ptrs_[p], n_places);
   }
 
   // In the order of use, which is that of reading.
@@ -374,7 +453,9 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
     edgemoe_session* session;
     ~EndLayer() { edgemoe_session_end_layer(session); }
   } const end_layer{session_};
+  copies_only_ = true;
   Products(kOrder, 2);
+  copies_only_ = false;
   Products(kOrder + 2, 3);
   Products(kOrder + 5, 1);
   if (n_pairs * node_->hidden < kSerialFloats) {

@@ -195,6 +195,14 @@ NB_MODULE(_core, m) {
       .def("loaded", &GgmlPlugin::Loaded)
       .def("shares_library", &GgmlPlugin::SharesLibrary);
 
+  nb::class_<edgemoe_ort_counters>(m, "OrtCounters")
+      .def_ro("n_tokens", &edgemoe_ort_counters::n_tokens)
+      .def_ro("count", &edgemoe_ort_counters::count)
+      .def_ro("reuse", &edgemoe_ort_counters::reuse)
+      .def_ro("miss", &edgemoe_ort_counters::miss);
+
+  nb::class_<OrtCounting>(m, "OrtCounting").def("read", &OrtCounting::Read).def("reset", &OrtCounting::Reset);
+
   nb::class_<OrtPlugin>(m, "OrtPlugin")
       .def(nb::init<const std::string&>(), nb::arg("path"))
       .def("take_loaded", &OrtPlugin::TakeLoaded)

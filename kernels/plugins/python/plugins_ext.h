@@ -235,34 +235,82 @@ class GgmlPlugin {
   decltype(&edgemoe_ggml_instance_id) instance_id_ = nullptr;
 };
 
+// What counts in a session of ONNX Runtime; it outlives the session.
+class OrtCounting {
+ public:
+  OrtCounting(edgemoe_ort_counting* counting, decltype(&edgemoe_ort_read_counters) read,
+              decltype(&edgemoe_ort_reset_counters) reset, decltype(&edgemoe_ort_release_counting) release)
+      : counting_(counting), read_(read), reset_(reset), release_(release) {}
+  ~OrtCounting() { release_(counting_); }
+  OrtCounting(const OrtCounting&) = delete;
+  OrtCounting& operator=(const OrtCounting&) = delete;
+
+  edgemoe_ort_counters Read() const {
+    edgemoe_ort_counters counters;
+    read_(counting_, &counters);
+    return counters;
+  }
+  void Reset() { reset_(counting_); }
+
+ private:
+  edgemoe_ort_counting* const counting_;
+  decltype(&edgemoe_ort_read_counters) const read_;
+  decltype(&edgemoe_ort_reset_counters) const reset_;
+  decltype(&edgemoe_ort_release_counting) const release_;
+};
+
 // The ONNX Runtime plug-in, loaded; it stays so, as ONNX Runtime keeps it too.
 class OrtPlugin {
  public:
   explicit OrtPlugin(const std::string& path) {
-    void* const handle = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (handle == nullptr)
+    handle_ = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle_ == nullptr)
       throw CoreError{EDGEMOE_INTERNAL, std::string("cannot load the ONNX Runtime plug-in: ") + ::dlerror()};
-    void* const take = ::dlsym(handle, "edgemoe_ort_take_loaded");
-    void* const id = ::dlsym(handle, "edgemoe_ort_instance_id");
-    if (take == nullptr || id == nullptr)
-      throw CoreError{EDGEMOE_INTERNAL, "the ONNX Runtime plug-in lacks its functions; reinstall edgemoe"};
-    std::memcpy(&take_loaded_, &take, sizeof(take));
-    std::memcpy(&instance_id_, &id, sizeof(id));
+    Find("edgemoe_ort_take_loaded", &take_loaded_);
+    Find("edgemoe_ort_loaded_tensors", &loaded_tensors_);
+    Find("edgemoe_ort_read_counters", &read_counters_);
+    Find("edgemoe_ort_reset_counters", &reset_counters_);
+    Find("edgemoe_ort_release_counting", &release_counting_);
+    Find("edgemoe_ort_instance_id", &instance_id_);
   }
 
-  // (runtime or None, workspace_bytes, kept_bytes, n_layers, n_refused, refusal)
+  // (runtime or None, workspace_bytes, kept_bytes, n_layers, n_routers, n_refused, refusal, counting or None, tensors)
   nb::tuple TakeLoaded() {
+    std::vector<edgemoe_ort_tensor> tensors(static_cast<size_t>(loaded_tensors_(nullptr, 0)));
+    loaded_tensors_(tensors.data(), static_cast<int32_t>(tensors.size()));
     edgemoe_ort_loaded loaded;
     take_loaded_(&loaded);
     const nb::object runtime =
         loaded.runtime == nullptr ? nb::none() : nb::cast(new Runtime(loaded.runtime), nb::rv_policy::take_ownership);
-    return nb::make_tuple(runtime, loaded.workspace_bytes, loaded.kept_bytes, loaded.n_layers, loaded.n_refused,
-                          std::string(loaded.refusal));
+    const nb::object counting =
+        loaded.counting == nullptr
+            ? nb::none()
+            : nb::cast(new OrtCounting(loaded.counting, read_counters_, reset_counters_, release_counting_),
+                       nb::rv_policy::take_ownership);
+    std::vector<std::tuple<int, int, int, int, uint64_t>> tuples;
+    for (const edgemoe_ort_tensor& t : tensors) {
+      tuples.emplace_back(t.layer, t.n_experts, t.n_used, t.stage, t.expert_bytes);
+    }
+    return nb::make_tuple(runtime, loaded.workspace_bytes, loaded.kept_bytes, loaded.n_layers, loaded.n_routers,
+                          loaded.n_refused, std::string(loaded.refusal), counting, tuples);
   }
   bool SharesLibrary() const { return instance_id_() == edgemoe_instance_id(); }
 
  private:
+  template <typename Function>
+  void Find(const char* name, Function* function) {
+    void* const symbol = ::dlsym(handle_, name);
+    if (symbol == nullptr)
+      throw CoreError{EDGEMOE_INTERNAL, std::string("the ONNX Runtime plug-in lacks ") + name + "; reinstall edgemoe"};
+    std::memcpy(function, &symbol, sizeof(symbol));
+  }
+
+  void* handle_ = nullptr;
   decltype(&edgemoe_ort_take_loaded) take_loaded_ = nullptr;
+  decltype(&edgemoe_ort_loaded_tensors) loaded_tensors_ = nullptr;
+  decltype(&edgemoe_ort_read_counters) read_counters_ = nullptr;
+  decltype(&edgemoe_ort_reset_counters) reset_counters_ = nullptr;
+  decltype(&edgemoe_ort_release_counting) release_counting_ = nullptr;
   decltype(&edgemoe_ort_instance_id) instance_id_ = nullptr;
 };
 

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: MIT
+"""Text from a folder with an ONNX model, by onnxruntime-genai, its experts streamed under a memory budget.
+
+genai's loop, sampling and tokenizer are used as they are; our execution provider is a plug-in that it loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+import warnings
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemoe import _native, host, topology
+from edgemoe.budget import MemoryBudget
+from edgemoe.errors import BackendError, EdgeMoeError
+from edgemoe.onnx_folder import budget_plan, genai, read_folder, session_plan
+from edgemoe.onnx_memory import SessionMemory
+from edgemoe.sizes import parse_size
+from edgemoe.types import Stats
+
+if TYPE_CHECKING:
+    from edgemoe.profile import Profiler
+
+_PROVIDER = "EdgeMoEExecutionProvider"
+# As `llama_cpp.Llama.generate`, so that folders and GGUF files are sampled alike.
+_TOP_K, _TOP_P = 40, 0.95
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The arena may grow without a longer input: it is looked at once in so many tokens.
+_OBSERVED_TOKENS = 32
+
+
+@dataclasses.dataclass
+class _Counters:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+
+
+class GenaiModel:
+    """A language model in a folder, ready to generate.
+
+    Args:
+        path: a folder that `edgemoe convert onnx` or genai's model builder wrote.
+        memory: budget for everything this process holds: bytes, or a size such as "1.5GiB", or a `MemoryBudget` that
+            several models share; None for what the machine and its cgroup have free.
+        n_ctx: context in tokens; None for 4096, or the model's if that is less.
+        n_threads: threads that compute; None for the fast physical cores.
+        eviction: which expert goes first, as for `edgemoe.Llama`.
+
+    Raises:
+        ModelFormatError: the folder cannot be read.
+        BudgetError: the budget is below the floor, which the message names; nothing is loaded then.
+        BackendError: onnxruntime-genai is missing or refuses the model; or a MoE node cannot be streamed and `memory`
+            is given.
+        ValueError: `eviction` is unknown.
+    """
+
+    reuse_choice = None
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        memory: int | float | str | MemoryBudget | None = None,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        eviction: str = "auto",
+    ) -> None:
+        begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
+        _native.check_eviction(eviction)
+        self.folder = folder = read_folder(Path(path))
+        self._n_ctx = folder.context(n_ctx)
+        threads = n_threads or topology.default_threads()
+        self._og = genai()
+        self._session = session_plan(folder, self._n_ctx)
+        size = memory.budget_bytes if isinstance(memory, MemoryBudget) else memory
+        self.plan = budget_plan(folder, self._session, None if size is None else parse_size(size))
+        budget = memory if isinstance(memory, MemoryBudget) else self.plan.budget_bytes
+        self._memory = SessionMemory(folder.model, self._session, budget, folder.path.name)
+        self._runtime: _native.Runtime | None = None
+        self._seed: int | None = None
+        self._counters = _Counters()
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._stream: Any = None
+        try:
+            self._load(threads, eviction, is_strict=memory is not None)
+        except BaseException:
+            self.close()
+            raise
+        self._fit_plan()
+        self._load_s = time.perf_counter() - begin_s
+        self._load_bytes_read = host.storage_bytes_read() - begin_read
+
+    def _load(self, n_threads: int, eviction: str, is_strict: bool) -> None:
+        options = {
+            "slots_bytes": self._memory.slots_bytes,
+            "strict": int(is_strict),
+            "n_threads": n_threads,
+            "n_io_threads": host.N_IO_THREADS,
+            "eviction": _native.EVICTION_RULES[eviction],
+            "publish": 1,
+        }
+        session = {"intra_op_num_threads": n_threads, "log_severity_level": 3}
+        try:
+            config = self._og.Config(str(self.folder.path))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            config.clear_providers()
+            config.append_provider(_PROVIDER)
+            for key, value in options.items():
+                config.set_provider_option(_PROVIDER, key, str(value))
+            self._model = self._og.Model(config)
+            self._tokenizer = self._og.Tokenizer(self._model)
+        except Exception as error:
+            _native.take_ort_loaded()  # release what was opened before the failure
+            raise BackendError(f"onnxruntime-genai cannot load the model: {error} ({self.folder.path})") from error
+        loaded = _native.take_ort_loaded()
+        self._runtime = loaded.runtime
+        if loaded.n_refused:
+            warnings.warn(
+                f"{loaded.n_refused} MoE nodes are not streamed, all their experts are in memory; {loaded.refusal}",
+                stacklevel=3,
+            )
+        self._memory.loaded(loaded)
+
+    def _fit_plan(self) -> None:
+        self.plan = dataclasses.replace(
+            self.plan, fits=True, budget_bytes=self._memory.budget_bytes, slots_bytes=self._memory.slots_bytes
+        )
+
+    def n_ctx(self) -> int:
+        """The context in tokens."""
+        return self._n_ctx
+
+    def set_seed(self, seed: int) -> None:
+        """The seed of sampling from now on."""
+        self._seed = seed
+
+    def set_memory(self, memory: int | float | str) -> None:
+        """Change the budget of the process; experts that no longer fit are dropped, the coldest first.
+
+        Raises:
+            BudgetError: it is below what the model needs, or shared; nothing is changed.
+        """
+        self._memory.set_memory(memory)
+        self._fit_plan()
+
+    def text_tokens(self, text: str) -> list[int]:
+        """The tokens of a plain prompt, begun as the model wants it begun.
+
+        Raises:
+            EdgeMoeError: there are none.
+        """
+        tokenizer = self._need(self._tokenizer)
+        tokens = [int(token) for token in tokenizer.encode(text)] if text else []
+        if len(tokens) > 1 and tokens[0] == tokens[1] == int(tokenizer.bos_token_id):
+            del tokens[0]  # a chat template has written it as well
+        if not tokens:
+            raise EdgeMoeError("the prompt is empty: found 0 tokens, expected at least 1; give it some text")
+        return tokens
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the folder brings a chat template of its own."""
+        if (self.folder.path / "chat_template.jinja").is_file():
+            return True
+        try:
+            text = (self.folder.path / "tokenizer_config.json").read_text(encoding="utf-8")
+            return bool(json.loads(text).get("chat_template"))
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation in the folder's own chat template (ChatML if it has none), ready for an answer.
+
+        Raises:
+            EdgeMoeError: the template refuses the conversation; some know no system message.
+        """
+        tokenizer = self._need(self._tokenizer)
+        try:
+            template = {} if self.has_chat_template else {"template_str": _CHATML}
+            prompt = tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True, **template)
+        except Exception as error:
+            raise EdgeMoeError(
+                f"the chat template of the model failed: {error}; try without a system message, or `edgemoe generate` "
+                "without --chat"
+            ) from error
+        return self.text_tokens(str(prompt))
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return token in {int(t) for t in self._need(self._tokenizer).eos_token_ids}
+
+    def detokenize(self, tokens: Sequence[int]) -> bytes:
+        """The text that becomes complete with these tokens of the answer that is being generated."""
+        if self._stream is None:
+            self._stream = self._need(self._tokenizer).create_stream()
+        return "".join(str(self._stream.decode(token)) for token in tokens).encode("utf-8", errors="replace")
+
+    def generate(self, tokens: Sequence[int], temp: float = 0.8) -> Generator[int, None, None]:
+        """Generate tokens until the model ends the answer, its last token included, or the context is full.
+
+        Raises:
+            ExpertReadError: an expert could not be read from storage.
+            BackendError: onnxruntime-genai failed.
+        """
+        begin_s = last_s = time.perf_counter()
+        generator = self._generator(temp)
+        self._stream = None
+        n_piece = self.folder.n_piece_tokens
+        for start in range(0, len(tokens), n_piece):
+            piece = list(tokens[start : start + n_piece])
+            self._watched(functools.partial(generator.append_tokens, piece))
+            self._memory.after_run(len(piece))
+        self._counters.prompt_tokens += len(tokens)
+        self._counters.prefill_s += time.perf_counter() - begin_s
+        n_generated = 0
+        while not generator.is_done():
+            last_s = time.perf_counter()
+            self._watched(generator.generate_next_token)
+            now_s = time.perf_counter()
+            if n_generated == 0:
+                self._counters.ttft_s = now_s - begin_s
+            else:
+                self._counters.completion_tokens += 1
+                self._counters.decode_s += now_s - last_s
+            n_generated += 1
+            self._memory.after_run(None if n_generated % _OBSERVED_TOKENS == 0 else 1)
+            yield int(generator.get_next_tokens()[0])
+
+    def _generator(self, temperature: float) -> Any:
+        options: dict[str, Any] = {
+            "max_length": self._n_ctx,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "repetition_penalty": 1.0,
+            "do_sample": temperature > 0,
+        }
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_k": _TOP_K, "top_p": _TOP_P}
+        if self._seed is not None:
+            options["random_seed"] = self._seed
+        model = self._need(self._model)
+
+        def make() -> Any:
+            params = self._og.GeneratorParams(model)
+            params.set_search_options(**options)
+            return self._og.Generator(model, params)
+
+        return self._watched(make)
+
+    def _watched(self, call: Any) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            if self._runtime is not None:
+                _native.raise_error(self._runtime)
+            raise BackendError(f"onnxruntime-genai cannot run the model: {error} ({self.folder.path})") from error
+
+    def reset(self) -> None:
+        """Forget the conversation: nothing is kept between answers."""
+
+    def profile(self) -> contextlib.AbstractContextManager[Profiler]:
+        """As of `edgemoe.Llama`; ONNX Runtime does not say where time goes.
+
+        Raises:
+            BackendError: always.
+        """
+        raise BackendError(f"cannot take a profile of a folder with an ONNX model ({self.folder.path})")
+
+    def stats(self) -> Stats:
+        """Counters since loading."""
+        c = self._counters
+        experts = self._runtime.stats() if self._runtime is not None else None
+        n_tokens = c.prompt_tokens + c.completion_tokens
+        return Stats(
+            prompt_tokens=c.prompt_tokens,
+            completion_tokens=c.completion_tokens,
+            prefill_tokens_per_s=c.prompt_tokens / c.prefill_s if c.prefill_s else 0.0,
+            decode_tokens_per_s=c.completion_tokens / c.decode_s if c.decode_s else 0.0,
+            ttft_s=c.ttft_s,
+            load_s=self._load_s,
+            load_bytes_read=self._load_bytes_read,
+            expert_hits=experts.hits if experts else 0,
+            expert_misses=experts.misses if experts else 0,
+            expert_late_hits=experts.late_hits if experts else 0,
+            expert_bytes_read=experts.bytes_read if experts else 0,
+            bytes_per_token=experts.bytes_read / n_tokens if experts and n_tokens else 0.0,
+            prefetch_used_bytes=0,
+            prefetch_late_bytes=0,
+            prefetch_wasted_bytes=0,
+            stall_s=experts.stall_ns / 1e9 if experts else 0.0,
+            n_slots=experts.n_slots if experts else 0,
+            slots_bytes=experts.slots_bytes if experts else 0,
+            peak_rss_bytes=host.peak_rss_bytes(),
+            budget_bytes=self._memory.budget_bytes,
+            kernels=_PROVIDER,
+        )
+
+    def _need(self, value: Any) -> Any:
+        if value is None:
+            raise BackendError("cannot use the model: it is closed; load it again")
+        return value
+
+    def close(self) -> None:
+        """Free the model and its experts. May be called twice."""
+        self._stream = self._tokenizer = self._model = None
+        self._runtime = None
+        self._memory.close()
+
+    def __enter__(self) -> GenaiModel:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
