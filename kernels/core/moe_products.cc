@@ -224,7 +224,7 @@ void MoeLayer::PrepareTasks() {
       task.stays = is_pinned_[static_cast<size_t>(tensor) * chosen_.size() + c] != 0;
       task.rows_per_chunk = kDecodeRows;
       if (chosen_[c].n_pairs >= kPrefillPairs) {
-        const int64_t units = std::max<int64_t>(1, n_threads_ * kPrefillUnitsPerThread / n_tasks_);
+        const int64_t units = std::clamp<int64_t>(n_threads_ * kPrefillUnitsPerThread / n_tasks_, 1, m.n_rows);
         task.rows_per_chunk = static_cast<int32_t>(RoundUp(static_cast<uint64_t>(m.n_rows / units), kPrefillRows));
       }
       task.n_chunks = static_cast<int32_t>((m.n_rows + task.rows_per_chunk - 1) / task.rows_per_chunk);
