@@ -96,11 +96,7 @@ def _has_plugin_providers() -> bool:
 
 @functools.cache
 def _register() -> None:
-    path = _native.ort_plugin_path()
-    try:
-        onnxruntime.register_execution_provider_library("edgemoe", str(path))
-    except Exception as error:
-        raise BackendError(f"ONNX Runtime refused the plug-in: {error} ({path})") from error
+    _native.register_ort_plugin(onnxruntime.register_execution_provider_library)
 
 
 def _devices(provider: str) -> list[Any]:

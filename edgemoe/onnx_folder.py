@@ -123,11 +123,7 @@ def genai() -> Any:
             f"cannot import onnxruntime_genai: {error}; text from a folder needs the package onnxruntime-genai: pip "
             "install 'edgemoe[genai]'"
         ) from error
-    path = _native.ort_plugin_path()
-    try:
-        onnxruntime_genai.register_execution_provider_library("edgemoe", str(path))
-    except Exception as error:
-        raise BackendError(f"onnxruntime-genai refused the plug-in: {error} ({path})") from error
+    _native.register_ort_plugin(onnxruntime_genai.register_execution_provider_library)
     return onnxruntime_genai
 
 

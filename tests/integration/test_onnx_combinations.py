@@ -22,7 +22,7 @@ ACTIVATIONS = ("swiglu", "silu", "gelu", "relu", "identity")
 ROUTINGS = ((False, 1), (True, 0), (True, 1))  # has router_weights, normalizes
 SWIGLUS = ((1.0, 0.0, None), (1.702, 1.0, 0.5), (0.5, -1.0, None))  # alpha, beta, limit
 TOLERANCES = {0: 1e-5, 4: 3e-2}
-"""By accuracy level, of the largest output. 4: activations are rounded to 8 bits, by 1/254 of the largest of a block."""
+"""By accuracy level, of the largest output. 4: activations are rounded to 8 bits, by 1/254 of a block's largest."""
 
 
 def _shapes(bits: int, block: int, accuracy_level: int) -> Iterator[tuple[int, Shape]]:
@@ -39,22 +39,25 @@ def _shapes(bits: int, block: int, accuracy_level: int) -> Iterator[tuple[int, S
             hidden, inter = n_blocks[index % 3], n_blocks[(index // 3 + 1) % 3]
         else:
             hidden, inter = (17, 8, 40)[index % 3], (9, 24, 64)[index % 3]
-        yield index, Shape(
-            n_experts=n_experts,
-            k=1 + index // 4 % n_experts,
-            hidden=width * hidden,
-            inter=width * inter,
-            bits=bits,
-            block=block,
-            has_zero_points=has_zero_points,
-            has_bias=has_bias,
-            activation=activation,
-            alpha=alpha,
-            beta=beta,
-            limit=limit,
-            has_router_weights=routing[0],
-            normalizes=routing[1],
-            accuracy_level=accuracy_level,
+        yield (
+            index,
+            Shape(
+                n_experts=n_experts,
+                k=1 + index // 4 % n_experts,
+                hidden=width * hidden,
+                inter=width * inter,
+                bits=bits,
+                block=block,
+                has_zero_points=has_zero_points,
+                has_bias=has_bias,
+                activation=activation,
+                alpha=alpha,
+                beta=beta,
+                limit=limit,
+                has_router_weights=routing[0],
+                normalizes=routing[1],
+                accuracy_level=accuracy_level,
+            ),
         )
 
 

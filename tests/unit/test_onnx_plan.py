@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-
-onnx = pytest.importorskip("onnx", reason="onnx is not installed (the extra edgemoe[test])")
-
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemoe.formats.onnx_model import OnnxModel, read_model
