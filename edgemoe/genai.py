@@ -21,7 +21,6 @@ from edgemoe.budget import MemoryBudget
 from edgemoe.errors import BackendError, EdgeMoeError
 from edgemoe.onnx_folder import budget_plan, genai, read_folder, session_plan
 from edgemoe.onnx_memory import SessionMemory
-from edgemoe.runtime import N_IO_THREADS
 from edgemoe.sizes import parse_size
 from edgemoe.types import Stats
 
@@ -109,7 +108,7 @@ class GenaiModel:
             "slots_bytes": self._memory.slots_bytes,
             "strict": int(is_strict),
             "n_threads": n_threads,
-            "n_io_threads": N_IO_THREADS,
+            "n_io_threads": host.N_IO_THREADS,
             "eviction": _native.EVICTION_RULES[eviction],
             "publish": 1,
         }

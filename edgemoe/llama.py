@@ -258,7 +258,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 _log.warning("cannot find where llama.cpp mapped %s: its dense weights stay in the page cache", path)
             if not load.is_hooked:
                 mapping.drop(mapped)
-            _native.populate(path, ranges, runtime.N_IO_THREADS)
+            _native.populate(path, ranges, host.N_IO_THREADS)
             self._find_embedding(i, mapped)
             for _, length, address in ranges if lock_memory else ():
                 if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(length)) != 0:

@@ -22,7 +22,6 @@ from edgemoe.errors import BackendError, ModelFormatError
 from edgemoe.formats.onnx_model import read_model
 from edgemoe.onnx_memory import SessionMemory
 from edgemoe.onnx_plan import plan
-from edgemoe.runtime import N_IO_THREADS
 
 try:
     import onnxruntime
@@ -172,7 +171,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
                 "slots_bytes": str(self._memory.slots_bytes),
                 "strict": str(int(memory is not None)),
                 "n_threads": str(n_threads),
-                "n_io_threads": str(N_IO_THREADS),
+                "n_io_threads": str(host.N_IO_THREADS),
                 "publish": "1",
             }
             if _has_plugin_providers():

@@ -78,7 +78,7 @@ def _own_bytes(model: GgufModel, n_ubatch: int, n_threads: int, companion: GgufM
     widest = max(_panel_bytes(t) for t in tensors)
     scratch = n_ubatch * widest + max(packing, _INTERLEAVED_BYTES)
     scratch = -(-scratch // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    return rows + n_threads * (scratch + 4 * n_ff) + runtime.N_IO_THREADS * packing
+    return rows + n_threads * (scratch + 4 * n_ff) + host.N_IO_THREADS * packing
 
 
 def _batch_bytes(model: GgufModel, llama_kwargs: dict[str, Any], companion: GgufModel | None = None) -> int:

@@ -7,13 +7,9 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from edgemoe import _native, trace
+from edgemoe import _native, host, trace
 from edgemoe.formats.gguf import GgufModel
 from edgemoe.routers import PREFETCH_DEPTHS, find_routers, read_tensor
-
-# Readers in flight: on the disks measured so far bandwidth grows up to 4 (859 -> 954 MiB/s from 2 to 4 threads,
-# fio 1 MiB random reads on the development machine) and not beyond by more than 10 %.
-N_IO_THREADS = 4
 
 
 def extents(model: GgufModel, companion: GgufModel | None = None) -> list[_native.TensorExtent]:
@@ -70,7 +66,7 @@ def open_runtime(
         BackendError: also if our kernels do not multiply by the low-bit copies.
     """
     files = [*model.files, *(companion.files if companion is not None else ())]
-    return _native.open_runtime(files, extents(model, companion), slots_bytes, N_IO_THREADS, eviction, kernels)
+    return _native.open_runtime(files, extents(model, companion), slots_bytes, host.N_IO_THREADS, eviction, kernels)
 
 
 def trace_header(model: GgufModel) -> str:

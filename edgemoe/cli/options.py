@@ -278,7 +278,9 @@ def load_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def with_load(*args: Any, **kwargs: Any) -> Any:
         load = {name: kwargs.pop(name) for name in _LOAD_OPTIONS}
-        _check_together(load)
+        model = kwargs.get("model")
+        if model is None or not model.is_dir():  # a folder takes none of these; to check them loads llama.cpp
+            _check_together(load)
         return command(*args, **kwargs, load=load)
 
     for option in reversed(_LOAD_OPTIONS.values()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import mmap
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,15 +161,20 @@ def _tensor(data: mmap.mmap, begin: int, end: int, folder: Path) -> OnnxTensor:
     n_bytes = -(-math.prod(shape) * element_bits(data_type) // 8)
     if not is_external:
         return OnnxTensor(name, tuple(shape), data_type, None, 0, n_bytes)
-    if not entries.get("location"):
+    location = entries.get("location", "")
+    if not location:
         raise _Corrupt(f"tensor {name}: external data without a location")
+    if "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
+        raise _Corrupt(
+            f"tensor {name}: external data at {location!r}, expected a file beside the .onnx file or below it"
+        )
     offset = _external_number(name, entries, "offset", 0)
     length = _external_number(name, entries, "length", n_bytes)
     if offset < 0 or length != n_bytes:
         raise _Corrupt(
             f"tensor {name}: {length} bytes at offset {offset} of its external data, expected {n_bytes} bytes"
         )
-    return OnnxTensor(name, tuple(shape), data_type, folder / entries["location"], offset, n_bytes)
+    return OnnxTensor(name, tuple(shape), data_type, folder / location, offset, n_bytes)
 
 
 def _node(data: mmap.mmap, begin: int, end: int) -> OnnxNode:
@@ -231,12 +237,15 @@ def _check_extents(model: OnnxModel) -> None:
             continue
         if t.path not in sizes:
             try:
-                sizes[t.path] = t.path.stat().st_size
+                status = t.path.stat()
             except OSError as error:
                 raise ModelFormatError(
                     f"cannot find the external data of tensor {t.name}: {error.strerror} ({t.path}); "
                     "keep the file beside the .onnx file"
                 ) from None
+            if not stat.S_ISREG(status.st_mode):
+                raise ModelFormatError(f"external data of tensor {t.name}: expected a file ({t.path})")
+            sizes[t.path] = status.st_size
         if t.offset + t.n_bytes > sizes[t.path]:
             raise ModelFormatError(
                 f"tensor {t.name} ends at byte {t.offset + t.n_bytes}: its file has {sizes[t.path]} ({t.path}, offset "

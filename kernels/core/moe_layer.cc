@@ -32,6 +32,7 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   if (n_tokens == 1) prefetch_->Learn(first.layer, chosen_of_id_, &foresight_);
   // Room for the most pins and reads that this many experts can take, so that decoding never allocates.
   pinned_.reserve(tensor_idxs_.size() * chosen_.size());
+  is_pinned_.reserve(tensor_idxs_.size() * chosen_.size());
   ahead_.reserve(tensor_idxs_.size() * chosen_.size());
   pending_.reserve(tensor_idxs_.size() * chosen_.size());
   loading_.reserve(tensor_idxs_.size() * chosen_.size());
@@ -138,8 +139,10 @@ void MoeLayer::CountAndPin() {
   Promise();
   ahead_.clear();
   next_ahead_ = 0;
+  is_pinned_.clear();
   for (int32_t t : tensor_idxs_) {
     for (const ChosenExpert& c : chosen_) {
+      is_pinned_.push_back(0);
       const int64_t slice = Slice(t, c.id);
       ClassShare& share = shares_[static_cast<size_t>(cache_->ClassIdx(slice))];
       if (cache_->Absent(slice) || (!share.fits && share.n_promised == 0)) {
@@ -149,6 +152,7 @@ void MoeLayer::CountAndPin() {
       if (!share.fits) --share.n_promised;
       (void)cache_->Acquire(slice);
       pinned_.push_back(slice);
+      is_pinned_.back() = 1;
     }
   }
 }

@@ -61,6 +61,7 @@ class MoeLayer {
     int32_t n_chunks = 0;
     int32_t rows_per_chunk = 0;
     bool packed = false;
+    bool stays = false;   // where it is until the layer ends
     bool joined = false;  // waits for a read that it did not start
     std::atomic<int32_t> next_chunk{0};
     std::atomic<int32_t> n_done{0};
@@ -124,6 +125,7 @@ class MoeLayer {
   int64_t n_pairs_ = 0;
   int64_t n_used_ = 0;
   std::vector<int64_t> pinned_;
+  std::vector<char> is_pinned_;  // [tensor][chosen]
   struct ClassShare {
     int64_t n_needed = 0;    // slices of the layer in this class
     int64_t n_promised = 0;  // slots promised to this session and not yet pinned

@@ -220,9 +220,11 @@ void MoeLayer::PrepareTasks() {
       task.slice = Slice(m.tensor_idx, chosen_[c].id);
       task.matmul = IsCopy(chosen_[c].id) ? n_matmuls_ + i : i;
       task.chosen = static_cast<int32_t>(c);
+      const auto tensor = std::find(tensor_idxs_.begin(), tensor_idxs_.end(), m.tensor_idx) - tensor_idxs_.begin();
+      task.stays = is_pinned_[static_cast<size_t>(tensor) * chosen_.size() + c] != 0;
       task.rows_per_chunk = kDecodeRows;
       if (chosen_[c].n_pairs >= kPrefillPairs) {
-        const int64_t units = std::max<int64_t>(1, n_threads_ * kPrefillUnitsPerThread / n_tasks_);
+        const int64_t units = std::clamp<int64_t>(n_threads_ * kPrefillUnitsPerThread / n_tasks_, 1, m.n_rows);
         task.rows_per_chunk = static_cast<int32_t>(RoundUp(static_cast<uint64_t>(m.n_rows / units), kPrefillRows));
       }
       task.n_chunks = static_cast<int32_t>((m.n_rows + task.rows_per_chunk - 1) / task.rows_per_chunk);
@@ -381,6 +383,7 @@ void MoeLayer::RunChunks(int thread_idx, const Task& task, int chunk, int n_chun
   product.n_rows = std::min<int64_t>(static_cast<int64_t>(n_chunks) * task.rows_per_chunk, m.n_rows - first_row);
   product.weights = task.weights + static_cast<uint64_t>(first_row) * m.row_bytes;
   product.row_bytes = m.row_bytes;
+  product.stays = task.stays ? 1 : 0;
   product.x = x_rows_.data() + static_cast<size_t>(task.matmul) * n_pairs + chosen.first_pair;
   product.y = y;
   // Products that share an input share its rows: gate and up of one expert, or of one copy.

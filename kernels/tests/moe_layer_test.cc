@@ -208,6 +208,58 @@ INSTANTIATE_TEST_SUITE_P(All, WavesTest,
                                                           EDGEMOE_EVICT_AUTO),
                                           testing::Values(2, 3, 5, 9, 20, 40), testing::Values(1, 3), testing::Bool()));
 
+// The products of a layer whose weights stay, and their bytes then.
+struct StayingWeights {
+  edgemoe_kernels kernels = ToyKernels();
+  int n_products = 0;
+  std::vector<std::pair<const char*, std::vector<char>>> staying;
+
+  static void Multiply(void* self, int32_t thread_idx, const edgemoe_product* p) {
+    StayingWeights& s = *static_cast<StayingWeights*>(self);
+    ++s.n_products;
+    if (p->stays != 0) {
+      const char* const w = static_cast<const char*>(p->weights);
+      s.staying.emplace_back(w, std::vector<char>(w, w + static_cast<uint64_t>(p->n_rows) * p->row_bytes));
+    }
+    s.kernels.multiply(s.kernels.context, thread_idx, p);
+  }
+};
+
+// Guards against: weights said to stay whose slot is given away before the layer ends; those of resident experts not
+// said to stay, which the ONNX Runtime plug-in then copies.
+TEST(MoeLayerTest, WeightsThatStayDo) {
+  for (const int64_t n_slots : {5, 9, 144}) {
+    ToyModel model({});
+    RuntimePtr runtime(model.Open(model.SlotsBytes(n_slots)));
+    StayingWeights seen;
+    edgemoe_kernels kernels = SerialToyKernels();
+    kernels.context = &seen;
+    kernels.multiply = StayingWeights::Multiply;
+    ToySession session(runtime.get(), &model, 1, kernels);
+    std::mt19937 rng(1);
+    const std::vector<float> x = RandomRows(&rng, 1, 16);
+    for (int run = 0; run < 3; ++run) {
+      seen.n_products = 0;
+      seen.staying.clear();
+      ASSERT_EQ(session.Begin(0, {0, 1, 2, 3}, 1), EDGEMOE_OK);
+      ASSERT_EQ(session.MultiplyGateUp(x), EDGEMOE_OK);
+      ASSERT_EQ(session.MultiplyDown(), EDGEMOE_OK);
+      for (const auto& [weights, bytes] : seen.staying) {
+        EXPECT_EQ(std::memcmp(weights, bytes.data(), bytes.size()), 0) << n_slots << " slots, run " << run;
+      }
+      session.End();
+      const size_t n_staying = seen.staying.size();
+      if (run == 0) {
+        EXPECT_EQ(n_staying, 0u) << "all were absent";
+      } else if (n_slots == 144) {
+        EXPECT_EQ(n_staying, static_cast<size_t>(seen.n_products));
+      } else {
+        EXPECT_LT(n_staying, static_cast<size_t>(seen.n_products));
+      }
+    }
+  }
+}
+
 // Guards against: a slice that was used and evicted in this layer read ahead once more, when another session lets a
 // slot go.
 TEST(MoeLayerTest, ProductsAtHandAreNotReadAhead) {

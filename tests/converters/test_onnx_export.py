@@ -7,6 +7,7 @@ the dequantized weights. Relative errors are max |a - b| / max |b| over all posi
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,19 @@ def test_genai_generates_from_the_folder(exported: Maker, genai: Any, family: st
     path, _ = exported(family)
     model = genai_model(genai, path.parent, provider)
     assert generate(genai, model, TOKENS[:N_PROMPT], 16) == greedy(stock(path), TOKENS[:N_PROMPT], 16)
+
+
+def test_genai_generates_with_our_custom_operators(exported: Maker, genai: Any) -> None:
+    """Guards against: options of a session that do not reach operators through onnxruntime-genai."""
+    path, _ = exported("olmoe")
+    config = genai.Config(str(path.parent))
+    entries = {"model_path": str(path), "publish": "1"}
+    session = {f"ep.edgemoeexecutionprovider.{key}": value for key, value in entries.items()}
+    session["custom_ops_library"] = str(_native.ort_plugin_path())
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    found = generate(genai, genai.Model(config), TOKENS[:N_PROMPT], 16)
+    assert _native.take_ort_loaded().n_layers > 0
+    assert found == greedy(stock(path), TOKENS[:N_PROMPT], 16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -97,6 +97,18 @@ def _dequantize(s: Shape, w: Array, scales: Array, zero_points: Array | None) ->
     return (blocks * scales.reshape(e, n, n_blocks, 1).astype(np.float64)).reshape(e, n, n_cols)
 
 
+def _activations(s: Shape, x: Array) -> Array:
+    """[columns] -> as products take them: accuracy_level 4 rounds to 8 bits, a float32 scale for 32 columns (or 16)."""
+    if s.accuracy_level != 4:
+        return x
+    group = 16 if s.block == 16 else 32
+    padded = np.pad(x, (0, -len(x) % group)).astype(np.float32).reshape(-1, group)
+    largest = np.abs(padded).max(axis=1, keepdims=True)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    scale = (largest / np.float32(127)).astype(np.float64)
+    return (np.rint(padded * inverse).astype(np.float64) * scale).reshape(-1)[: len(x)]
+
+
 def _activate(s: Shape, h: Array) -> Array:
     if s.activation == "relu":
         return np.maximum(h, 0)
@@ -127,8 +139,8 @@ def _qmoe(s: Shape, t: dict[str, Array], x: Array, scores: Array, mixing: Array 
             p = mixing[token, chosen].astype(np.float64)
             p = p / p.sum() if s.normalizes else p
         for weight, expert in zip(p, chosen, strict=True):
-            h = w1[expert] @ x[token] + (t["b1"][expert] if s.has_bias else 0)
-            y = w2[expert] @ _activate(s, h[None])[0] + (t["b2"][expert] if s.has_bias else 0)
+            h = w1[expert] @ _activations(s, x[token]) + (t["b1"][expert] if s.has_bias else 0)
+            y = w2[expert] @ _activations(s, _activate(s, h[None])[0]) + (t["b2"][expert] if s.has_bias else 0)
             out[token] += weight * y
     return out
 

@@ -209,6 +209,8 @@ def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
         session(inside.path)
     with pytest.raises(Exception, match=r"option slots_bytes .* 'much', expected a number"):
         session(model.path, slots_bytes="much")
+    with pytest.raises(Exception, match=r"option prefetch .* '1', expected auto or off"):
+        session(model.path, prefetch="1")
 
 
 def test_inputs_of_wrong_shape_are_errors(tmp_path: Path) -> None:

@@ -123,3 +123,14 @@ def test_what_is_not_implemented_is_named(attributes: dict[str, Any], named: str
     model = write_model(tmp_path / "model.onnx", FLOAT, attributes=attributes)
     with pytest.raises(BackendError, match=named):
         InferenceSession(model.path, memory="8GiB")
+
+
+def test_fewer_experts_keep_their_share_of_all(tmp_path: Path) -> None:
+    """Guards against: weights of the chosen divided by their sum, where the node asks for shares of all scores."""
+    model = write_model(tmp_path / "model.onnx", dataclasses.replace(FLOAT, k=4))
+    feed = model.feed(1)
+    found = InferenceSession(model.path, expert_top_k=1).run(None, feed)[0]
+    fewer = dataclasses.replace(model, shape=dataclasses.replace(model.shape, k=1))
+    assert relative_error(found, fewer.reference(feed)) < TOLERANCE
+    biased = InferenceSession(model.path, reuse_bias=0)
+    np.testing.assert_array_equal(biased.run(None, feed)[0], InferenceSession(model.path).run(None, feed)[0])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ SHAPES = {
     "int8-zero-points": Shape(bits=8, has_zero_points=True, block=16),
     "int8-rows": Shape(bits=8, block=0, has_bias=True, hidden=65, inter=33),
     "int8-rows-zero-points": Shape(bits=8, block=0, has_zero_points=True),
+    "int2": Shape(bits=2),
+    "int2-block16": Shape(bits=2, block=16, has_zero_points=True, hidden=80, inter=112),
+    "int2-block128": Shape(bits=2, block=128, has_zero_points=True, hidden=256, inter=384),
+    "int2-rows": Shape(bits=2, block=0, has_bias=True, hidden=68, inter=36),
+    "int2-rows-zero-points": Shape(bits=2, block=0, has_zero_points=True),
     "gpt-oss": Shape(alpha=1.702, beta=1.0, limit=0.5, has_bias=True, k=4),
     "silu": Shape(activation="silu"),
     "gelu": Shape(activation="gelu", has_bias=True),
@@ -39,9 +45,21 @@ SHAPES = {
     "mixing-weights-normalized": Shape(has_router_weights=True, k=3),
     "one-expert": Shape(k=1),
     "all-experts": Shape(k=8),
+    "accuracy-level-1": Shape(accuracy_level=1),
+    "8-bit-activations": Shape(n_layers=2, accuracy_level=4),
+    "8-bit-activations-block16": Shape(block=16, has_zero_points=True, has_bias=True, accuracy_level=4),
+    "8-bit-activations-block128": Shape(block=128, hidden=256, inter=128, accuracy_level=4),
+    "8-bit-activations-rows": Shape(block=0, has_zero_points=True, hidden=66, inter=50, accuracy_level=4),
+    "8-bit-activations-int8": Shape(bits=8, has_zero_points=True, accuracy_level=4),
+    "8-bit-activations-int8-rows": Shape(bits=8, block=0, hidden=65, inter=33, accuracy_level=4),
+    "8-bit-activations-int2": Shape(bits=2, has_zero_points=True, accuracy_level=4),
 }
-# Stock kernels for blockwise 8-bit experts quantize activations to 8 bits, which is no reference for ours.
-STOCK_IS_FLOAT = {name: shape.bits == 4 or shape.block == 0 for name, shape in SHAPES.items()}
+# Stock quantizes activations to 8 bits when asked for accuracy_level 4, for blockwise 8-bit experts, and for 2-bit
+# ones, in blocks of its own, which is no reference for ours.
+STOCK_IS_FLOAT = {
+    name: shape.accuracy_level != 4 and (shape.bits == 4 or (shape.bits == 8 and shape.block == 0))
+    for name, shape in SHAPES.items()
+}
 
 
 def stock(path: Path) -> Any:
@@ -59,8 +77,14 @@ def test_outputs_are_those_of_numpy_and_of_stock_onnx_runtime(name: str, tmp_pat
     theirs = stock(model.path) if STOCK_IS_FLOAT[name] else None
     for n_tokens in (1, 37):
         feed = model.feed(n_tokens, seed=n_tokens)
-        found = ours.run(None, feed)[0]
-        assert relative_error(found, model.reference(feed)) < TOLERANCE
+        found, expected = ours.run(None, feed)[0], model.reference(feed)
+        errors = np.abs(found - expected).max(axis=1) / np.abs(expected).max()
+        if SHAPES[name].accuracy_level == 4:
+            # What float32 and float64 round to different 8-bit codes, a few in a million, is off by a step of those.
+            assert np.quantile(errors, 0.9) < TOLERANCE
+            assert errors.max() < 1e-3
+        else:
+            assert errors.max() < TOLERANCE
         if theirs is not None:
             assert relative_error(found, theirs.run(None, feed)[0]) < TOLERANCE
     stats = ours.stats()
@@ -100,11 +124,44 @@ def test_small_scales_inside_of_the_model_give_the_same_bits(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("block", [16, 32, 64, 256])
+def test_8_bit_activations_are_as_accurate_as_stocks(block: int, tmp_path: Path) -> None:
+    """Guards against: accuracy_level 4 with activations rounded otherwise, or more coarsely, than stock rounds them."""
+    shape = Shape(hidden=512, inter=256, block=block, accuracy_level=4)
+    model = write_model(tmp_path / "model.onnx", shape)
+    feed = model.feed(1)
+    exact = dataclasses.replace(model, shape=dataclasses.replace(shape, accuracy_level=0)).reference(feed)
+    ours = InferenceSession(model.path).run(None, feed)[0]
+    theirs = stock(model.path).run(None, feed)[0]
+    assert TOLERANCE < relative_error(ours, exact) < 1.2 * relative_error(theirs, exact)
+    if block <= 32:
+        assert relative_error(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+def test_outputs_do_not_depend_on_the_batch(accuracy_level: int, tmp_path: Path) -> None:
+    """Guards against: another order of sums where several tokens share an expert."""
+    shape = Shape(n_layers=2, hidden=320, inter=224, k=3, has_zero_points=True, accuracy_level=accuracy_level)
+    model = write_model(tmp_path / "model.onnx", shape)
+    session = InferenceSession(model.path)
+    feed = model.feed(41)
+    together = session.run(None, feed)[0]
+    alone = [session.run(None, {k: v[i : i + 1] for k, v in feed.items()})[0] for i in range(41)]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
 def _run_all(session: InferenceSession, model: Model) -> list[Any]:
     return [session.run(None, model.feed(n, seed=n + i))[0] for i in range(3) for n in (1, 1, 11, 64)]
 
 
-@pytest.mark.parametrize("shape", [Shape(n_layers=3, has_zero_points=True), Shape(n_layers=3, bits=8, block=0)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(n_layers=3, has_zero_points=True),
+        Shape(n_layers=3, bits=8, block=0),
+        Shape(n_layers=3, has_zero_points=True, accuracy_level=4),
+    ],
+)
 def test_outputs_do_not_depend_on_what_is_resident(shape: Shape, tmp_path: Path) -> None:
     """Guards against: a slot or a copy of scales read after another expert has taken its place."""
     model = write_model(tmp_path / "model.onnx", shape)
@@ -140,8 +197,9 @@ def test_outputs_do_not_depend_on_threads(tmp_path: Path) -> None:
 def test_long_inputs_go_through_in_pieces(tmp_path: Path) -> None:
     """Guards against: tokens of one piece computed with the experts or weights of another's."""
     shape = Shape(k=8, hidden=64, inter=2048, has_router_weights=True)
-    # Floats of a token: results of fc1 and fc2 and copies of their inputs; 16 MiB of them are computed at once.
-    n_at_once = (16 << 20) // (4 * (8 * (4096 + 64 + 2048) + 64))
+    # Floats of a token: results of fc1 and fc2, and their inputs, filled up to 128 columns; 16 MiB of them are computed
+    # at once.
+    n_at_once = (16 << 20) // (4 * (8 * (4096 + 64 + 2048) + 128))
     assert n_at_once == 84
     model = write_model(tmp_path / "model.onnx", shape)
     feed = model.feed(100)
@@ -159,7 +217,6 @@ def test_long_inputs_go_through_in_pieces(tmp_path: Path) -> None:
         ({"quant_type": "fp4"}, "quant_type fp4"),
         ({"swiglu_fusion": 2}, "swiglu_fusion 2"),
         ({"normalize_routing_weights": 0}, "normalize_routing_weights 0"),
-        ({"expert_weight_bits": 3}, "expert_weight_bits 3"),
         ({"fc2_expert_weight_bits": 8}, "expected"),
         ({"activation_type": "geglu"}, "activation_type geglu"),
         ({"weights_prepacked": 1}, "weights_prepacked 1"),

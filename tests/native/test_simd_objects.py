@@ -81,5 +81,5 @@ def test_an_instruction_sets_file_defines_its_table_only(preset: str, compiler: 
 
 
 def test_every_source_file_of_an_instruction_set_is_known_here() -> None:
-    portable = {"cpu_features", "kernel_table", "pack", "panels"}
+    portable = {"cpu_features", "kernel_table", "pack", "panels", "qmoe"}
     assert {path.stem for path in SIMD.glob("*.cc")} - portable <= set(TABLES)

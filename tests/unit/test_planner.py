@@ -165,7 +165,7 @@ def test_buffers_hold_what_our_kernels_take() -> None:
     huge_page = 2 << 20
     assert n_ubatch * row(2048) + 288 * 1024 < huge_page  # kInterleavedBytes
     least = n_ubatch * (row(2048) + 8 * row(1024)) + n_threads * huge_page
-    least += runtime.N_IO_THREADS * 16 * 1152
+    least += host.N_IO_THREADS * 16 * 1152
     planned = planner._batch_bytes(_mixed(), {"n_ctx": 4096, "n_threads": n_threads})
     assert least <= planned < 1.1 * least
 

@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a function below changes its meaning. */
-#define EDGEMOE_ABI_VERSION 2
+#define EDGEMOE_ABI_VERSION 3
 
 typedef enum edgemoe_code {
   EDGEMOE_OK = 0,
@@ -128,6 +128,7 @@ typedef struct edgemoe_product {
   const void* const* x; /* [n_x] activation rows in the type's activation format */
   float* const* y;      /* [n_x] where the n_rows results of each activation row go, contiguous */
   uint64_t x_key;       /* equal for equal lists x within one call of edgemoe_session_matmul */
+  int64_t stays;        /* 1: the weights lie there until the layer ends; 0: while they are multiplied */
 } edgemoe_product;
 
 /* Arithmetic and threads, provided by the plug-in. All functions are called from several threads at once. */
@@ -148,8 +149,7 @@ typedef struct edgemoe_kernels {
 typedef struct edgemoe_matmul {
   int32_t tensor_idx;
   int32_t type;
-  int64_t n_cols;
-  int64_t n_rows;
+  int64_t n_cols, n_rows;
   uint64_t row_bytes;
   const float* x;
   int64_t x_n_used;      /* 1: the same activation for every used expert */

@@ -41,7 +41,12 @@ struct Operator : OrtCustomOp {
 // What one call of RegisterCustomOps has added to a session's options.
 struct Registration {
   Registration(const OrtApiBase* base, const OrtSessionOptions* session_options)
-      : ort(base, kOrtCustomOpApiVersion), options(ReadOptions(ort, session_options)) {}
+      : ort(base, kOrtCustomOpApiVersion), options(ReadOptions(ort, session_options)) {
+    if (options.model.prefetch_depth > 0 && !options.model.is_prefetch_adaptive) {
+      throw Error("option prefetch of " EDGEMOE_ORT_PROVIDER ": '" + std::to_string(options.model.prefetch_depth) +
+                  "', expected auto or off: custom operators know no routers to predict experts with");
+    }
+  }
 
   const Ort ort;
   const SessionOptions options;

@@ -180,7 +180,9 @@ void QmoeModel::Check(int32_t code, const edgemoe_error& error) const {
 }
 
 void QmoeModel::Parallel(void* self, int32_t n_threads, void (*fn)(void*, int32_t, int32_t), void* arg) {
-  if (n_threads <= 1) {
+  const QmoeModel& model = *static_cast<const QmoeModel*>(self);
+  // Scales stay where they are, or come from storage: either is faster than starting threads.
+  if (n_threads <= 1 || model.copies_only_) {
     fn(arg, 0, 1);
     return;
   }
@@ -193,7 +195,6 @@ void QmoeModel::Parallel(void* self, int32_t n_threads, void (*fn)(void*, int32_
     const Call& c = *static_cast<const Call*>(data);
     c.fn(c.arg, static_cast<int32_t>(i), c.n_threads);
   };
-  const QmoeModel& model = *static_cast<const QmoeModel*>(self);
   OrtStatus* const status = api::KernelContext_ParallelFor::Call(model.ort_.table(), model.context_, run,
                                                                  static_cast<size_t>(n_threads), 0, &call);
   if (status == nullptr) return;
@@ -284,13 +285,15 @@ void QmoeModel::Multiply(const edgemoe_product& product) {
   const auto place = static_cast<uint64_t>(place_[static_cast<size_t>(expert)]);
   const auto* bytes = static_cast<const uint8_t*>(product.weights);
   if (product.type % kWeights2 != kWeights1) {
-    uint8_t* const to = sides_[product.type].data() + place * BytesOf(*node_, product.type).memory_bytes;
-    if (product.type % kWeights2 == kScales1 && p.has_half_scales) {
-      HalvesToFloats(bytes, product.n_rows * p.n_blocks, reinterpret_cast<float*>(to) + first_row * p.n_blocks);
-      return;
+    uint8_t* const copy = sides_[product.type].data() + place * BytesOf(*node_, product.type).memory_bytes;
+    const bool is_half = product.type % kWeights2 == kScales1 && p.has_half_scales;
+    if (is_half) {
+      HalvesToFloats(bytes, product.n_rows * p.n_blocks, reinterpret_cast<float*>(copy) + first_row * p.n_blocks);
+    } else if (product.stays == 0) {
+      std::memcpy(copy + static_cast<uint64_t>(first_row) * product.row_bytes, bytes,
+                  static_cast<uint64_t>(product.n_rows) * product.row_bytes);
     }
-    std::memcpy(to + static_cast<uint64_t>(first_row) * product.row_bytes, bytes,
-                static_cast<uint64_t>(product.n_rows) * product.row_bytes);
+    if (first_row == 0) side_ptrs_[product.type][place] = is_half || product.stays == 0 ? copy : bytes;
     return;
   }
   const float* const bias = p.bias.empty() ? nullptr : p.bias.data() + expert * p.n_rows + first_row;
@@ -298,8 +301,7 @@ void QmoeModel::Multiply(const edgemoe_product& product) {
   const auto side = [&](int which) -> const uint8_t* {
     const ExpertBytes& b = BytesOf(*node_, which);
     if (!b.exists) return nullptr;
-    return b.is_streamed ? sides_[which].data() + place * b.memory_bytes
-                         : b.bytes.data() + static_cast<uint64_t>(expert) * b.memory_bytes;
+    return b.is_streamed ? side_ptrs_[which][place] : b.bytes.data() + static_cast<uint64_t>(expert) * b.memory_bytes;
   };
   simd::QmoeProduct q = {};
   q.shape = ShapeOf(*node_, p);
@@ -432,6 +434,7 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   for (int p = 0; p < kNProducts; ++p) {
     if (p % kWeights2 == kWeights1 || layer_->tensor_idxs[p] < 0) continue;
     grow(&sides_[p], n_places * static_cast<int64_t>(BytesOf(*node_, p).memory_bytes));
+    grow(&side_ptrs_[p], n_places);
   }
 
   // In the order of use, which is that of reading.
@@ -450,7 +453,9 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
     edgemoe_session* session;
     ~EndLayer() { edgemoe_session_end_layer(session); }
   } const end_layer{session_};
+  copies_only_ = true;
   Products(kOrder, 2);
+  copies_only_ = false;
   Products(kOrder + 2, 3);
   Products(kOrder + 5, 1);
   if (n_pairs * node_->hidden < kSerialFloats) {

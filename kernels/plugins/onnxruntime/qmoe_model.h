@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // qmoe_model.h: the QMoE nodes of one session, over one runtime of libedgemoe: runs them, layer by layer.
 // Scales and zero points are tensors of their own in an ONNX file. Those of the experts that a layer has chosen are
-// copied out of their slots as they arrive, so the products with the weights, whose slots come and go, find them.
+// copied out of their slots where those may come and go, so that the products with the weights find them; slots that
+// stay, as those of experts that were resident, are read in place.
 // Thread promise: Run may be called by several threads; they take turns, and so share one workspace.
 #ifndef EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MODEL_H_
 #define EDGEMOE_PLUGINS_ONNXRUNTIME_QMOE_MODEL_H_
@@ -112,15 +113,17 @@ class QmoeModel {
   const Layer* layer_ = nullptr;
   const OrtKernelContext* context_ = nullptr;
   const float* x_ = nullptr;
-  bool is_decode_ = false;  // one row: choosers have a say
+  bool is_decode_ = false;    // one row: choosers have a say
+  bool copies_only_ = false;  // the products in progress have no weights
   std::vector<std::pair<float, int32_t>> order_;
-  std::vector<int32_t> experts_;            // [token][used]
-  std::vector<float> weights_;              // [token][used]
-  std::vector<int32_t> place_;              // [expert] where its sides are copied to
-  std::vector<float> rows1_;                // [token][used][fc1.n_rows]
-  std::vector<float> rows2_;                // [token][used][hidden]
-  std::vector<const float*> row2_ptrs_;     // [token][used] rows of rows2_
-  std::vector<uint8_t> sides_[kNProducts];  // [place][expert_bytes] of scales and zero points
+  std::vector<int32_t> experts_;                       // [token][used]
+  std::vector<float> weights_;                         // [token][used]
+  std::vector<int32_t> place_;                         // [expert] where its sides are copied to
+  std::vector<float> rows1_;                           // [token][used][fc1.n_rows]
+  std::vector<float> rows2_;                           // [token][used][hidden]
+  std::vector<const float*> row2_ptrs_;                // [token][used] rows of rows2_
+  std::vector<uint8_t> sides_[kNProducts];             // [place][expert_bytes] of scales and zero points
+  std::vector<const uint8_t*> side_ptrs_[kNProducts];  // [place] where those of one expert are
   // Copies of 16-bit inputs, and the output before it is rounded.
   std::vector<float> x_floats_, scores_floats_, mixing_floats_, out_floats_;
 };

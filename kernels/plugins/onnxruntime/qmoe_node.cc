@@ -103,8 +103,8 @@ class Reader {
     }
     const std::vector<int64_t>&w1 = inputs_[fc1].dims, &w2 = inputs_[fc2].dims;
     if (w1[0] != w2[0]) {
-      throw Refusal("inputs " + inputs_[fc1].name + " of " + std::to_string(w1[0]) + " experts and " +
-                    inputs_[fc2].name + " of " + std::to_string(w2[0]));
+      throw Refusal("inputs " + inputs_[fc1].name + " of shape " + Text(w1) + " and " + inputs_[fc2].name +
+                    " of shape " + Text(w2) + ": expected as many experts");
     }
     q_.n_experts = w1[0];
     q_.hidden = w2[1];
