@@ -284,6 +284,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
 
     def reset_stats(self) -> None:
         """Start the counters again; peak memory stays."""
+        self._memory.before_reset()
         self._schedule.reset_stats()
 
     def record_trace(self, path: str | os.PathLike[str]) -> AbstractContextManager[Callable[[], None]]:
