@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed (the extra edgemoe[test])")
+pytest.importorskip("onnx", reason="onnx is not installed (the extra edgemoe[test])")
 
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgemoe.formats.onnx_model import OnnxModel, read_model
