@@ -39,22 +39,25 @@ def _shapes(bits: int, block: int, accuracy_level: int) -> Iterator[tuple[int, S
             hidden, inter = n_blocks[index % 3], n_blocks[(index // 3 + 1) % 3]
         else:
             hidden, inter = (17, 8, 40)[index % 3], (9, 24, 64)[index % 3]
-        yield index, Shape(
-            n_experts=n_experts,
-            k=1 + index // 4 % n_experts,
-            hidden=width * hidden,
-            inter=width * inter,
-            bits=bits,
-            block=block,
-            has_zero_points=has_zero_points,
-            has_bias=has_bias,
-            activation=activation,
-            alpha=alpha,
-            beta=beta,
-            limit=limit,
-            has_router_weights=routing[0],
-            normalizes=routing[1],
-            accuracy_level=accuracy_level,
+        yield (
+            index,
+            Shape(
+                n_experts=n_experts,
+                k=1 + index // 4 % n_experts,
+                hidden=width * hidden,
+                inter=width * inter,
+                bits=bits,
+                block=block,
+                has_zero_points=has_zero_points,
+                has_bias=has_bias,
+                activation=activation,
+                alpha=alpha,
+                beta=beta,
+                limit=limit,
+                has_router_weights=routing[0],
+                normalizes=routing[1],
+                accuracy_level=accuracy_level,
+            ),
         )
 
 

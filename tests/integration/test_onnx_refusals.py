@@ -78,7 +78,11 @@ QUANTIZED = Shape(has_zero_points=True, has_bias=True)
     ("shape", "change", "named"),
     [
         (QUANTIZED, {"w1.0": zeros(8, 192, dtype=np.uint8)}, r"w1.0 of shape \[8, 192\], expected \[experts, rows"),
-        (QUANTIZED, {"w1.0": zeros(9, 192, 32, dtype=np.uint8)}, r"w1\.0 of shape \[9, .* w2\.0 of shape \[8, .*: expected as many experts"),
+        (
+            QUANTIZED,
+            {"w1.0": zeros(9, 192, 32, dtype=np.uint8)},
+            r"w1\.0 of shape \[9, .* w2\.0 of shape \[8, .*: expected as many experts",
+        ),
         (QUANTIZED, {"w1.0": zeros(8, 192, 31, dtype=np.uint8)}, r"w1.0 of shape .* expected \[8, 192, 32\]"),
         (QUANTIZED, {"w2.0": zeros(8, 64, 47, dtype=np.uint8)}, r"w2.0 of shape .* expected \[8, 64, 48\]"),
         (QUANTIZED, {"s1.0": zeros(8, 192)}, r"s1.0 of shape \[8, 192\], expected \[8, 192, 2\]"),
