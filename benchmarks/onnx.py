@@ -34,7 +34,7 @@ from benchmarks.onnx_shape import ACCURACY_LEVELS, MoeShape, model_name, write_m
 
 MIB = 1 << 20
 KINDS = {
-    "ours": "edgemoe, memory= the limit of the cgroup",
+    "ours": "edgemoe, memory= the limit of the cgroup, warm_start=False",
     "stock": "stock as it comes: experts repacked into memory",
     "plain": "stock with session.disable_prepacking=1: experts mapped, evictable, slow kernels",
     "saved": "stock on a file that it saved with its repacked experts: mapped, evictable, fast kernels, twice the disk",
@@ -96,7 +96,8 @@ def _open(engine: str, folder: Path, n_threads: int, limit_bytes: int) -> Any:
         from edgemoe.onnx import InferenceSession
 
         options = _session_options(n_threads, {})
-        return InferenceSession(folder / model_name(int(level)), memory=limit_bytes, sess_options=options)
+        path = folder / model_name(int(level))
+        return InferenceSession(path, memory=limit_bytes, sess_options=options, warm_start=False)
     import onnxruntime
 
     entries = {"session.disable_prepacking": "1"} if kind == "plain" else {}
