@@ -137,7 +137,7 @@ def session_plan(folder: OnnxFolder, n_ctx: int) -> OnnxPlan:
         engine_bytes = _ENGINE_BYTES
     # Without a shared cache, a run's result is there while its input still is.
     cache_bytes = kv_bytes(folder.model, n_ctx, folder.head_size) * (1 if folder.shares_cache else 2)
-    made = plan(folder.model, cache_bytes, 4 * folder.n_piece_tokens * folder.vocab_size)
+    made = plan(folder.model, cache_bytes=cache_bytes, logits_bytes=4 * folder.n_piece_tokens * folder.vocab_size)
     return dataclasses.replace(made, process_bytes=made.process_bytes + engine_bytes)
 
 

@@ -211,7 +211,7 @@ def _dense(model: OnnxModel, streamed_names: set[str]) -> _Dense:
     return dense
 
 
-def plan(model: OnnxModel, cache_bytes: int = 0, logits_bytes: int = 0, prefetch: str = "auto") -> OnnxPlan:
+def plan(model: OnnxModel, *, cache_bytes: int = 0, logits_bytes: int = 0, prefetch: str = "auto") -> OnnxPlan:
     """Add up what a session takes.
 
     Args:

@@ -40,7 +40,7 @@ def _matmul_nbits(tmp_path: Path, bits: int, **attributes: int) -> OnnxPlan:
     }
     settings = {"K": K, "N": N, "bits": bits, "block_size": BLOCK, **attributes}
     node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **settings)
-    return plan(_save(tmp_path / "m.onnx", [node], tensors, [_floats("x", "t", K)]), 1)
+    return plan(_save(tmp_path / "m.onnx", [node], tensors, [_floats("x", "t", K)]))
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_rows_of_an_embedding_are_counted_and_one_that_is_multiplied_with_is_den
     gather = helper.make_node("Gather", ["w", "ids"], ["e"])
     weights = {"w": np.zeros((1 << 16, 128), np.float32)}
     n_bytes = weights["w"].nbytes
-    alone = plan(_save(tmp_path / "a.onnx", [gather], weights, [ids]), 1)
+    alone = plan(_save(tmp_path / "a.onnx", [gather], weights, [ids]))
     assert (alone.dense_bytes, alone.mapped_bytes, alone.rows_bytes) == (0, n_bytes, 16 << 20)
     assert alone.own_bytes == (16 << 20) + alone.rows_bytes
     tied = [gather, helper.make_node("Gemm", ["e", "w"], ["y"], transB=1)]
-    both = plan(_save(tmp_path / "b.onnx", tied, weights, [ids]), 1)
+    both = plan(_save(tmp_path / "b.onnx", tied, weights, [ids]))
     assert (both.dense_bytes, both.mapped_bytes) == (n_bytes, n_bytes)
-    inside = plan(_save(tmp_path / "c.onnx", [gather], weights, [ids], inside=True), 1)
+    inside = plan(_save(tmp_path / "c.onnx", [gather], weights, [ids], inside=True))
     assert (inside.dense_bytes, inside.mapped_bytes) == (n_bytes, 0)
 
 
