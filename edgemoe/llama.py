@@ -194,7 +194,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 slots_bytes = self.plan.slots_bytes
                 if self.plan.draft_bytes > _LARGE_DRAFT_SHARE * slots_bytes and slots_bytes < model.expert_bank_bytes:
                     _log.warning(
-                        "the draft model %s takes %d MiB, experts have %d: what it gains may be less than what they lose",
+                        "the draft model %s takes %d MiB, experts have %d: it may gain less than what they lose",
                         draft,
                         self.plan.draft_bytes >> 20,
                         slots_bytes >> 20,
