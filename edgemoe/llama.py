@@ -188,17 +188,17 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 self.plan = self._footprint.plan(None if memory is None else parse_size(memory))
             if not self.plan.fits:
                 raise planner.refusal(self.plan, model, kwargs["n_ctx"])
-            report("loading", 0, model.dense_bytes)
-            slots_bytes = self.plan.slots_bytes
-            if self.plan.draft_bytes > _LARGE_DRAFT_SHARE * slots_bytes and slots_bytes < model.expert_bank_bytes:
-                _log.warning(
-                    "the draft model %s takes %d MiB, experts have %d: what it gains may be less than what they lose",
-                    draft,
-                    self.plan.draft_bytes >> 20,
-                    slots_bytes >> 20,
-                )
             try:
                 self._choosers.expect(self.plan.slots_bytes, eviction)
+                report("loading", 0, model.dense_bytes)
+                slots_bytes = self.plan.slots_bytes
+                if self.plan.draft_bytes > _LARGE_DRAFT_SHARE * slots_bytes and slots_bytes < model.expert_bank_bytes:
+                    _log.warning(
+                        "the draft model %s takes %d MiB, experts have %d: it may gain less than what they lose",
+                        draft,
+                        self.plan.draft_bytes >> 20,
+                        slots_bytes >> 20,
+                    )
                 if self._footprint.draft is not None:
                     self._draft_model = DraftModel(self._footprint.draft)
                 self._load(kwargs, eviction, lock_memory, verbose)
