@@ -22,7 +22,7 @@ ACTIVATIONS = ("swiglu", "silu", "gelu", "relu", "identity")
 ROUTINGS = ((False, 1), (True, 0), (True, 1))  # has router_weights, normalizes
 SWIGLUS = ((1.0, 0.0, None), (1.702, 1.0, 0.5), (0.5, -1.0, None))  # alpha, beta, limit
 TOLERANCES = {0: 1e-5, 4: 3e-2}
-"""By accuracy level, of the largest output. 4: activations are rounded to 8 bits, by 1/254 of the largest of a block."""
+"""By accuracy level, of the largest output. 4: activations are rounded to 8 bits, by 1/254 of a block's largest."""
 
 
 def _shapes(bits: int, block: int, accuracy_level: int) -> Iterator[tuple[int, Shape]]:
