@@ -11,7 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -321,6 +321,22 @@ def ort_plugin_path() -> Path:
     if not native.shares_library():
         raise BackendError(f"two copies of libedgemoe in one process ({path}); reinstall edgemoe")
     return path
+
+
+def register_ort_plugin(register: Callable[[str, str], None]) -> None:
+    """Make our provider known by a host's own function for that, such as `ort_plugin_path` names.
+
+    onnxruntime and onnxruntime-genai share their providers where they share ONNX Runtime: the second finds it there.
+
+    Raises:
+        BackendError: the plug-in cannot be loaded, or the host refuses it.
+    """
+    path = ort_plugin_path()
+    try:
+        register("edgemoe", str(path))
+    except Exception as error:
+        if "already registered under edgemoe" not in str(error):
+            raise BackendError(f"ONNX Runtime refused the plug-in: {error} ({path})") from error
 
 
 def take_ort_loaded() -> OrtLoaded:

@@ -96,11 +96,7 @@ def _has_plugin_providers() -> bool:
 
 @functools.cache
 def _register() -> None:
-    path = _native.ort_plugin_path()
-    try:
-        onnxruntime.register_execution_provider_library("edgemoe", str(path))
-    except Exception as error:
-        raise BackendError(f"ONNX Runtime refused the plug-in: {error} ({path})") from error
+    _native.register_ort_plugin(onnxruntime.register_execution_provider_library)
 
 
 def _devices(provider: str) -> list[Any]:
@@ -288,6 +284,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
 
     def reset_stats(self) -> None:
         """Start the counters again; peak memory stays."""
+        self._memory.before_reset()
         self._schedule.reset_stats()
 
     def record_trace(self, path: str | os.PathLike[str]) -> AbstractContextManager[Callable[[], None]]:

@@ -38,6 +38,7 @@ class OnnxFolder:
         architecture: genai's name of the model's type.
         context_length: the longest context.
         vocab_size: logits of a token.
+        head_size: columns of a key; None where genai's configuration does not say.
         shares_cache: whether genai makes the cache of the whole context at once, and keeps it.
     """
 
@@ -46,6 +47,7 @@ class OnnxFolder:
     architecture: str
     context_length: int
     vocab_size: int
+    head_size: int | None
     shares_cache: bool
 
     @property
@@ -81,6 +83,8 @@ def read_folder(path: Path) -> OnnxFolder:
         search, model = config.get("search", {}), config["model"]
         name, kind = model["decoder"]["filename"], str(model["type"])
         context_length, vocab_size = int(model["context_length"]), int(model["vocab_size"])
+        head_size = model["decoder"].get("head_size")
+        head_size = None if head_size is None else int(head_size)
         shares_cache = bool(search.get("past_present_share_buffer", False))
     except OSError as error:
         raise ModelFormatError(
@@ -101,7 +105,8 @@ def read_folder(path: Path) -> OnnxFolder:
             f"cannot read the model's configuration: vocab_size {vocab_size}, context_length "
             f"{context_length}, expected positive numbers ({config_path})"
         )
-    return OnnxFolder(path, read_model(path / str(name)), kind, context_length, vocab_size, shares_cache)
+    decoder = read_model(path / str(name))
+    return OnnxFolder(path, decoder, kind, context_length, vocab_size, head_size, shares_cache)
 
 
 @functools.cache
@@ -118,11 +123,7 @@ def genai() -> Any:
             f"cannot import onnxruntime_genai: {error}; text from a folder needs the package onnxruntime-genai: pip "
             "install 'edgemoe[genai]'"
         ) from error
-    path = _native.ort_plugin_path()
-    try:
-        onnxruntime_genai.register_execution_provider_library("edgemoe", str(path))
-    except Exception as error:
-        raise BackendError(f"onnxruntime-genai refused the plug-in: {error} ({path})") from error
+    _native.register_ort_plugin(onnxruntime_genai.register_execution_provider_library)
     return onnxruntime_genai
 
 
@@ -135,7 +136,7 @@ def session_plan(folder: OnnxFolder, n_ctx: int) -> OnnxPlan:
     except BackendError:
         engine_bytes = _ENGINE_BYTES
     # Without a shared cache, a run's result is there while its input still is.
-    cache_bytes = kv_bytes(folder.model, n_ctx) * (1 if folder.shares_cache else 2)
+    cache_bytes = kv_bytes(folder.model, n_ctx, folder.head_size) * (1 if folder.shares_cache else 2)
     made = plan(folder.model, cache_bytes, 4 * folder.n_piece_tokens * folder.vocab_size)
     return dataclasses.replace(made, process_bytes=made.process_bytes + engine_bytes)
 

@@ -125,6 +125,11 @@ class SessionMemory:
             self._largest_input_bytes = n_input_bytes
         self._share.observe()
 
+    def before_reset(self) -> None:
+        """The runtime's counters, by which slots are known to be filled, are about to begin again."""
+        if self._share is not None:
+            self._share.before_reset()
+
     def take_slots(self, slots_bytes: int) -> None:
         """As `budget.Member`."""
         self.slots_bytes = slots_bytes

@@ -138,13 +138,18 @@ def streamed(model: OnnxModel, node: OnnxNode) -> dict[int, str]:
     return found
 
 
-def kv_bytes(model: OnnxModel, n_ctx: int) -> int:
-    """The cache that a run is given for a context of `n_ctx` tokens, one sequence: the inputs named past."""
+def kv_bytes(model: OnnxModel, n_ctx: int, head_size: int | None = None) -> int:
+    """The cache that a run is given for a context of `n_ctx` tokens, one sequence: the inputs named past.
+
+    `head_size` is the last dimension where the file only has a name for it.
+    """
     n_bytes = 0
     for value in model.inputs:
         if not value.name.startswith("past") or value.name in model.tensors:
             continue
         sizes = [n if isinstance(n, int) else 1 if "batch" in n else n_ctx for n in value.shape]
+        if head_size is not None and len(sizes) == 4 and isinstance(value.shape[3], str):
+            sizes[3] = head_size
         n_bytes += math.prod(sizes) * element_bits(value.data_type) // 8
     return n_bytes
 

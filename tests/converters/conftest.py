@@ -101,5 +101,5 @@ def genai() -> Any:
     module = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed (edgemoe[dev])")
     from edgemoe import _native
 
-    module.register_execution_provider_library("edgemoe", str(_native.ort_plugin_path()))
+    _native.register_ort_plugin(module.register_execution_provider_library)
     return module

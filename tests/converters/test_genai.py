@@ -24,7 +24,7 @@ import onnxruntime_genai as og
 from benchmarks.cgroup import CgroupError, MemoryCgroup
 from edgemoe import host
 from edgemoe.budget import MemoryBudget
-from edgemoe.converters.onnx.export import Recipe, export, plan_export
+from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_export
 from edgemoe.errors import BackendError, BudgetError, ExpertReadError
 from edgemoe.genai import GenaiModel
 from tests.converters import checkpoints
@@ -38,7 +38,7 @@ def _export(root: Path, family: str, **changes: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checkpoint = checkpoints.write_checkpoint(root / f"{family}-checkpoint", family, **changes)
-    export(plan_export(checkpoint.path, Recipe()), root / family)
+    export_checkpoint(plan_export(checkpoint.path, Recipe()), root / family)
     return root / family
 
 

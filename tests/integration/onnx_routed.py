@@ -121,14 +121,15 @@ def write_routed(path: Path, form: str, shape: Shape, *, seed: int = 0) -> Route
     x = "x"
     for layer in range(s.n_layers):
         t = _layer_tensors(s, rng)
-        t["s2"] = t["s2"] * np.float32(_STEP)
+        last = "s2" if s.is_quantized else "w2"
+        t[last] = t[last] * np.float32(_STEP)
         t["norm"] = rng.uniform(0.5, 1.5, s.hidden).astype(np.float32)
         t["router"] = rng.standard_normal((s.hidden, s.n_experts), dtype=np.float32) / np.float32(s.hidden**0.5)
         # As large as what it is added to: sigmoids lie within 0.2 of their mean, logits within 1.
         scale = 0.2 if form == "sigmoid_bias" else 1.0
         t["bias"] = (scale * rng.standard_normal(s.n_experts)).astype(np.float32)
         tensors.append(t)
-        constants |= {f"{name}.{layer}": t[name] for name in ("w1", "s1", "w2", "s2", "norm")}
+        constants |= {f"{name}.{layer}": t[name] for name in ("w1", "s1", "w2", "s2", "norm") if name in t}
         nodes.append(
             helper.make_node(
                 "SimplifiedLayerNormalization", [x, f"norm.{layer}"], [f"n.{layer}"], axis=-1, epsilon=1e-6
@@ -137,23 +138,15 @@ def write_routed(path: Path, form: str, shape: Shape, *, seed: int = 0) -> Route
         routed, of_router, scores, weights = _route(form, layer, s, t)
         nodes += routed
         constants |= of_router
-        names = [f"n.{layer}", scores, *(f"{name}.{layer}" for name in ("w1", "s1")), ""]
-        names += [f"{name}.{layer}" for name in ("w2", "s2")] + ([""] * 7 + [weights] if weights else [])
-        nodes.append(
-            helper.make_node(
-                "QMoE",
-                names,
-                [f"moe.{layer}"],
-                f"moe{layer}",
-                domain="com.microsoft",
-                k=s.k,
-                block_size=s.block,
-                activation_type="swiglu",
-                swiglu_fusion=1,
-                expert_weight_bits=s.bits,
-                normalize_routing_weights=1,
-            )
-        )
+        given = ("w1", "s1", "", "w2", "s2") if s.is_quantized else ("w1", "", "w2")
+        names = [f"n.{layer}", scores, *(name and f"{name}.{layer}" for name in given)]
+        settings: dict[str, Any] = {"k": s.k, "activation_type": "swiglu", "swiglu_fusion": 1}
+        settings |= {"normalize_routing_weights": 1}
+        if s.is_quantized:
+            names += [""] * 7 + [weights] if weights else []
+            settings |= {"block_size": s.block, "expert_weight_bits": s.bits}
+        op = "QMoE" if s.is_quantized else "MoE"
+        nodes.append(helper.make_node(op, names, [f"moe.{layer}"], f"moe{layer}", domain="com.microsoft", **settings))
         nodes.append(helper.make_node("Add", [x, f"moe.{layer}"], [f"y.{layer}"]))
         x = f"y.{layer}"
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["tokens", s.hidden]) for n in ("x", x)]

@@ -217,7 +217,6 @@ def test_long_inputs_go_through_in_pieces(tmp_path: Path) -> None:
         ({"quant_type": "fp4"}, "quant_type fp4"),
         ({"swiglu_fusion": 2}, "swiglu_fusion 2"),
         ({"normalize_routing_weights": 0}, "normalize_routing_weights 0"),
-        ({"expert_weight_bits": 3}, "expert_weight_bits 3"),
         ({"fc2_expert_weight_bits": 8}, "expected"),
         ({"activation_type": "geglu"}, "activation_type geglu"),
         ({"weights_prepacked": 1}, "weights_prepacked 1"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from pathlib import Path
@@ -68,6 +69,22 @@ def test_routers_are_found_and_foretell_the_next_node(tmp_path: Path, form: str)
     assert stats.predicted == (SHAPE.n_layers - 1) * SHAPE.k * N_TOKENS
     assert stats.predicted_right > (0.7 if form == "groups" else 0.95) * stats.predicted
     assert stats.prefetch_used_bytes > 0
+
+
+def test_float_experts_are_scheduled_as_quantized_ones(tmp_path: Path) -> None:
+    """Guards against: inputs of MoE taken for those of QMoE, whose positions are others."""
+    model = write_routed(tmp_path / "m.onnx", "gemm", dataclasses.replace(SHAPE, is_quantized=False))
+    x = model.inputs(N_PROMPT + N_TOKENS)
+    session = opened(model, prefetch="1", reuse_bias=1.0, reuse_method="max-rank")
+    found, recorded = traced(session, x, tmp_path / "t.trace")
+    expected = model.reference_of_choice(x[N_PROMPT:], recorded.experts, "gemm")
+    assert relative_error(found[N_PROMPT:], expected) <= TOLERANCE
+    stats = session.stats()
+    assert stats.n_predicted_nodes == SHAPE.n_layers
+    assert stats.predicted_right > 0.5 * stats.predicted > 0  # a bias chooses others
+    assert stats.selections_changed > 0
+    quantized = write_routed(tmp_path / "q.onnx", "gemm", SHAPE)
+    assert session.plan.prefetch_bytes == opened(quantized, prefetch="1").plan.prefetch_bytes > 0
 
 
 def test_a_router_that_is_none_is_left_alone(tmp_path: Path) -> None:
@@ -228,16 +245,47 @@ def test_the_next_session_starts_warm(tmp_path: Path) -> None:
     del session
     gc.collect()
     session = InferenceSession(model.path, "16GiB", _options())
+    _wait_for_preload(session)
+    assert session._runtime is not None
+    assert session._runtime.preload_stats().read_bytes > 0
+    np.testing.assert_array_equal(outputs(session, x), expected)
+    assert session.stats().expert_misses == 0
+    data = model.path.with_name("m.onnx.data")
+    data.touch()  # not what the key is made of
+    assert _preloaded_bytes(model) > 0
+    with data.open("r+b") as file:
+        file.write(bytes(8))  # the first node's experts
+    assert _preloaded_bytes(model) == 0
+
+
+def _preloaded_bytes(model: RoutedModel) -> int:
+    """What a session has read before it is used."""
+    session = InferenceSession(model.path, "16GiB", _options())
+    assert session._runtime is not None
+    _wait_for_preload(session)
+    return int(session._runtime.preload_stats().read_bytes)
+
+
+def _wait_for_preload(session: InferenceSession) -> None:
     runtime = session._runtime
     assert runtime is not None
     deadline = time.monotonic() + 10
     while runtime.preload_stats().n_left and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert runtime.preload_stats().read_bytes > 0
-    np.testing.assert_array_equal(outputs(session, x), expected)
-    assert session.stats().expert_misses == 0
-    model.path.with_name("m.onnx.data").touch()  # not what the key is made of
-    assert InferenceSession(model.path, "16GiB", _options(), warm_start=False).stats().expert_bytes_read == 0
+
+
+def test_counters_that_begin_again_do_not_empty_the_slots(tmp_path: Path) -> None:
+    """Guards against: a budget that takes what lies in slots for something else, because nothing was read since."""
+    model = write_routed(tmp_path / "m.onnx", "gemm", SHAPE)
+    session = InferenceSession(model.path, "16GiB", _options(), warm_start=False)
+    session.run(None, {"x": model.inputs(N_PROMPT)})
+    share = session._memory._share
+    assert share is not None
+    resident = share.resident_slots_bytes()
+    assert resident > 0
+    session.reset_stats()
+    assert session.stats().n_tokens == session.stats().expert_bytes_read == 0
+    assert share.resident_slots_bytes() == resident
 
 
 def test_predictions_are_planned_for(tmp_path: Path) -> None:
