@@ -24,7 +24,6 @@ DATA = "experts.bin"
 ACCURACY_LEVELS = (0, 4)
 """0: activations stay 32-bit floats; 4: stock's kernels quantize them to 8 bits, which is faster."""
 _LOCALITY = 0.88  # correlation of embeddings of neighbours, as in benchmarks.synthetic
-_BRANCH_GAIN = 2.0  # a layer's output is then about a tenth of the residual stream
 _CODE_STD = 4.32  # of -7...7, uniform
 Array = npt.NDArray[Any]
 
@@ -40,6 +39,7 @@ class MoeShape:
     inter: int = 1024
     block: int = 32
     n_vocab: int = 4096
+    branch_gain: float = 0.5  # of what a layer adds: little beside the embedding
 
     @property
     def expert_bank_bytes(self) -> int:
@@ -156,7 +156,7 @@ def write_model(folder: Path, shape: MoeShape, seed: int = 0) -> None:
     e, rows, hidden, inter = shape.n_experts, 2 * shape.inter, shape.hidden, shape.inter
     for i in range(shape.n_layers):
         layout.add(f"router.{i}", np.float32, (hidden, e), _router(shape, rng))
-        for name, n, k, gain in (("1", rows, hidden, 1.0), ("2", hidden, inter, _BRANCH_GAIN)):
+        for name, n, k, gain in (("1", rows, hidden, 1.0), ("2", hidden, inter, shape.branch_gain)):
             layout.add(f"w{name}.{i}", np.uint8, (e, n, k // 2), _codes(shape, n * k // 2, rng))
             n_blocks = n * k // shape.block
             layout.add(f"s{name}.{i}", np.float32, (e, n, k // shape.block), _scales(shape, n_blocks, k, gain, rng))

@@ -111,8 +111,8 @@ def test_the_process_stays_within_the_budget(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps is Linux's")
 def test_onnx_runtime_never_has_the_experts(tmp_path: Path) -> None:
-    """Guards against: constants that ONNX Runtime keeps although the node is ours. Mapped and never touched they cost no
-    memory, so that no budget shows it; but where it cannot map a file, or converts constants, it reads them all."""
+    """Guards against: constants that ONNX Runtime keeps although the node is ours. Mapped and never touched they cost
+    no memory, so that no budget shows it; but where it cannot map a file, or converts constants, it reads them all."""
     model = write_model(tmp_path / "model.onnx", Shape(n_layers=2))
     session = InferenceSession(model.path, memory="4GiB")
     session.run(None, model.feed(3))
