@@ -20,21 +20,25 @@ int64_t LineBytes(const QmoeShape& s) {
   return (4 * codes_in_byte + (s.has_zero_points ? 1 : 0)) * kQmoeLineBytes;
 }
 
-void FloatLine(const QmoeShape& s, const float* x, float* line) {
-  const int word_cols = 32 / s.bits;
-  for (int j = 0; j < word_cols; ++j) {
-    for (int l = 0; l < kWords; ++l) line[j * kWords + l] = x[l * word_cols + j];
+// Widths are template arguments so that compilers make vectors of the loops.
+template <int kBits>
+void FloatLine(const QmoeShape& s, const float* x, uint8_t* to) {
+  constexpr int kWordCols = 32 / kBits;
+  auto* const line = reinterpret_cast<float*>(to);
+  for (int j = 0; j < kWordCols; ++j) {
+    for (int l = 0; l < kWords; ++l) line[j * kWords + l] = x[l * kWordCols + j];
   }
   if (!s.has_zero_points) return;
-  float* const sums = line + word_cols * kWords;
+  float* const sums = line + kWordCols * kWords;
   for (int l = 0; l < kWords; ++l) sums[l] = line[l];
-  for (int j = 1; j < word_cols; ++j) {
+  for (int j = 1; j < kWordCols; ++j) {
     for (int l = 0; l < kWords; ++l) sums[l] += line[j * kWords + l];
   }
 }
 
 // n of them -> q, and d. As pointwise.inl: m is the largest |x| as bits, so that NaN and Inf are seen.
-float QuantizeBlock(const float* x, int n, int32_t* q) {
+template <int n>
+float QuantizeBlock(const float* x, int32_t* q) {
   int32_t bits = 0;
   for (int i = 0; i < n; ++i) {
     int32_t b;
@@ -60,25 +64,31 @@ float QuantizeBlock(const float* x, int n, int32_t* q) {
   return m / 127.0f;
 }
 
-void Int8Line(const QmoeShape& s, const float* x, uint8_t* line) {
-  const int codes_in_byte = 8 / s.bits, word_cols = 32 / s.bits, line_cols = kWords * word_cols;
-  const int block = s.block == 16 ? 16 : 32;
-  int32_t q[kMostLineCols];
-  float d[kMostLineCols / 16];
-  for (int i = 0; i < line_cols; i += block) d[i / block] = QuantizeBlock(x + i, block, q + i);
-  for (int j = 0; j < codes_in_byte; ++j) {
+template <int kBits, int kBlock>
+void QuantizeLine(const QmoeShape& s, const float* x, uint8_t* line) {
+  constexpr int kCodesInByte = 8 / kBits, kWordCols = 32 / kBits, kLineCols = kWords * kWordCols;
+  int32_t q[kLineCols];
+  float d[kLineCols / kBlock];
+  for (int i = 0; i < kLineCols / kBlock; ++i) d[i] = QuantizeBlock<kBlock>(x + i * kBlock, q + i * kBlock);
+  for (int j = 0; j < kCodesInByte; ++j) {
     auto* const codes = reinterpret_cast<int8_t*>(line + j * kQmoeLineBytes);
-    for (int i = 0; i < kQmoeLineBytes; ++i) codes[i] = static_cast<int8_t>(q[codes_in_byte * i + j]);
+    for (int i = 0; i < kQmoeLineBytes; ++i) codes[i] = static_cast<int8_t>(q[kCodesInByte * i + j]);
   }
-  auto* const scales = reinterpret_cast<float*>(line + codes_in_byte * kQmoeLineBytes);
-  auto* const sums = reinterpret_cast<int32_t*>(line + (codes_in_byte + 1) * kQmoeLineBytes);
-  const int32_t factor = s.has_zero_points ? -1 : -(1 << (s.bits - 1));
+  auto* const scales = reinterpret_cast<float*>(line + kCodesInByte * kQmoeLineBytes);
+  auto* const sums = reinterpret_cast<int32_t*>(line + (kCodesInByte + 1) * kQmoeLineBytes);
+  const int32_t factor = s.has_zero_points ? -1 : -(1 << (kBits - 1));
   for (int l = 0; l < kWords; ++l) {
     int32_t sum = 0;
-    for (int i = 0; i < word_cols; ++i) sum += q[l * word_cols + i];
-    scales[l] = d[l * word_cols / block];
+    for (int i = 0; i < kWordCols; ++i) sum += q[l * kWordCols + i];
+    scales[l] = d[l * kWordCols / kBlock];
     sums[l] = factor * sum;
   }
+}
+
+template <int kBits>
+void Int8Line(const QmoeShape& s, const float* x, uint8_t* line) {
+  if (s.block == 16) return QuantizeLine<kBits, 16>(s, x, line);
+  QuantizeLine<kBits, 32>(s, x, line);
 }
 
 float Fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
@@ -146,19 +156,21 @@ void MultiplyAll(const QmoeProduct& p) {
 int64_t QmoePanelBytes(const QmoeShape& shape) { return LineCount(shape) * LineBytes(shape); }
 
 void QmoePanel(const QmoeShape& shape, const float* x, void* panel) {
+  using LineFunction = void (*)(const QmoeShape&, const float*, uint8_t*);
+  const bool is_int8 = shape.arithmetic == kQmoeInt8;
+  const LineFunction fill = shape.bits == 2   ? is_int8 ? Int8Line<2> : FloatLine<2>
+                              : shape.bits == 4 ? is_int8 ? Int8Line<4> : FloatLine<4>
+                              : is_int8 ? Int8Line<8>
+                                              : FloatLine<8>;
   auto* line = static_cast<uint8_t*>(panel);
-  const int64_t line_cols = kQmoeLineBytes * 8 / shape.bits;
-  for (int64_t col = 0; col < shape.n_cols; col += line_cols, line += LineBytes(shape)) {
-    const float* from = x + col;
-    float last[kMostLineCols] = {};
-    if (shape.n_cols - col < line_cols) {
-      memcpy(last, from, static_cast<size_t>(shape.n_cols - col) * sizeof(float));
-      from = last;
-    }
-    if (shape.arithmetic == kQmoeInt8) {
-      Int8Line(shape, from, line);
+  const int64_t line_cols = kQmoeLineBytes * 8 / shape.bits, line_bytes = LineBytes(shape);
+  for (int64_t col = 0; col < shape.n_cols; col += line_cols, line += line_bytes) {
+    if (shape.n_cols - col >= line_cols) {
+      fill(shape, x + col, line);
     } else {
-      FloatLine(shape, from, reinterpret_cast<float*>(line));
+      float last[kMostLineCols] = {};
+      memcpy(last, x + col, static_cast<size_t>(shape.n_cols - col) * sizeof(float));
+      fill(shape, last, line);
     }
   }
 }

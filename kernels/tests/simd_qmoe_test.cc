@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Products with QMoE's weights: bits against the scalar table, and that against float64.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -83,49 +84,48 @@ class Problem {
     return y;
   }
 
-  // The row's product in double, and the sum of its terms' magnitudes.
-  std::pair<double, double> Exact(size_t x, int64_t row) const {
+  // In double.
+  struct Exact {
+    double product = 0.0;
+    double magnitudes = 0.0;        // of its terms, as they are summed: codes less 2^(bits - 1), then the zero point
+    double activation_error = 0.0;  // what half a step of 8-bit activations makes at most
+  };
+  Exact Of(size_t x, int64_t row) const {
     const QmoeShape& s = case_.shape;
-    double sum = 0.0, magnitudes = 0.0;
+    const std::vector<double> steps = Steps(x_[x]);
+    Exact exact;
     for (int64_t col = 0; col < s.n_cols; ++col) {
       const int64_t block = col / s.block;
       float scale;
       memcpy(&scale, scales_.data() + (row * n_blocks_ + block) * 4, sizeof(scale));
       const int zero =
           s.has_zero_points ? Code(zero_points_, row * zero_row_bits_ + block * s.bits) : 1 << (s.bits - 1);
-      const int code = Code(weights_, row * row_bytes_ * 8 + col * s.bits);
-      const double term = static_cast<double>(scale) * (code - zero) * x_[x][static_cast<size_t>(col)];
-      sum += term;
-      // Terms are summed as codes less 2^(bits - 1), and the rest of the zero point after them.
-      const int range = 1 << s.bits;
-      magnitudes += std::fabs(static_cast<double>(scale) * range * x_[x][static_cast<size_t>(col)]);
+      const double w = static_cast<double>(scale) * (Code(weights_, row * row_bytes_ * 8 + col * s.bits) - zero);
+      const double value = x_[x][static_cast<size_t>(col)];
+      exact.product += w * value;
+      exact.magnitudes += std::fabs(static_cast<double>(scale) * (1 << s.bits) * value);
+      exact.activation_error += std::fabs(w) * steps[static_cast<size_t>(col)] * 0.5001;
     }
-    return {sum, magnitudes};
-  }
-  // Half a step of the 8 bits of each activation.
-  double ActivationError(size_t x, int64_t row) const {
-    const QmoeShape& s = case_.shape;
-    const int64_t group = s.block == 16 ? 16 : 32;
-    double error = 0.0;
-    for (int64_t col = 0; col < s.n_cols; ++col) {
-      const int64_t first = col / group * group, block = col / s.block;
-      double largest = 0.0;
-      for (int64_t i = first; i < std::min(first + group, s.n_cols); ++i) {
-        largest = std::fmax(largest, std::fabs(x_[x][static_cast<size_t>(i)]));
-      }
-      float scale;
-      memcpy(&scale, scales_.data() + (row * n_blocks_ + block) * 4, sizeof(scale));
-      const int zero =
-          s.has_zero_points ? Code(zero_points_, row * zero_row_bits_ + block * s.bits) : 1 << (s.bits - 1);
-      const int code = Code(weights_, row * row_bytes_ * 8 + col * s.bits);
-      error += std::fabs(static_cast<double>(scale) * (code - zero)) * largest / 127.0 * 0.5001;
-    }
-    return error;
+    return exact;
   }
 
  private:
   int Code(const std::vector<uint8_t>& bytes, int64_t bit) const {
     return bytes[static_cast<size_t>(bit / 8)] >> (bit % 8) & ((1 << case_.shape.bits) - 1);
+  }
+
+  // [column] of 8-bit activations.
+  std::vector<double> Steps(const std::vector<float>& x) const {
+    const size_t group = case_.shape.block == 16 ? 16 : 32;
+    std::vector<double> steps(x.size());
+    for (size_t first = 0; first < x.size(); first += group) {
+      const auto begin = x.begin() + static_cast<std::ptrdiff_t>(first);
+      const auto end = x.begin() + static_cast<std::ptrdiff_t>(std::min(first + group, x.size()));
+      const auto [least, most] = std::minmax_element(begin, end);
+      const double step = std::max<double>(*most, -*least) / 127.0;
+      std::fill(steps.begin() + (begin - x.begin()), steps.begin() + (end - x.begin()), step);
+    }
+    return steps;
   }
 
   const Case case_;
@@ -230,11 +230,11 @@ TEST(SimdQmoeScalarTest, IsCloseToFloat64) {
     const auto got = problem.Multiply(kScalarTable, 0, 2, false);
     for (size_t x = 0; x < 2; ++x) {
       for (int64_t row = 0; row < c.n_rows; ++row) {
-        const auto [want, magnitudes] = problem.Exact(x, row);
+        const Problem::Exact want = problem.Of(x, row);
         const double roundings = static_cast<double>(c.shape.n_cols) / 16 + 22;
-        double bound = magnitudes * roundings * 0x1p-24;
-        if (c.shape.arithmetic == kQmoeInt8) bound += problem.ActivationError(x, row);
-        ASSERT_LE(std::fabs(got[x][static_cast<size_t>(row)] - want), bound) << Name(c) << ", row " << row;
+        double bound = want.magnitudes * roundings * 0x1p-24;
+        if (c.shape.arithmetic == kQmoeInt8) bound += want.activation_error;
+        ASSERT_LE(std::fabs(got[x][static_cast<size_t>(row)] - want.product), bound) << Name(c) << ", row " << row;
       }
     }
   }
