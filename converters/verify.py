@@ -341,8 +341,10 @@ def _llama_cpp_logits(path: Path) -> tuple[list[list[int]], Floats]:
     """The text as token ids [sequence, position], and llama.cpp's logits of it, with a cache in float32."""
     import llama_cpp
 
+    from .unpacked import UnpackedLlama
+
     try:
-        llm = llama_cpp.Llama(
+        llm = UnpackedLlama(
             str(path),
             n_ctx=N_TOKENS,
             n_batch=N_TOKENS,

@@ -43,10 +43,10 @@ def ngram_losses(train: Ids, windows: Ids, n_vocabulary: int) -> tuple[float, fl
 
 
 def open_stock(model: Path) -> Any:
-    """Stock llama.cpp on one thread, keeping the logits of all positions."""
-    import llama_cpp
+    """Stock llama.cpp, without weight repacking, on one thread, keeping the logits of all positions."""
+    from edgemoe.converters.unpacked import UnpackedLlama
 
-    return llama_cpp.Llama(
+    return UnpackedLlama(
         str(model), n_ctx=CONTEXT_TOKENS, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False
     )
 

@@ -24,6 +24,7 @@ from edgemoe.converters.quantize import alphaq, blocks  # noqa: E402
 from edgemoe.converters.quantize.allocation import Group, Option  # noqa: E402
 from edgemoe.converters.quantize.distortion import Sample, distortions, spread  # noqa: E402
 from edgemoe.converters.quantize.importance import read_importance  # noqa: E402
+from edgemoe.converters.unpacked import UnpackedLlama  # noqa: E402
 from edgemoe.errors import ConversionError  # noqa: E402
 from tests.conftest import ModelWriter  # noqa: E402
 
@@ -92,7 +93,7 @@ def test_likelihoods_are_those_of_llama_cpp_python(write_model: ModelWriter) -> 
     """Guards against tokens scored with the logits of another position, and chunks that see each other."""
     model = write_model("olmoe", quant="Q8_0")
     found = negative_log_likelihoods(model, TEXT)
-    llama = llama_cpp.Llama(str(model), n_ctx=256, n_batch=256, logits_all=True, verbose=False)
+    llama = UnpackedLlama(str(model), n_ctx=256, n_batch=256, logits_all=True, verbose=False)
     tokens = llama.tokenize(TEXT.encode(), add_bos=False)
     expected: list[float] = []
     head = [llama.token_bos()] if llama.metadata.get("tokenizer.ggml.add_bos_token", "true") == "true" else []

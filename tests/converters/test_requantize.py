@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 from edgemoe.converters.quantize import presets  # noqa: E402
 from edgemoe.converters.quantize.importance import read_importance  # noqa: E402
 from edgemoe.converters.requantize import Recipe, requantize  # noqa: E402
+from edgemoe.converters.unpacked import UnpackedLlama  # noqa: E402
 from edgemoe.errors import ConversionError, EdgeMoeError  # noqa: E402
 from tests.conftest import ModelWriter  # noqa: E402
 from tests.converters.stock_quantize import N_STACKED, TinyModel, stock_quantize  # noqa: E402
@@ -84,7 +85,7 @@ def test_a_requantized_model_runs_and_says_how_it_was_made(write_model: ModelWri
     assert stock_quantize(source, stock, presets.file_type("Q8_0"))
     logits = []
     for path in (stock, out):
-        llama = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+        llama = UnpackedLlama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
         llama.eval(list(range(5, 37)))
         logits.append(np.array(llama.scores[:32]))
         llama.close()

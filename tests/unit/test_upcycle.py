@@ -19,10 +19,11 @@ import numpy.typing as npt
 import pytest
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 from edgemoe import demo  # noqa: E402
 from edgemoe.converters import upcycle as converter  # noqa: E402
+from edgemoe.converters.unpacked import UnpackedLlama  # noqa: E402
 from edgemoe.errors import ConversionError  # noqa: E402
 
 N_LAYERS, HIDDEN, FFN, N_HEADS = 2, 64, 96, 4
@@ -81,7 +82,7 @@ def write_dense(path: Path, *, architecture: str = "llama", alignment: int | Non
 
 def logits_and_text(model: Path, prompt: str, n_new: int) -> tuple[npt.NDArray[np.float32], list[int]]:
     """Stock llama-cpp-python's logits [tokens, vocabulary] of the prompt, and its greedy continuation."""
-    llama = llama_cpp.Llama(str(model), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
+    llama = UnpackedLlama(str(model), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
     tokens = llama.tokenize(prompt.encode(), add_bos=False)
     llama.eval(tokens)
     logits = np.array(llama.scores[: len(tokens)])
