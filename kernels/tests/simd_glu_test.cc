@@ -61,6 +61,7 @@ TEST_P(SimdGluTest, HasTheOraclesBits) {
   }
   std::vector<float> sweep;  // where exp is neither 0 nor 1
   for (int i = -9000; i <= 9000; ++i) sweep.push_back(static_cast<float>(i) * 0.01f);
+  ExpectTheOraclesBits(table, {kSwiGluOai, 1.0f, INFINITY, 0.0f}, special_gate, special_up, nullptr, nullptr);
   for (const GluKind kind : kAllKinds) {
     const GluParams params = {kind, kAlpha, kLimit};
     ExpectTheOraclesBits(table, params, special_gate, special_up, nullptr, nullptr);
