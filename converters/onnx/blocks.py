@@ -19,10 +19,17 @@ BLOCKS = (32, 64, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How matrices are quantized: bits of a weight, columns that share a scale."""
+    """How matrices are quantized: bits of a weight, columns that share a scale; and the accuracy of products that is
+    asked for: 4 for 8-bit activations, 0 for what a kernel does by itself."""
 
     bits: int
     block: int
+    accuracy_level: int = 0
+
+    @property
+    def accuracy(self) -> dict[str, int]:
+        """Attributes of a node that multiplies with such matrices."""
+        return {"accuracy_level": self.accuracy_level} if self.accuracy_level else {}
 
     def n_blocks(self, n_columns: int) -> int:
         """Scales of a row."""

@@ -48,6 +48,7 @@ class Recipe:
         embedding: `int4`, `int8` or `stored`: as the checkpoint has it; it also is where its rows are no whole blocks.
         block: columns that share a scale: 32, 64 or 128.
         max_positions: the longest context.
+        accuracy_level: 4 lets products round activations to 8 bits, for speed; 0 does not.
     """
 
     quant: str = "int4"
@@ -55,6 +56,7 @@ class Recipe:
     embedding: str = "int8"
     block: int = 32
     max_positions: int = DEFAULT_MAX_POSITIONS
+    accuracy_level: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ def plan_export(folder: Path, recipe: Recipe | None = None) -> Plan:
     family = find_family(hparams)
     dense = recipe.dense or recipe.quant
     graph = Graph()
-    grids = {name: Grid(bits, recipe.block) for name, bits in QUANTS.items()}
+    grids = {name: Grid(bits, recipe.block, recipe.accuracy_level) for name, bits in QUANTS.items()}
     weights = Weights(checkpoint, graph, grids.get(dense), grids.get(recipe.embedding))
     decoder = Decoder(weights, family, hparams, grids[recipe.quant], recipe.max_positions)
     notes = _check_all_used(weights, family, hparams)
@@ -166,6 +168,7 @@ def _check(recipe: Recipe) -> None:
         ("dense", recipe.dense or recipe.quant, DENSE),
         ("embedding", recipe.embedding, EMBEDDINGS),
         ("block", recipe.block, BLOCKS),
+        ("accuracy_level", recipe.accuracy_level, (0, 4)),
     ):
         if value not in known:
             raise ConversionError(f"cannot convert with {field} {value}: expected one of {', '.join(map(str, known))}")

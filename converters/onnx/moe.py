@@ -124,7 +124,9 @@ def add_experts(
     names += [inputs["fc2_q"], inputs["fc2_scales"], biases[1]]
     if weights:
         names += [""] * 6 + [weights]
-    attributes: dict[str, Any] = {} if activation.limit is None else {"swiglu_limit": activation.limit}
+    attributes: dict[str, Any] = dict(grid.accuracy)
+    if activation.limit is not None:
+        attributes["swiglu_limit"] = activation.limit
     y = graph.nodes(
         "QMoE",
         names,

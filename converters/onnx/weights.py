@@ -134,7 +134,7 @@ class Weights:
         q = graph.stored(q_name, UINT8, (n_rows, n_blocks, grid.block * grid.bits // 8))
         s = graph.stored(s_name, FLOAT, (n_rows * n_blocks,))
         self._quantize(tensor, grid, q, s)
-        sizes = {"K": n_columns, "N": n_rows, "bits": grid.bits, "block_size": grid.block}
+        sizes = {"K": n_columns, "N": n_rows, "bits": grid.bits, "block_size": grid.block, **grid.accuracy}
         return graph.node("MatMulNBits", x, q_name, s_name, domain=MICROSOFT, **sizes)
 
     def _quantized_embedding(self, name: str, tensor: StoredTensor, ids: str, grid: Grid) -> str:

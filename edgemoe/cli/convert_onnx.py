@@ -42,6 +42,13 @@ from edgemoe.sizes import format_size
     help="Columns that share a scale.",
 )
 @click.option(
+    "--accuracy-level",
+    type=click.Choice(["0", "4"]),
+    default="0",
+    show_default=True,
+    help="4: products may round activations to 8 bits, which is faster.",
+)
+@click.option(
     "--context",
     "max_positions",
     type=click.IntRange(min=1),
@@ -57,6 +64,7 @@ def onnx(
     dense: str | None,
     embedding: str,
     block: str,
+    accuracy_level: str,
     max_positions: int | None,
     force: bool,
     as_json: bool,
@@ -67,7 +75,7 @@ def onnx(
     """
     from edgemoe.converters.onnx.checkpoint import DEFAULT_MAX_POSITIONS, Recipe, export_checkpoint, plan_export
 
-    recipe = Recipe(quant, dense, embedding, int(block), max_positions or DEFAULT_MAX_POSITIONS)
+    recipe = Recipe(quant, dense, embedding, int(block), max_positions or DEFAULT_MAX_POSITIONS, int(accuracy_level))
     plan = plan_export(checkpoint, recipe)
     for note in plan.notes:
         say(f"edgemoe: note: {note}")
