@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.traces import FAMILIES, Family, generate
 from edgemoe import replay as replays
-from edgemoe.routers import PREFETCH_DEPTHS
+from edgemoe._native import PREFETCH_DEPTHS
 
 SHARES = (0.12, 0.25, 0.5)
 BYTES_PER_PARAM = 4.5 / 8  # of the dense part, as models.csv gives the experts'

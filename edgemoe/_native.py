@@ -28,6 +28,8 @@ _ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadErro
 EVICTION_RULES = {"auto": 4, "lru": 0, "lfu": 1, "least-stale": 2, "utility": 3}
 """Which slice goes first; `auto` is `lru` or `lfu`, whichever has missed less lately."""
 REPLAY_POLICIES = {**EVICTION_RULES, "belady": 100}
+PREFETCH_DEPTHS = {"off": 0, "auto": 2, "1": 1, "2": 2}
+"""How many layers ahead may be read, for each value of the option `prefetch`; `auto` finds out what pays."""
 KERNELS = {"auto": 0, "ggml": 1}
 """Who multiplies by experts: our kernels where a format has them, or ggml alone, whose bits are llama.cpp's."""
 
@@ -108,6 +110,16 @@ def check_kernels(kernels: str) -> None:
     """
     if kernels not in KERNELS:
         raise ValueError(f"unknown kernels {kernels!r}: expected one of {', '.join(KERNELS)}")
+
+
+def check_prefetch(prefetch: str) -> None:
+    """Refuse what is none of `PREFETCH_DEPTHS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if prefetch not in PREFETCH_DEPTHS:
+        raise ValueError(f"unknown prefetch {prefetch!r}: expected one of {', '.join(PREFETCH_DEPTHS)}")
 
 
 def check_eviction(eviction: str) -> None:

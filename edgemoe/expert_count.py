@@ -11,10 +11,13 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgemoe import _native, lexi
+from edgemoe import _native
 from edgemoe.errors import BackendError, ModelFormatError
-from edgemoe.formats.gguf import GgufModel
+
+if TYPE_CHECKING:
+    from edgemoe.formats.gguf import GgufModel
 
 FORMS = "off, a number, top-p:P, map, map:MIN-MAX, lexi:MEAN or lexi:MEAN@FILE"
 _OF_LAYER, _TOP_P, _MAP = 0, 1, 2  # edgemoe_count_rule in selection.h
@@ -101,6 +104,8 @@ def check(settings: Settings | None, model: GgufModel) -> None:
             f"cannot use {most:g} experts for a token: {model.path} was made for {n_used}; use at most {n_used}"
         )
     if settings.rule == "lexi":
+        from edgemoe import lexi  # which needs llama.cpp; sessions of ONNX models do without
+
         if settings.path is not None:
             lexi.load(settings.path, model)
         else:
@@ -124,6 +129,8 @@ def make(settings: Settings, model: GgufModel, progress: Progress | None = None)
     if settings.rule == "number":
         of_layer = [int(settings.value)] * n_layers
     else:
+        from edgemoe import lexi
+
         losses = lexi.measure(model, progress=progress) if settings.path is None else lexi.load(settings.path, model)
         try:
             numbers = lexi.solve(losses, settings.value)

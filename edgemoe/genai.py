@@ -16,7 +16,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import _native, host, topology
+from edgemoe import _native, host, onnx_schedule, topology
+from edgemoe import on_miss as misses
 from edgemoe.budget import MemoryBudget
 from edgemoe.errors import BackendError, EdgeMoeError
 from edgemoe.onnx_folder import budget_plan, genai, read_folder, session_plan
@@ -56,14 +57,16 @@ class GenaiModel:
             several models share; None for what the machine and its cgroup have free.
         n_ctx: context in tokens; None for 4096, or the model's if that is less.
         n_threads: threads that compute; None for the fast physical cores.
-        eviction: which expert goes first, as for `edgemoe.Llama`.
+        eviction, prefetch, warm_start: as for `edgemoe.Llama`; none changes a result.
+        reuse_bias, reuse_method, top_j, expert_top_k, on_miss, on_miss_mass: as for `edgemoe.onnx.InferenceSession`.
+            They change the tokens that are decoded.
 
     Raises:
         ModelFormatError: the folder cannot be read.
         BudgetError: the budget is below the floor, which the message names; nothing is loaded then.
         BackendError: onnxruntime-genai is missing or refuses the model; or a MoE node cannot be streamed and `memory`
-            is given.
-        ValueError: `eviction` is unknown.
+            is given, or its choices cannot be changed.
+        ValueError: a keyword makes no sense, or is not for ONNX models.
     """
 
     reuse_choice = None
@@ -76,26 +79,38 @@ class GenaiModel:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         eviction: str = "auto",
+        prefetch: str = "auto",
+        warm_start: bool = True,
+        reuse_bias: str | float = "off",
+        reuse_method: str = "cache-prior",
+        top_j: int | None = None,
+        expert_top_k: str | int = "off",
+        on_miss: str = "wait",
+        on_miss_mass: float = misses.DEFAULT_MASS,
     ) -> None:
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
-        _native.check_eviction(eviction)
+        keywords = onnx_schedule.Keywords(
+            eviction, prefetch, warm_start, reuse_bias, reuse_method, top_j, expert_top_k, on_miss, on_miss_mass
+        )
+        keywords.check()
         self.folder = folder = read_folder(Path(path))
         self._n_ctx = folder.context(n_ctx)
         threads = n_threads or topology.default_threads()
         self._og = genai()
-        self._session = session_plan(folder, self._n_ctx)
+        self._session = session_plan(folder, self._n_ctx, prefetch)
         size = memory.budget_bytes if isinstance(memory, MemoryBudget) else memory
         self.plan = budget_plan(folder, self._session, None if size is None else parse_size(size))
         budget = memory if isinstance(memory, MemoryBudget) else self.plan.budget_bytes
         self._memory = SessionMemory(folder.model, self._session, budget, folder.path.name)
         self._runtime: _native.Runtime | None = None
+        self._schedule: onnx_schedule.Schedule | None = None
         self._seed: int | None = None
         self._counters = _Counters()
         self._model: Any = None
         self._tokenizer: Any = None
         self._stream: Any = None
         try:
-            self._load(threads, eviction, is_strict=memory is not None)
+            self._load(threads, keywords, is_strict=memory is not None)
         except BaseException:
             self.close()
             raise
@@ -103,13 +118,12 @@ class GenaiModel:
         self._load_s = time.perf_counter() - begin_s
         self._load_bytes_read = host.storage_bytes_read() - begin_read
 
-    def _load(self, n_threads: int, eviction: str, is_strict: bool) -> None:
-        options = {
+    def _load(self, n_threads: int, keywords: onnx_schedule.Keywords, is_strict: bool) -> None:
+        options = keywords.provider_options() | {
             "slots_bytes": self._memory.slots_bytes,
             "strict": int(is_strict),
             "n_threads": n_threads,
             "n_io_threads": host.N_IO_THREADS,
-            "eviction": _native.EVICTION_RULES[eviction],
             "publish": 1,
         }
         session = {"intra_op_num_threads": n_threads, "log_severity_level": 3}
@@ -133,6 +147,8 @@ class GenaiModel:
                 stacklevel=3,
             )
         self._memory.loaded(loaded)
+        self._schedule = onnx_schedule.Schedule(self.folder.model, keywords, loaded)
+        self._schedule.begin_warm(self)
 
     def _fit_plan(self) -> None:
         self.plan = dataclasses.replace(
@@ -222,7 +238,7 @@ class GenaiModel:
         for start in range(0, len(tokens), n_piece):
             piece = list(tokens[start : start + n_piece])
             self._watched(functools.partial(generator.append_tokens, piece))
-            self._memory.after_run(len(piece))
+            self._after_run(len(piece))
         self._counters.prompt_tokens += len(tokens)
         self._counters.prefill_s += time.perf_counter() - begin_s
         n_generated = 0
@@ -236,8 +252,13 @@ class GenaiModel:
                 self._counters.completion_tokens += 1
                 self._counters.decode_s += now_s - last_s
             n_generated += 1
-            self._memory.after_run(None if n_generated % _OBSERVED_TOKENS == 0 else 1)
+            self._after_run(None if n_generated % _OBSERVED_TOKENS == 0 else 1)
             yield int(generator.get_next_tokens()[0])
+
+    def _after_run(self, n_input_tokens: int | None) -> None:
+        self._memory.after_run(n_input_tokens)
+        if self._schedule is not None:
+            self._schedule.after_run()
 
     def _generator(self, temperature: float) -> Any:
         options: dict[str, Any] = {
@@ -285,6 +306,11 @@ class GenaiModel:
         c = self._counters
         experts = self._runtime.stats() if self._runtime is not None else None
         n_tokens = c.prompt_tokens + c.completion_tokens
+        names = {field.name for field in dataclasses.fields(Stats)} - {"bytes_per_token"}
+        found = self._schedule.stats() if self._schedule is not None else {}
+        scheduled: dict[str, Any] = dict.fromkeys(
+            ("prefetch_used_bytes", "prefetch_late_bytes", "prefetch_wasted_bytes"), 0
+        ) | {name: value for name, value in found.items() if name in names}
         return Stats(
             prompt_tokens=c.prompt_tokens,
             completion_tokens=c.completion_tokens,
@@ -298,15 +324,13 @@ class GenaiModel:
             expert_late_hits=experts.late_hits if experts else 0,
             expert_bytes_read=experts.bytes_read if experts else 0,
             bytes_per_token=experts.bytes_read / n_tokens if experts and n_tokens else 0.0,
-            prefetch_used_bytes=0,
-            prefetch_late_bytes=0,
-            prefetch_wasted_bytes=0,
             stall_s=experts.stall_ns / 1e9 if experts else 0.0,
             n_slots=experts.n_slots if experts else 0,
             slots_bytes=experts.slots_bytes if experts else 0,
             peak_rss_bytes=host.peak_rss_bytes(),
             budget_bytes=self._memory.budget_bytes,
             kernels=_PROVIDER,
+            **scheduled,
         )
 
     def _need(self, value: Any) -> Any:
@@ -316,6 +340,9 @@ class GenaiModel:
 
     def close(self) -> None:
         """Free the model and its experts. May be called twice."""
+        if self._schedule is not None:
+            self._schedule.end_warm()
+            self._schedule = None
         self._stream = self._tokenizer = self._model = None
         self._runtime = None
         self._memory.close()

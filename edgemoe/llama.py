@@ -24,7 +24,7 @@ from edgemoe.draft_model import DraftModel
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.profile import ProfiledLlama
-from edgemoe.routers import Embedding, check_prefetch, find_embedding
+from edgemoe.routers import Embedding, find_embedding
 from edgemoe.sizes import parse_size
 from edgemoe.speculate import SpeculativeLlama
 from edgemoe.types import Plan, Stats
@@ -137,7 +137,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         begin_s, begin_read = time.perf_counter(), host.storage_bytes_read()
         _native.check_eviction(eviction)
         _native.check_kernels(kernels)
-        check_prefetch(prefetch)
+        _native.check_prefetch(prefetch)
         planner.draft_path(draft)
         lossy = choosers.Keywords(
             reuse_bias, reuse_method, top_j, reuse_price, expert_top_k, on_miss, on_miss_mass, on_miss_skip_mass, lowbit

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgemoe import _native, runtime
+from edgemoe import _native
 from edgemoe.errors import BackendError
-from edgemoe.formats.companion import open_companion
-from edgemoe.formats.gguf import GgufModel
+
+if TYPE_CHECKING:
+    from edgemoe.formats.gguf import GgufModel
 
 ACTIONS = ("wait", "lowbit", "skip")
 DEFAULT_MASS = 0.6
@@ -97,10 +99,14 @@ def check(settings: Settings | None, model: GgufModel) -> GgufModel | None:
             f"cannot leave experts out of {model.path}: its architecture {model.architecture} chooses two sets of "
             "experts that belong together; use on_miss='wait'"
         )
-    return None if settings.lowbit is None else open_companion(settings.lowbit, model)
+    if settings.lowbit is None:
+        return None
+    from edgemoe.formats.companion import open_companion  # sessions of ONNX models, which have none, do without gguf
+
+    return open_companion(settings.lowbit, model)
 
 
 def open_native(settings: Settings, model: GgufModel) -> _native.OnMiss:
     """The rule for one model's layers."""
-    n_layers = 1 + max(t.layer for t in runtime.extents(model))
+    n_layers = 1 + max(t.layer for t in model.expert_tensors)
     return _native.OnMiss(settings.lowbit is not None, n_layers, model.n_experts, settings.mass, settings.skip_mass)

@@ -127,7 +127,7 @@ def genai() -> Any:
     return onnxruntime_genai
 
 
-def session_plan(folder: OnnxFolder, n_ctx: int) -> OnnxPlan:
+def session_plan(folder: OnnxFolder, n_ctx: int, prefetch: str = "auto") -> OnnxPlan:
     """What a session with a context of `n_ctx` tokens takes in a process that has genai, which is imported for that;
     where it is not installed, what it takes is estimated."""
     try:
@@ -137,7 +137,8 @@ def session_plan(folder: OnnxFolder, n_ctx: int) -> OnnxPlan:
         engine_bytes = _ENGINE_BYTES
     # Without a shared cache, a run's result is there while its input still is.
     cache_bytes = kv_bytes(folder.model, n_ctx, folder.head_size) * (1 if folder.shares_cache else 2)
-    made = plan(folder.model, cache_bytes=cache_bytes, logits_bytes=4 * folder.n_piece_tokens * folder.vocab_size)
+    logits_bytes = 4 * folder.n_piece_tokens * folder.vocab_size
+    made = plan(folder.model, cache_bytes=cache_bytes, logits_bytes=logits_bytes, prefetch=prefetch)
     return dataclasses.replace(made, process_bytes=made.process_bytes + engine_bytes)
 
 
@@ -162,23 +163,25 @@ def budget_plan(folder: OnnxFolder, session: OnnxPlan, budget_bytes: int | None)
         n_experts=max((_n_experts(folder.model, node) for node in nodes), default=0),
         n_experts_used=max((node.ints.get("k", 1) for node in nodes), default=0),
         n_moe_layers=len(nodes),
+        prefetch_bytes=session.prefetch_bytes,
     )
 
 
-def plan_folder(path: Path, memory: int | None = None, n_ctx: int | None = None) -> Plan:
+def plan_folder(path: Path, memory: int | None = None, n_ctx: int | None = None, prefetch: str = "auto") -> Plan:
     """Plan a memory budget for a folder without loading it.
 
     Args:
         path: the folder.
         memory: bytes; None for what this machine has.
         n_ctx: context in tokens; None for 4096, or the model's if that is less.
+        prefetch: how far ahead experts will be predicted.
 
     Raises:
         ModelFormatError, BackendError: the folder or the context cannot be used. A budget that is too small is not an
             error: `Plan.fits` says so.
     """
     folder = read_folder(path)
-    session = session_plan(folder, folder.context(n_ctx))
+    session = session_plan(folder, folder.context(n_ctx), prefetch)
     return budget_plan(folder, session, memory)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from edgemoe import _native, expert_count, reuse, routers, selection, trace, warm
+from edgemoe import _native, expert_count, reuse, selection, trace, warm
 from edgemoe import on_miss as misses
 from edgemoe.errors import BackendError, TraceError
 from edgemoe.formats.onnx_model import OnnxModel
@@ -55,7 +55,7 @@ class Keywords:
             ValueError: it does not, or is not.
         """
         _native.check_eviction(self.eviction)
-        routers.check_prefetch(self.prefetch)
+        _native.check_prefetch(self.prefetch)
         if self.reuse_bias == "auto":
             raise ValueError(
                 "reuse_bias 'auto' is for GGUF models, whose prices are measured: expected off or a number"
@@ -92,7 +92,7 @@ def prefetch_bytes(model: OnnxModel, prefetch: str) -> int:
         fc2 = model.tensors.get(node.inputs[position]) if len(node.inputs) > position else None
         if fc2 is not None and len(fc2.shape) == 3:
             shapes.append((layer, fc2.shape[0], fc2.shape[1]))
-    return _native.prefetch_bytes(shapes, routers.PREFETCH_DEPTHS[prefetch])
+    return _native.prefetch_bytes(shapes, _native.PREFETCH_DEPTHS[prefetch])
 
 
 def model_key(model: OnnxModel) -> bytes:
@@ -154,6 +154,7 @@ class Schedule:
         self._keywords = keywords
         self._loaded = loaded
         self._warm: warm.WarmStart | None = None
+        self._save: Callable[[], object] | None = None
         self._lock = threading.Lock()
         self._n_warm_tokens = 0
 
@@ -171,7 +172,12 @@ class Schedule:
         )
         self._warm = warm.WarmStart(bank, runtime)
         self._warm.begin()
-        weakref.finalize(owner, self._warm.save)
+        self._save = weakref.finalize(owner, self._warm.save)
+
+    def end_warm(self) -> None:
+        """Remember what is hot now; the owner may live on without its runtime."""
+        if self._save is not None:
+            self._save()
 
     def after_run(self) -> None:
         """Note that the session has run."""

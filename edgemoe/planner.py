@@ -18,7 +18,6 @@ from edgemoe.draft_length import MAX_DRAFT_TOKENS
 from edgemoe.draft_model import DraftFootprint, rehearsed
 from edgemoe.errors import BudgetError
 from edgemoe.formats.gguf import GgufModel, GgufTensor, read_model
-from edgemoe.routers import check_prefetch
 from edgemoe.sizes import format_size, parse_size
 from edgemoe.types import Plan
 
@@ -298,7 +297,7 @@ def plan(
     """
     _native.check_kernels(kernels)
     _native.check_eviction(eviction)
-    check_prefetch(prefetch)
+    _native.check_prefetch(prefetch)
     draft_path(draft)
     lossy = choosers.Keywords(
         reuse_bias, reuse_method, top_j, reuse_price, expert_top_k, on_miss, on_miss_mass, on_miss_skip_mass, lowbit

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemoe import _native
-from edgemoe.routers import PREFETCH_DEPTHS, check_prefetch
 from edgemoe.trace import Trace
 
 POLICIES = ("auto", "lru", "lfu", "least-stale", "utility", "belady")
@@ -186,7 +185,7 @@ def replay(
     """
     if eviction not in _native.REPLAY_POLICIES:
         raise ValueError(f"unknown eviction {eviction!r}: expected one of {', '.join(_native.REPLAY_POLICIES)}")
-    check_prefetch(prefetch)
+    _native.check_prefetch(prefetch)
     disk, compute = disk or Disk(), compute or Compute()
     options = _native.ReplayOptions()
     options.policy = _native.REPLAY_POLICIES[eviction]
@@ -202,7 +201,7 @@ def replay(
     options.row_share = compute.row_share
     options.recall = recall
     options.seed = seed
-    options.prefetch_depth = PREFETCH_DEPTHS[prefetch]
+    options.prefetch_depth = _native.PREFETCH_DEPTHS[prefetch]
     options.adaptive = int(prefetch == "auto")
     batch_us = np.zeros(trace.n_batches, np.float64)
     depths = np.zeros(trace.n_batches, np.int32)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from typing import TYPE_CHECKING
 
-from edgemoe import _native, runtime
+from edgemoe import _native
 from edgemoe.errors import BackendError
-from edgemoe.formats.gguf import GgufModel
+
+if TYPE_CHECKING:
+    from edgemoe.formats.gguf import GgufModel
 
 METHODS = {"cache-prior": 0, "max-rank": 1, "cumulative": 2}
 """How residents get ahead; numbers as `edgemoe_reuse_method` in scheduler.h."""
@@ -91,7 +94,7 @@ class ReuseBias:
     """The biased choice of one model's experts."""
 
     def __init__(self, settings: Settings, model: GgufModel) -> None:
-        n_layers = 1 + max(t.layer for t in runtime.extents(model))
+        n_layers = 1 + max(t.layer for t in model.expert_tensors)
         top_j = settings.top_j or default_top_j(model.n_experts, model.n_experts_used)
         if top_j >= model.n_experts_used:
             _log.warning("top_j %d keeps all experts that a token chooses: nothing is biased", top_j)

@@ -19,9 +19,6 @@ from gguf import GGMLQuantizationType, quants
 from edgemoe.errors import ModelFormatError
 from edgemoe.formats.gguf import GgufModel, GgufTensor
 
-PREFETCH_DEPTHS = {"off": 0, "auto": 2, "1": 1, "2": 2}
-"""How many layers ahead may be read, for each value of the option `prefetch`; `auto` finds out what pays."""
-
 _SIGMOID = 2  # llama.cpp's value of `expert_gating_func`
 # The input of a layer's experts is normalized by the first of these that the layer has.
 _NORMS = ("ffn_norm.weight", "post_attention_norm.weight")
@@ -56,16 +53,6 @@ def find_routers(model: GgufModel) -> list[Router]:
         bias = next((t for t in biases if t is not None and t.shape == weights.shape[1:]), None)
         found.append(Router(layer, weights, norm, bias, is_sigmoid))
     return [r for r in found if r.weights.shape[0] == found[0].weights.shape[0]]
-
-
-def check_prefetch(prefetch: str) -> None:
-    """Refuse what is none of `PREFETCH_DEPTHS`.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if prefetch not in PREFETCH_DEPTHS:
-        raise ValueError(f"unknown prefetch {prefetch!r}: expected one of {', '.join(PREFETCH_DEPTHS)}")
 
 
 def find_embedding(model: GgufModel) -> GgufTensor | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from edgemoe import _native, host, trace
 from edgemoe.formats.gguf import GgufModel
-from edgemoe.routers import PREFETCH_DEPTHS, find_routers, read_tensor
+from edgemoe.routers import find_routers, read_tensor
 
 
 def extents(model: GgufModel, companion: GgufModel | None = None) -> list[_native.TensorExtent]:
@@ -86,7 +86,7 @@ def trace_header(model: GgufModel) -> str:
 def prefetch_bytes(model: GgufModel, prefetch: str) -> int:
     """Memory that predictions of this model's experts take."""
     shapes = [(r.layer, r.weights.shape[1], r.weights.shape[0]) for r in find_routers(model)]
-    return _native.prefetch_bytes(shapes, PREFETCH_DEPTHS[prefetch])
+    return _native.prefetch_bytes(shapes, _native.PREFETCH_DEPTHS[prefetch])
 
 
 def start_prefetch(native: _native.Runtime, model: GgufModel, prefetch: str) -> None:
@@ -95,7 +95,7 @@ def start_prefetch(native: _native.Runtime, model: GgufModel, prefetch: str) -> 
     Raises:
         ModelFormatError: a router cannot be read.
     """
-    depth = PREFETCH_DEPTHS[prefetch]
+    depth = _native.PREFETCH_DEPTHS[prefetch]
     if depth == 0:
         return
     routers = [

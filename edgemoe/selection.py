@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgemoe import _native, reuse
 from edgemoe.errors import BackendError
-from edgemoe.formats.gguf import GgufModel
+
+if TYPE_CHECKING:
+    from edgemoe.formats.gguf import GgufModel
 
 
 def price(count: Any | None, biased: Any | None, missed: Any | None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,9 @@ import numpy.typing as npt
 from edgemoe import _native
 from edgemoe.atomic import remove_stale, replacing
 from edgemoe.demo import default_cache_dir
-from edgemoe.formats.gguf import GgufModel
+
+if TYPE_CHECKING:
+    from edgemoe.formats.gguf import GgufModel
 
 MAX_SETS = 8
 SIGNATURE_TOKENS = 32

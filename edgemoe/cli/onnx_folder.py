@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from edgemoe.genai import GenaiModel
     from edgemoe.llama import Llama
 
-TAKEN = ("memory", "n_ctx", "n_threads", "eviction")
+_SCHEDULE = (
+    "eviction",
+    "prefetch",
+    "warm_start",
+    "reuse_bias",
+    "reuse_method",
+    "top_j",
+    "expert_top_k",
+    "on_miss",
+    "on_miss_mass",
+)
+TAKEN = ("memory", "n_ctx", "n_threads", *_SCHEDULE)
 """The options of loading that mean something with a folder."""
 
 
@@ -40,6 +51,12 @@ def folder_options(load: dict[str, Any]) -> dict[str, Any]:
         if (name == "with_profile" or (name in LOAD_NAMES and name not in TAKEN)) and is_given(name):
             raise click.UsageError(f"{param.opts[0]} does not apply to a folder with an ONNX model: leave it out.")
     options = {name: load[name] for name in TAKEN}
+    from edgemoe.onnx_schedule import Keywords
+
+    try:
+        Keywords(**{name: options[name] for name in _SCHEDULE}).check()
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
     return {**options, "n_ctx": options["n_ctx"] if is_given("n_ctx") else None}
 
 

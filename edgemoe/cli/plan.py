@@ -107,7 +107,7 @@ def _folder_plans(path: Path, load: dict[str, Any]) -> tuple[int, PlanContext]:
     from edgemoe.onnx_folder import plan_folder, read_folder
 
     def plan_ctx(n_ctx: int, memory: int | None) -> Plan:
-        return plan_folder(path, memory or options["memory"], n_ctx)
+        return plan_folder(path, memory or options["memory"], n_ctx, options["prefetch"])
 
     return read_folder(path).context(options["n_ctx"]), plan_ctx
 

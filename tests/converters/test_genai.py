@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,34 @@ def test_tokens_are_those_of_stock_genai(family: str, folders: dict[str, Path]) 
         model.set_seed(7)
         sampled = [list(model.generate(tokens, temp=1.0))[:20] for _ in range(2)]
         assert sampled[0] == sampled[1] != expected[:20]
+
+
+def test_scheduling_reaches_the_provider(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against: keywords that do not arrive; predictions that change tokens; experts left out that are still
+    used; hot experts forgotten when the model is closed."""
+    monkeypatch.setenv("EDGEMOE_WARM_DIR", str(tmp_path / "warm"))
+    folder = folders["olmoe"]
+
+    def greedy(**keywords: Any) -> tuple[list[int], Any]:
+        with GenaiModel(folder, memory="1GiB", n_ctx=256, **keywords) as model:
+            assert model._runtime is not None
+            while model._runtime.preload_stats().n_left:
+                time.sleep(0.01)
+            return list(model.generate(model.text_tokens(TEXT), temp=0))[:48], model.stats()
+
+    expected, off = greedy(prefetch="off", warm_start=False)
+    assert off.prefetch_used_bytes + off.prefetch_late_bytes + off.prefetch_wasted_bytes == 0
+    assert not (tmp_path / "warm").exists()
+    for prefetch in ("auto", "1", "2"):
+        assert greedy(prefetch=prefetch, warm_start=False)[0] == expected
+    assert greedy()[0] == expected
+    assert list((tmp_path / "warm").iterdir())
+    tokens, warm = greedy(prefetch="off")
+    assert tokens == expected and warm.expert_misses < off.expert_misses
+    tokens, fewer = greedy(expert_top_k=1)
+    assert tokens != expected and fewer.gate_mass_moved > 0
 
 
 def _edgemoe(*arguments: object, text: str = "") -> subprocess.CompletedProcess[str]:

@@ -95,10 +95,9 @@ def test_a_context_that_the_model_does_not_have(folder: Path) -> None:
     [
         ["generate", "-p", "a", "--draft", "ngram"],
         ["generate", "-p", "a", "--profile"],
-        ["generate", "-p", "a", "--no-warm-start"],
         ["chat", "--kernels", "ggml"],
-        ["chat", "--reuse-bias", "0.5"],
-        ["plan", "--on-miss", "skip"],
+        ["chat", "--reuse-price", "1%"],
+        ["plan", "--on-miss-skip-mass", "0.9"],
     ],
 )
 def test_options_that_do_not_apply_are_wrong_usage(folder: Path, command: list[str]) -> None:
@@ -107,6 +106,20 @@ def test_options_that_do_not_apply_are_wrong_usage(folder: Path, command: list[s
     assert result.exit_code == 2
     option = next(word for word in command[::-1] if word.startswith("--")).replace("--no-", "--")
     assert f"{option} does not apply to a folder with an ONNX model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--reuse-bias", "auto"], "reuse_bias 'auto' is for GGUF models"),
+        (["--expert-top-k", "lexi:2"], "expert_top_k 'lexi:2' is for GGUF models"),
+    ],
+)
+def test_ways_to_use_fewer_experts_that_onnx_models_do_not_have(folder: Path, options: list[str], named: str) -> None:
+    """Guards against: a traceback where the usage is wrong."""
+    result = run("generate", str(folder), "-p", "a", *options)
+    assert result.exit_code == 2
+    assert named in result.stderr
 
 
 @pytest.mark.parametrize(
