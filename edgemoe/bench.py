@@ -121,7 +121,8 @@ class _Runner:
         if result.usage is not None:
             record["peak_bytes"] = result.usage.peak_bytes
         if result.exit_code != 0:
-            return record | {"error": self._reason(result)}
+            is_killed = result.timed_out or (result.usage is not None and result.usage.oom_kills > 0)
+            return record | {"error": self._reason(result), "crashed": result.exit_code < 0 and not is_killed}
         record |= json.loads(result.stdout.strip().splitlines()[-1])
         record.setdefault("peak_bytes", record["peak_rss_bytes"])
         return record
@@ -185,17 +186,25 @@ def bench(
     options["n_threads_batch"] = options.get("n_threads_batch") or options["n_threads"]
     room_bytes = min(memory or sys.maxsize, host.available_memory_bytes())
     model_bytes = sum(path.stat().st_size for path in model.files)
-    repack = model_bytes < _REPACK_ROOM * room_bytes
+    why_plain = ""
+    if model_bytes >= _REPACK_ROOM * room_bytes:
+        why_plain = "whose second copy of the weights would not fit into the memory"
     engines = ENGINES if against == "stock" else ENGINES[:1]
     runs: list[Record] = []
     n_runs = pairs * len(engines) + 1
     disk = []
 
     def start(engine: str, pair: int, trace: str | None = None) -> Record:
+        nonlocal why_plain
         report(f"pair {pair + 1} of {pairs}, {engine}" if trace is None else PROFILED, len(runs), n_runs)
         first = pair * (prompt_tokens + tokens)
-        task = Task(engine, str(model.path), options, prompt_tokens, tokens, first, text, repack, trace)
-        record = {"engine": engine, "pair": pair, **runner.run(task)}
+        task = Task(engine, str(model.path), options, prompt_tokens, tokens, first, text, not why_plain, trace)
+        found = runner.run(task)
+        if engine == "stock" and not why_plain and found.get("crashed"):
+            # llama-cpp-python 0.3.36 does where its products with AMX are used.
+            why_plain = f"with which it crashes here ({found['error']})"
+            found = runner.run(dataclasses.replace(task, repack=False))
+        record = {"engine": engine, "pair": pair, **found}
         if engine == "edgemoe" and "error" in record:
             raise BackendError(f"cannot benchmark {model.path.name}: {record['error']}")
         return record
@@ -226,7 +235,7 @@ def bench(
             **{name: profiled[name] for name in ("kernels", "n_threads", "slots_bytes", "expert_bank_bytes")},
         },
         confinement=f"memory cgroup of {memory} bytes" if runner.limit_bytes else "none",
-        notes=list(_notes([*runs, profiled], runner, engines, repack)),
+        notes=list(_notes([*runs, profiled], runner, engines, why_plain)),
         runs=[*runs, {**profiled, "engine": PROFILED}],
         engines={engine: _spreads(runs, engine) for engine in engines},
         ratios=_ratios(runs),
@@ -249,11 +258,11 @@ def _forget(files: Sequence[Path]) -> None:
                 os.close(fd)
 
 
-def _notes(runs: Sequence[Record], runner: _Runner, engines: Sequence[str], repack: bool) -> Iterator[str]:
+def _notes(runs: Sequence[Record], runner: _Runner, engines: Sequence[str], why_plain: str) -> Iterator[str]:
     if "stock" in engines and runner.limit_bytes is None:
         yield runner.why_not
-    if "stock" in engines and not repack:
-        yield "stock runs without weight repacking, whose second copy of the weights would not fit into the memory"
+    if "stock" in engines and why_plain:
+        yield f"stock runs without weight repacking, {why_plain}"
     yield from dict.fromkeys(run["reuse_choice"] for run in runs if run.get("reuse_choice"))
     for run in runs:
         if "error" in run:

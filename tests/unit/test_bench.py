@@ -162,7 +162,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         state["limits"].append(runner.limit_bytes)
         speed = state["speeds"][task.engine].pop(0)
         if isinstance(speed, str):
-            return {"disturbed": False, "wall_s": 1.0, "error": speed}
+            return {"disturbed": False, "wall_s": 1.0, "error": speed, "crashed": "signal" in speed}
         names = ("prefill_tokens_per_s", "ttft_s", "load_s", "read_bytes_per_token", "peak_bytes")
         record = {"disturbed": False, "wall_s": 1.0, "decode_tokens_per_s": speed, **dict.fromkeys(names, 2.0)}
         record["sampled"] = [1, 2, 3, 4 if task.engine == "stock" else 5]
@@ -221,6 +221,16 @@ def test_failed_stock_run_is_said_and_left_out(runs: dict[str, Any], path: Path)
     runs["speeds"] = {"edgemoe": [1.0, 1.0], "stock": ["killed"]}
     none = bench.bench(path, pairs=1)
     assert none.ratios == {} and none.same_next_token is None and none.engines["stock"] == {}
+
+
+def test_stock_that_crashes_with_repacked_weights_runs_without(runs: dict[str, Any], path: Path) -> None:
+    """Guards against a benchmark without a comparison where llama.cpp's own fast path is broken, and against one that
+    does not say what it compares with."""
+    runs["speeds"]["stock"] = ["signal 11", 4.0, 5.0]
+    result = bench.bench(path, pairs=2)
+    assert result.engines["stock"]["decode_tokens_per_s"] == bench.Spread(4.5, 4.0, 5.0)
+    assert [task.repack for task in runs["tasks"] if task.engine == "stock"] == [True, False, False]
+    assert "stock runs without weight repacking, with which it crashes here (signal 11)" in result.notes
 
 
 def test_failure_of_edgemoe_ends_the_benchmark(runs: dict[str, Any], path: Path) -> None:
