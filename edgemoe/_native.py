@@ -225,6 +225,23 @@ def start_trace(runtime: Runtime, path: Path, header: str) -> None:
         runtime.start_trace(str(path), header)
 
 
+@contextlib.contextmanager
+def recorded_trace(runtime: Runtime, path: Path, header: str) -> Iterator[Callable[[], None]]:
+    """Record a trace until the context ends, also with an exception; its value raises what has ended it early.
+
+    Raises:
+        TraceError: see `start_trace` and `stop_trace`.
+    """
+    start_trace(runtime, path, header)
+    try:
+        yield lambda: check_trace(runtime)
+    except BaseException:
+        with contextlib.suppress(TraceError):
+            stop_trace(runtime)
+        raise
+    stop_trace(runtime)
+
+
 def check_trace(runtime: Runtime) -> None:
     """Raise what has ended the recording early, if anything.
 

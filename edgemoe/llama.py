@@ -530,14 +530,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         native = self._runtime
         if native is None:
             raise TraceError(f"cannot record a trace: {self._gguf.path} has no routed experts")
-        _native.start_trace(native, Path(path), runtime.trace_header(self._gguf))
-        try:
-            yield lambda: _native.check_trace(native)
-        except BaseException:
-            with contextlib.suppress(TraceError):
-                _native.stop_trace(native)
-            raise
-        _native.stop_trace(native)
+        with _native.recorded_trace(native, Path(path), runtime.trace_header(self._gguf)) as check:
+            yield check
 
     def close(self) -> None:
         """Free the model and its experts, and remember the hot ones if `warm_start`."""

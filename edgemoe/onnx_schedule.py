@@ -235,11 +235,5 @@ class Schedule:
         native = self._loaded.runtime
         if native is None:
             raise TraceError(f"cannot record a trace: no MoE node of {self._model.path} is streamed")
-        _native.start_trace(native, Path(path), trace_header(self._model, self._loaded.tensors))
-        try:
-            yield lambda: _native.check_trace(native)
-        except BaseException:
-            with contextlib.suppress(TraceError):
-                _native.stop_trace(native)
-            raise
-        _native.stop_trace(native)
+        with _native.recorded_trace(native, Path(path), trace_header(self._model, self._loaded.tensors)) as check:
+            yield check

@@ -22,6 +22,7 @@ from llama_cpp import llama_cpp as low_level
 import edgemoe
 from edgemoe import _native, runtime
 from edgemoe.converters.evaluate import GgmlTensor
+from edgemoe.converters.unpacked import UnpackedLlama
 from edgemoe.errors import BudgetError
 
 ROOT = Path(__file__).parents[2]
@@ -30,17 +31,8 @@ CONTEXT = {"n_ctx": 256, "n_batch": 64, "logits_all": True, "verbose": False}
 Logits = npt.NDArray[np.single]
 
 
-class StockLlama(llama_cpp.Llama):
+class StockLlama(UnpackedLlama):
     """llama.cpp as it is, without weight repacking: the bits that edgemoe has to give."""
-
-    @property
-    def model_params(self) -> Any:
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: Any) -> None:
-        params.use_extra_bufts = False
-        self._model_params = params
 
 
 def stock(path: Path, *, cls: type[StockLlama] = StockLlama, **options: Any) -> StockLlama:
