@@ -161,4 +161,4 @@ def test_cache_of_a_context(folders: dict[str, Path]) -> None:
     config = json.loads((folders["int4"].parent / "genai_config.json").read_text())["model"]["decoder"]
     per_token = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_size"]
     assert kv_bytes(model, 1000) == 1000 * per_token
-    assert plan_onnx(model, 12345).kv_bytes == 12345
+    assert plan_onnx(model, cache_bytes=12345).kv_bytes == 12345
