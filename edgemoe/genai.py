@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe import _native, host, onnx_schedule, topology
 from edgemoe import on_miss as misses
 from edgemoe.budget import MemoryBudget
+from edgemoe.counters import Counters, prefetch_fields
 from edgemoe.errors import BackendError, EdgeMoeError
 from edgemoe.onnx_folder import budget_plan, genai, read_folder, session_plan
 from edgemoe.onnx_memory import SessionMemory
@@ -37,15 +38,6 @@ _CHATML = (
 )
 # The arena may grow without a longer input: it is looked at once in so many tokens.
 _OBSERVED_TOKENS = 32
-
-
-@dataclasses.dataclass
-class _Counters:
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    ttft_s: float = 0.0
 
 
 class GenaiModel:
@@ -105,7 +97,7 @@ class GenaiModel:
         self._runtime: _native.Runtime | None = None
         self._schedule: onnx_schedule.Schedule | None = None
         self._seed: int | None = None
-        self._counters = _Counters()
+        self._counters = Counters()
         self._model: Any = None
         self._tokenizer: Any = None
         self._stream: Any = None
@@ -119,13 +111,7 @@ class GenaiModel:
         self._load_bytes_read = host.storage_bytes_read() - begin_read
 
     def _load(self, n_threads: int, keywords: onnx_schedule.Keywords, is_strict: bool) -> None:
-        options = keywords.provider_options() | {
-            "slots_bytes": self._memory.slots_bytes,
-            "strict": int(is_strict),
-            "n_threads": n_threads,
-            "n_io_threads": host.N_IO_THREADS,
-            "publish": 1,
-        }
+        options = keywords.provider_options(self._memory.slots_bytes, n_threads, is_strict)
         session = {"intra_op_num_threads": n_threads, "log_severity_level": 3}
         try:
             config = self._og.Config(str(self.folder.path))
@@ -133,7 +119,7 @@ class GenaiModel:
             config.clear_providers()
             config.append_provider(_PROVIDER)
             for key, value in options.items():
-                config.set_provider_option(_PROVIDER, key, str(value))
+                config.set_provider_option(_PROVIDER, key, value)
             self._model = self._og.Model(config)
             self._tokenizer = self._og.Tokenizer(self._model)
         except Exception as error:
@@ -142,10 +128,7 @@ class GenaiModel:
         loaded = _native.take_ort_loaded()
         self._runtime = loaded.runtime
         if loaded.n_refused:
-            warnings.warn(
-                f"{loaded.n_refused} MoE nodes are not streamed, all their experts are in memory; {loaded.refusal}",
-                stacklevel=3,
-            )
+            warnings.warn(onnx_schedule.refusal(loaded), stacklevel=3)
         self._memory.loaded(loaded)
         self._schedule = onnx_schedule.Schedule(self.folder.model, keywords, loaded)
         self._schedule.begin_warm(self)
@@ -303,34 +286,17 @@ class GenaiModel:
 
     def stats(self) -> Stats:
         """Counters since loading."""
-        c = self._counters
         experts = self._runtime.stats() if self._runtime is not None else None
-        n_tokens = c.prompt_tokens + c.completion_tokens
-        names = {field.name for field in dataclasses.fields(Stats)} - {"bytes_per_token"}
-        found = self._schedule.stats() if self._schedule is not None else {}
-        scheduled: dict[str, Any] = dict.fromkeys(
-            ("prefetch_used_bytes", "prefetch_late_bytes", "prefetch_wasted_bytes"), 0
-        ) | {name: value for name, value in found.items() if name in names}
+        counted = self._counters.fields(experts) | prefetch_fields(None)
+        names = {field.name for field in dataclasses.fields(Stats)} - {"bytes_per_token"}  # by rows there
+        scheduled = self._schedule.stats() if self._schedule is not None else {}
         return Stats(
-            prompt_tokens=c.prompt_tokens,
-            completion_tokens=c.completion_tokens,
-            prefill_tokens_per_s=c.prompt_tokens / c.prefill_s if c.prefill_s else 0.0,
-            decode_tokens_per_s=c.completion_tokens / c.decode_s if c.decode_s else 0.0,
-            ttft_s=c.ttft_s,
+            **counted | {name: value for name, value in scheduled.items() if name in names},
             load_s=self._load_s,
             load_bytes_read=self._load_bytes_read,
-            expert_hits=experts.hits if experts else 0,
-            expert_misses=experts.misses if experts else 0,
-            expert_late_hits=experts.late_hits if experts else 0,
-            expert_bytes_read=experts.bytes_read if experts else 0,
-            bytes_per_token=experts.bytes_read / n_tokens if experts and n_tokens else 0.0,
-            stall_s=experts.stall_ns / 1e9 if experts else 0.0,
-            n_slots=experts.n_slots if experts else 0,
-            slots_bytes=experts.slots_bytes if experts else 0,
             peak_rss_bytes=host.peak_rss_bytes(),
             budget_bytes=self._memory.budget_bytes,
             kernels=_PROVIDER,
-            **scheduled,
         )
 
     def _need(self, value: Any) -> Any:

@@ -18,6 +18,7 @@ from llama_cpp import llama_cpp as llama
 from edgemoe import _native, choosers, engine, host, mapping, planner, price_curve, runtime, topology, warm
 from edgemoe import on_miss as misses
 from edgemoe.budget import MemoryBudget, Share, shared_error
+from edgemoe.counters import Counters, prefetch_fields
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
@@ -37,19 +38,6 @@ _log = logging.getLogger("edgemoe")
 _load_lock = threading.Lock()
 # Of the memory for experts: from about here on a draft model costs more hits than drafts mostly gain.
 _LARGE_DRAFT_SHARE = 0.1
-
-
-@dataclasses.dataclass
-class _Counters:
-    """What `Llama` counts itself; the expert counters are native."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    ttft_s: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 class Llama(ProfiledLlama, SpeculativeLlama):
@@ -149,7 +137,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._runtime: _native.Runtime | None = None
         self._warm: warm.WarmStart | None = None
         self._warm_start = warm_start
-        self._counters = _Counters()
+        self._counters = Counters()
         self._memory = memory
         self._share: Share | None = None
         self._longest_eval_tokens = 0
@@ -476,40 +464,22 @@ class Llama(ProfiledLlama, SpeculativeLlama):
 
     def stats(self) -> Stats:
         """Counters since loading or the last `reset_stats()`."""
-        c = self._counters
         experts = self._runtime.stats() if self._runtime is not None else None
         prefetched = self._runtime.prefetch_stats() if self._runtime is not None else None
-        n_tokens = c.prompt_tokens + c.completion_tokens
         return Stats(
-            prompt_tokens=c.prompt_tokens,
-            completion_tokens=c.completion_tokens,
-            prefill_tokens_per_s=c.prompt_tokens / c.prefill_s if c.prefill_s else 0.0,
-            decode_tokens_per_s=c.completion_tokens / c.decode_s if c.decode_s else 0.0,
-            ttft_s=c.ttft_s,
+            **self._counters.fields(experts),
+            **prefetch_fields(prefetched),
             load_s=self._load_s,
             load_bytes_read=self._load_bytes_read,
-            expert_hits=experts.hits if experts else 0,
-            expert_misses=experts.misses if experts else 0,
-            expert_late_hits=experts.late_hits if experts else 0,
-            expert_bytes_read=experts.bytes_read if experts else 0,
-            bytes_per_token=experts.bytes_read / n_tokens if experts and n_tokens else 0.0,
-            prefetch_used_bytes=prefetched.used_bytes if prefetched else 0,
-            prefetch_late_bytes=prefetched.late_bytes if prefetched else 0,
-            prefetch_wasted_bytes=prefetched.wasted_bytes if prefetched else 0,
-            stall_s=experts.stall_ns / 1e9 if experts else 0.0,
-            n_slots=experts.n_slots if experts else 0,
-            slots_bytes=experts.slots_bytes if experts else 0,
             peak_rss_bytes=host.peak_rss_bytes(),
             budget_bytes=self.plan.budget_bytes,
             kernels=self._kernels_used,
-            drafted_tokens=c.drafted_tokens,
-            accepted_tokens=c.accepted_tokens,
             **self._choosers.stats(),
         )
 
     def reset_stats(self) -> None:
         """Start the counters again; load time and peak memory stay."""
-        self._counters = _Counters()
+        self._counters = Counters()
         self._choosers.reset_stats()
         if self._share is not None:
             self._share.before_reset()

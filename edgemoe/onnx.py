@@ -18,6 +18,7 @@ from typing import Any
 from edgemoe import _native, host, onnx_schedule, topology
 from edgemoe import on_miss as misses
 from edgemoe.budget import MemoryBudget
+from edgemoe.counters import expert_fields
 from edgemoe.errors import BackendError, ModelFormatError
 from edgemoe.formats.onnx_model import read_model
 from edgemoe.onnx_memory import SessionMemory
@@ -163,13 +164,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         self.plan = plan(model, prefetch=prefetch)
         self._memory = SessionMemory(model, self.plan, memory, Path(path).name)
         try:
-            ours = keywords.provider_options() | {
-                "slots_bytes": str(self._memory.slots_bytes),
-                "strict": str(int(memory is not None)),
-                "n_threads": str(n_threads),
-                "n_io_threads": str(host.N_IO_THREADS),
-                "publish": "1",
-            }
+            ours = keywords.provider_options(self._memory.slots_bytes, n_threads, is_strict=memory is not None)
             if _has_plugin_providers():
                 self._add_providers(options, providers or (), ours)
                 self._make(path, options, None)
@@ -182,11 +177,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
             self._memory.close()
             raise
         if self._loaded.n_refused and memory is None:
-            warnings.warn(
-                f"{self._loaded.n_refused} MoE nodes are not streamed, all their experts are in memory; "
-                f"{self._loaded.refusal}",
-                stacklevel=2,
-            )
+            warnings.warn(onnx_schedule.refusal(self._loaded), stacklevel=2)
 
     def _make(self, path: str | os.PathLike[str], options: Any, names: list[str] | None) -> None:
         try:
@@ -268,13 +259,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # o
         """Counters since the session was made."""
         experts = self._runtime.stats() if self._runtime is not None else None
         return OnnxStats(
-            expert_hits=experts.hits if experts else 0,
-            expert_misses=experts.misses if experts else 0,
-            expert_late_hits=experts.late_hits if experts else 0,
-            expert_bytes_read=experts.bytes_read if experts else 0,
-            stall_s=experts.stall_ns / 1e9 if experts else 0.0,
-            n_slots=experts.n_slots if experts else 0,
-            slots_bytes=experts.slots_bytes if experts else 0,
+            **expert_fields(experts),
             n_streamed_nodes=self._loaded.n_layers,
             n_other_moe_nodes=self._loaded.n_refused,
             budget_bytes=self._memory.budget_bytes,

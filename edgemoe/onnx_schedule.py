@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from edgemoe import _native, expert_count, reuse, selection, trace, warm
+from edgemoe import _native, expert_count, host, reuse, selection, trace, warm
 from edgemoe import on_miss as misses
+from edgemoe.counters import prefetch_fields
 from edgemoe.errors import BackendError, TraceError
 from edgemoe.formats.onnx_model import OnnxModel
 
@@ -76,12 +77,30 @@ class Keywords:
         """Whether results may change."""
         return self.reuse_bias != "off" or self.expert_top_k != "off" or self.on_miss != "wait"
 
-    def provider_options(self) -> dict[str, str]:
-        """As the execution provider takes them; see kernels/plugins/onnxruntime/edgemoe_ort.h."""
+    def provider_options(self, slots_bytes: int, n_threads: int, is_strict: bool) -> dict[str, str]:
+        """These and what else a session of ours tells the execution provider; see edgemoe_ort.h.
+
+        Args:
+            slots_bytes: memory for resident experts.
+            n_threads: threads that compute.
+            is_strict: a MoE node that is not streamed is an error.
+        """
         options = {name: str(getattr(self, name)) for name in ("eviction", "prefetch", "reuse_method", "expert_top_k")}
         options |= {"on_miss": self.on_miss, "on_miss_mass": repr(float(self.on_miss_mass))}
         options["reuse_bias"] = "off" if self.reuse_bias == "off" else repr(float(self.reuse_bias))
-        return options | ({} if self.top_j is None else {"top_j": str(self.top_j)})
+        options |= {} if self.top_j is None else {"top_j": str(self.top_j)}
+        return options | {
+            "slots_bytes": str(slots_bytes),
+            "strict": str(int(is_strict)),
+            "n_threads": str(n_threads),
+            "n_io_threads": str(host.N_IO_THREADS),
+            "publish": "1",
+        }
+
+
+def refusal(loaded: _native.OrtLoaded) -> str:
+    """What to say of nodes that are not streamed, where that is no error."""
+    return f"{loaded.n_refused} MoE nodes are not streamed, all their experts are in memory; {loaded.refusal}"
 
 
 def prefetch_bytes(model: OnnxModel, prefetch: str) -> int:
@@ -199,9 +218,7 @@ class Schedule:
         found |= {
             "n_tokens": counters.n_tokens,
             "bytes_per_token": runtime.stats().bytes_read / counters.n_tokens if counters.n_tokens else 0.0,
-            "prefetch_used_bytes": prefetched.used_bytes,
-            "prefetch_late_bytes": prefetched.late_bytes,
-            "prefetch_wasted_bytes": prefetched.wasted_bytes,
+            **prefetch_fields(prefetched),
             "prefetch_depth": prefetched.depth,
             "predicted": prefetched.predicted,
             "predicted_right": prefetched.predicted_right,

@@ -29,6 +29,7 @@ from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_e
 from edgemoe.errors import BackendError, BudgetError, ExpertReadError
 from edgemoe.genai import GenaiModel
 from tests.converters import checkpoints
+from tests.integration.support import said
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -165,15 +166,7 @@ with GenaiModel(sys.argv[1], memory=int(sys.argv[2]), n_ctx=256, n_threads=2) as
 
 
 def _run(folder: Path, memory: int, group: MemoryCgroup | None = None) -> Any:
-    command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", CHILD, str(folder), str(memory), TEXT]
-    if group is None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-    result = group.run(command, "", 120)
-    assert result.usage is not None
-    assert result.usage.oom_kills == 0 and result.exit_code == 0, (result.exit_code, result.stderr_tail)
-    return json.loads(result.stdout.splitlines()[-1])
+    return said(CHILD, folder, memory, TEXT, group=group)
 
 
 def test_the_budget_holds_under_genai(tmp_path: Path) -> None:

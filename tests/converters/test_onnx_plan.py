@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,8 @@ from edgemoe.formats.onnx_model import read_model
 from edgemoe.onnx_plan import kv_bytes
 from edgemoe.onnx_plan import plan as plan_onnx
 from tests.converters import checkpoints
+from tests.integration.support import said
 
-ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 N_VOCAB, HIDDEN = 32768, 512
 
@@ -80,15 +78,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _run(path: Path, memory: int, group: MemoryCgroup | None = None) -> Any:
-    command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", CHILD, str(path), str(memory)]
-    if group is None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-    result = group.run(command, "", 120)
-    assert result.usage is not None
-    assert result.usage.oom_kills == 0 and result.exit_code == 0, (result.exit_code, result.stderr_tail)
-    return json.loads(result.stdout.splitlines()[-1])
+    return said(CHILD, path, memory, group=group)
 
 
 @pytest.mark.parametrize("dense", ["int4", "int4 a4", "int8", "int8 a4", "fp32"])
@@ -144,10 +134,7 @@ print(json.dumps([session.plan.rows_bytes, session.plan.mapped_bytes, found, sum
 
 def test_rows_of_an_embedding_are_given_back(folders: dict[str, Path]) -> None:
     """Guards against: an embedding that is planned as a few rows and is in memory as a whole after some texts."""
-    command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", ROWS, str(folders["int4"]), str(8 << 30)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows_bytes, mapped_bytes, found, sums = json.loads(done.stdout.splitlines()[-1])
+    rows_bytes, mapped_bytes, found, sums = said(ROWS, folders["int4"], 8 << 30)
     assert mapped_bytes > rows_bytes
     for size_bytes, resident_bytes in found:
         others_bytes = size_bytes - mapped_bytes  # scales of other matrices

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from llama_cpp import llama_cpp as low_level
 
 import edgemoe
 from edgemoe import _native, runtime
+from edgemoe.confine import MemoryCgroup
 from edgemoe.converters.evaluate import GgmlTensor
 from edgemoe.converters.unpacked import UnpackedLlama
 from edgemoe.errors import BudgetError
@@ -117,6 +119,19 @@ def python(script: str, *arguments: object, timeout_s: float = 120) -> subproces
         text=True,
         timeout=timeout_s,
     )
+
+
+def said(script: str, *arguments: object, group: MemoryCgroup | None = None) -> Any:
+    """The JSON of the last line that a script prints, in a process of its own and, if given, in a memory cgroup."""
+    if group is None:
+        done = python(script, *arguments)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+    command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", script, *map(str, arguments)]
+    result = group.run(command, "", 120)
+    assert result.usage is not None
+    assert result.usage.oom_kills == 0 and result.exit_code == 0, (result.exit_code, result.stderr_tail)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def watch_nodes(monkeypatch: pytest.MonkeyPatch, pattern: str, look: Callable[[str, GgmlTensor], None]) -> None:

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,8 @@ from edgemoe import _native
 from edgemoe.errors import BackendError, BudgetError
 from edgemoe.onnx import InferenceSession
 from tests.integration.onnx_models import Model, Shape, relative_error, write_model
+from tests.integration.support import said
 
-ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 TOLERANCE = 1e-5
 
@@ -138,15 +135,7 @@ def test_what_onnx_runtime_maps_is_not_touched(tmp_path: Path) -> None:
     bank_bytes = (tmp_path / "model.onnx.data").stat().st_size
     assert bank_bytes > 200 * MIB
     slots_bytes = 24 * MIB
-    result = subprocess.run(
-        [sys.executable, "-c", CHILD, str(model.path), str(slots_bytes)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    rss = json.loads(result.stdout)
+    rss = said(CHILD, model.path, slots_bytes)
     # Beside slots: activations, 16 MiB at most; copies of a layer's scales, 13 MiB; and the session's own needs.
     assert rss["peak"] - rss["before"] < slots_bytes + 60 * MIB
     assert slots_bytes + 60 * MIB < bank_bytes // 2

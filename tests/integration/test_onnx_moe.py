@@ -14,7 +14,7 @@ import pytest
 from edgemoe import _native
 from edgemoe.errors import BackendError
 from edgemoe.onnx import InferenceSession
-from tests.integration.onnx_models import Shape, relative_error, write_model
+from tests.integration.onnx_models import Shape, relative_error, stock, write_model
 
 TOLERANCE = 1e-5
 FLOAT = Shape(is_quantized=False, normalizes=0)
@@ -31,12 +31,6 @@ SHAPES = {
     "one-expert": Shape(is_quantized=False, normalizes=0, k=1),
     "all-experts": Shape(is_quantized=False, normalizes=0, k=8),
 }
-
-
-def stock(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -14,7 +14,7 @@ import pytest
 from edgemoe import _native
 from edgemoe.errors import BackendError
 from edgemoe.onnx import InferenceSession
-from tests.integration.onnx_models import Model, Shape, relative_error, write_model
+from tests.integration.onnx_models import Model, Shape, relative_error, stock, write_model
 
 TOLERANCE = 1e-5
 SHAPES = {
@@ -60,12 +60,6 @@ STOCK_IS_FLOAT = {
     name: shape.accuracy_level != 4 and (shape.bits == 4 or (shape.bits == 8 and shape.block == 0))
     for name, shape in SHAPES.items()
 }
-
-
-def stock(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("name", SHAPES)

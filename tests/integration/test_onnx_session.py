@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from onnx import TensorProto, helper
 from edgemoe.errors import BackendError, BudgetError, ExpertReadError, ModelFormatError
 from edgemoe.onnx import InferenceSession
 from tests.integration.onnx_models import Shape, relative_error, write_model
+from tests.integration.support import said
 
-ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 
@@ -94,15 +92,7 @@ def test_the_process_stays_within_the_budget(tmp_path: Path) -> None:
     bank_bytes = (tmp_path / "model.onnx.data").stat().st_size
     extra = 96 * MIB
     assert bank_bytes > 100 * MIB
-    result = subprocess.run(
-        [sys.executable, "-c", CHILD, str(model.path), str(extra)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    stats = json.loads(result.stdout)
+    stats = said(CHILD, model.path, extra)
     assert stats["peak_rss_bytes"] <= stats["budget"]
     assert stats["slots_bytes"] < bank_bytes // 2
     # Streamed, and more than once, or there was nothing to hold.

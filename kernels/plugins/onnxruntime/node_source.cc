@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "plugins/onnxruntime/node_source.h"
 
+#include <algorithm>
+
 namespace edgemoe_ort {
 
 bool IsMoe(const std::string& type) { return type == "com.microsoft::QMoE" || type == "com.microsoft::MoE"; }
@@ -11,8 +13,14 @@ uint64_t BytesOfType(int32_t element_type) {
   return element_type == kOrtUint8 ? 1 : 0;
 }
 
+std::string FolderOf(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "" : path.substr(0, std::max<size_t>(slash, 1));
+}
+
 std::string JoinPath(const std::string& folder, const std::string& path) {
-  return folder.empty() || path.front() == '/' ? path : folder + "/" + path;
+  if (folder.empty() || path.front() == '/') return path;
+  return folder + (folder.back() == '/' ? "" : "/") + path;
 }
 
 GraphNode::GraphNode(const Ort& ort, const OrtGraph* graph, const OrtNode* node) : ort_(ort) {

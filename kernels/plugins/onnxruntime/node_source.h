@@ -31,6 +31,8 @@ class NodeSource {
 bool IsMoe(const std::string& type);
 // Of an element; 0: a type that no input of ours has.
 uint64_t BytesOfType(int32_t element_type);
+// Of a file: the folder that it lies in; empty: the working directory.
+std::string FolderOf(const std::string& path);
 // Of external data, whose path is relative to the folder of the model.
 std::string JoinPath(const std::string& folder, const std::string& path);
 

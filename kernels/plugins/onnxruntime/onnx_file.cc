@@ -134,10 +134,7 @@ OnnxFile::OnnxFile(const std::string& path) : path_(path), reader_(std::make_uni
 
 OnnxFile::~OnnxFile() = default;
 
-std::string OnnxFile::folder() const {
-  const size_t slash = path_.rfind('/');
-  return slash == std::string::npos ? "" : path_.substr(0, slash);
-}
+std::string OnnxFile::folder() const { return FolderOf(path_); }
 
 void OnnxFile::ReadGraph(uint64_t begin, uint64_t end) {
   reader_->Fields(begin, end, [&](const FileReader::Field& f) {

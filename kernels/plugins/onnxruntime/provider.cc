@@ -98,9 +98,7 @@ class Provider : public OrtEp {
       inputs[i].router = find(nodes[i].router);
       inputs[i].router_weights = nodes[i].router_weights.empty() ? -1 : find(nodes[i].router_weights);
     }
-    const std::string model_path = ort_.ModelPath(graphs[0]);
-    const size_t slash = model_path.rfind('/');
-    const std::string folder = slash == std::string::npos ? "" : model_path.substr(0, slash);
+    const std::string folder = FolderOf(ort_.ModelPath(graphs[0]));
     router_of_.clear();
     const auto n_routers = std::count_if(routers.begin(), routers.end(), [](const Router& r) { return r.is_known; });
     model_ = std::make_unique<QmoeModel>(&ort_, folder, std::move(nodes), std::move(routers), options_.model);

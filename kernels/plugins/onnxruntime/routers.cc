@@ -7,6 +7,7 @@
 #include <fstream>
 
 #include "edgemoe/scheduler.h"
+#include "plugins/onnxruntime/node_source.h"
 
 namespace edgemoe_ort {
 namespace {
@@ -32,11 +33,6 @@ float FromHalf(uint16_t half) {
   float value = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(fraction + 1024.0f, exponent - 25);
   if (exponent == 31) value = fraction == 0.0f ? INFINITY : NAN;
   return sign != 0 ? -value : value;
-}
-
-std::string FolderOf(const std::string& path) {
-  const size_t slash = path.rfind('/');
-  return slash == std::string::npos ? "" : path.substr(0, slash + 1);
 }
 
 }  // namespace
@@ -250,7 +246,7 @@ std::vector<uint8_t> GraphRouters::Bytes(const ValueInfo& constant, uint64_t n_b
     return bytes;
   }
   // Not by ONNX Runtime, which would keep it in memory until the session is made.
-  std::ifstream file(extent.path.front() == '/' ? extent.path : folder_ + extent.path, std::ios::binary);
+  std::ifstream file(JoinPath(folder_, extent.path), std::ios::binary);
   file.seekg(static_cast<std::streamoff>(extent.offset));
   file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(n_bytes));
   if (extent.length != n_bytes || !file) return {};
