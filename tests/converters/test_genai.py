@@ -94,7 +94,8 @@ def test_scheduling_reaches_the_provider(
     def greedy(**keywords: Any) -> tuple[list[int], Any]:
         with GenaiModel(folder, memory="1GiB", n_ctx=256, **keywords) as model:
             assert model._runtime is not None
-            while model._runtime.preload_stats().n_left:
+            deadline_s = time.monotonic() + 60
+            while model._runtime.preload_stats().n_left and time.monotonic() < deadline_s:
                 time.sleep(0.01)
             return list(model.generate(model.text_tokens(TEXT), temp=0))[:48], model.stats()
 
