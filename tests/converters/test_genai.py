@@ -69,7 +69,7 @@ def _stock(folder: Path, tokens: list[int], n_new: int) -> list[int]:
 def test_tokens_are_those_of_stock_genai(family: str, folders: dict[str, Path]) -> None:
     """Guards against: another model than the one in the folder: a prompt cut into pieces wrongly, options of sampling
     that are not those asked for, experts mixed up."""
-    with GenaiModel(folders[family], memory="1GiB", n_ctx=256) as model:
+    with GenaiModel(folders[family], memory="4GiB", n_ctx=256) as model:
         tokens = model.text_tokens(TEXT)
         assert tokens == [int(t) for t in og.Tokenizer(og.Model(str(folders[family]))).encode(TEXT)]
         expected = _stock(folders[family], tokens, 40)
@@ -92,7 +92,7 @@ def test_scheduling_reaches_the_provider(
     folder = folders["olmoe"]
 
     def greedy(**keywords: Any) -> tuple[list[int], Any]:
-        with GenaiModel(folder, memory="1GiB", n_ctx=256, **keywords) as model:
+        with GenaiModel(folder, memory="4GiB", n_ctx=256, **keywords) as model:
             assert model._runtime is not None
             deadline_s = time.monotonic() + 60
             while model._runtime.preload_stats().n_left and time.monotonic() < deadline_s:
@@ -208,7 +208,7 @@ def test_a_budget_is_shared_with_other_models(folders: dict[str, Path]) -> None:
 def test_a_read_that_fails_is_an_error_of_the_generation(tmp_path: Path) -> None:
     """Guards against: tokens of zeros, or a crash, where an expert cannot be read."""
     folder = _export(tmp_path, "olmoe")
-    with GenaiModel(folder, memory="1GiB", n_ctx=256) as model:
+    with GenaiModel(folder, memory="4GiB", n_ctx=256) as model:
         tokens = model.text_tokens(TEXT)
         os.truncate(folder / "experts.bin", 4096)
         with pytest.raises(ExpertReadError, match="expert"):

@@ -105,7 +105,7 @@ def test_the_command_draws(tmp_path: Path) -> None:
 
 def test_a_budget_gives_all_rows_the_same_slots() -> None:
     """Guards against a budget that is not heeded, and rows whose loads found more memory than others."""
-    found = prices.price(MODEL, TEXTS[:1], [Lever.of(reuse_bias=0.3)], memory="1GiB", **SHORT)
+    found = prices.price(MODEL, TEXTS[:1], [Lever.of(reuse_bias=0.3)], memory="4GiB", **SHORT)
     assert found.resident_share == 1.0
     off, biased = found.rows
     assert biased.selections_changed < 0.5
