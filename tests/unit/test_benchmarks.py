@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from benchmarks import instructions, kernels, quality, resident, session
+from benchmarks import instructions, kernels, observing, quality, resident, session
 
 
 def test_kl_is_zero_for_equal_logits_and_positive_for_others() -> None:
@@ -117,3 +117,21 @@ def test_resident_leaves_out_disturbed_pairs_while_enough_remain() -> None:
 def test_a_target_not_measured_is_missed() -> None:
     assert not session.target("x", None, 1.0)["met"]
     assert session.target("x", 0.5, 0.6, at_most=True)["met"]
+
+
+def test_observing_compares_within_rounds() -> None:
+    """Guards against a cost that is the machine's drift, and an interval that is narrower than its promise."""
+    drift = [1.0, 2.0, 1.5, 4.0, 0.5, 1.0, 3.0, 1.0]
+    windows = [
+        {"round": n, "mode": mode, "token_s": seconds * (1.02 if mode == "profile" else 1.0), "disturbed": False}
+        for n, seconds in enumerate(drift)
+        for mode in observing.MODES
+    ]
+    assert observing.costs(windows, "profile") == pytest.approx([2.0] * len(drift))
+    (target,) = observing.report(windows)
+    assert target["met"] and target["found"] == pytest.approx(0.0)
+    # Of draws with median 0, the interval holds it at least 95 times in a hundred (here: with 6, 7, 20 values each).
+    for n_values in (6, 7, 20):
+        draws = np.random.default_rng(n_values).standard_normal((4000, n_values))
+        bounds = np.array([observing.interval(list(one)) for one in draws])
+        assert np.mean((bounds[:, 0] <= 0) & (bounds[:, 1] >= 0)) >= 0.95
