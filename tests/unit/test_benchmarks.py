@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from benchmarks import instructions, kernels, quality, resident, session
+from benchmarks import instructions, kernels, memory_pressure, quality, resident, session
 
 
 def test_kl_is_zero_for_equal_logits_and_positive_for_others() -> None:
@@ -117,3 +117,18 @@ def test_resident_leaves_out_disturbed_pairs_while_enough_remain() -> None:
 def test_a_target_not_measured_is_missed() -> None:
     assert not session.target("x", None, 1.0)["met"]
     assert session.target("x", 0.5, 0.6, at_most=True)["met"]
+
+
+def test_a_process_that_was_killed_has_no_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a ratio to a process that did not survive, and against one of the wrong half."""
+
+    def one(*, loop: bool, speed: float | None) -> dict[str, Any]:
+        part = {"tokens_per_s": speed, "faults_per_token": 3.0, "slots_mib": 900.0}
+        measured = {} if speed is None else {"before": part, "first": {**part, "tokens_per_s": 99.0}, "second": part}
+        return {"loop": loop, "seed": 1, "killed": speed is None, **measured}
+
+    speeds = [(2.0, 1.0), (3.0, 1.0), (4.0, None)]
+    memory_pressure.report([(one(loop=True, speed=a), one(loop=False, speed=b)) for a, b in speeds])
+    printed = capsys.readouterr().out
+    assert printed.count("killed by the system") == 1
+    assert "on / off, second half: 2.50 [2.00-3.00]" in printed
