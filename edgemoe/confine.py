@@ -33,7 +33,7 @@ class _Controller:
     mount: Path
     version: int
     limit_file: str
-    no_swap_file: str
+    swap_file: str
     peak_file: str
     cache_key: str
     oom_file: str
@@ -114,13 +114,14 @@ def _find_controller() -> _Controller:
 
 
 class MemoryCgroup:
-    """A memory cgroup at the root of the hierarchy that no process may exceed, page cache included and swap excluded.
+    """A memory cgroup at the root of the hierarchy that no process may exceed, page cache included, and without swap
+    unless it is asked for.
 
     A context manager; `close()` kills what still runs inside and removes the group, also at exit of the interpreter.
     """
 
-    def __init__(self, name: str, limit_bytes: int) -> None:
-        """Create the group.
+    def __init__(self, name: str, limit_bytes: int, swap_bytes: int = 0) -> None:
+        """Create the group; beyond its memory it may use `swap_bytes` of swap.
 
         Raises:
             CgroupError: not root, no memory controller, or the limit does not take.
@@ -136,15 +137,21 @@ class MemoryCgroup:
             self._path.mkdir()
             atexit.register(self.close)
             (self._path / self._files.limit_file).write_text(str(limit_bytes))
-            if (self._path / self._files.no_swap_file).exists():  # absent where swap is not accounted
-                no_swap = str(limit_bytes) if self._files.version == 1 else "0"
-                (self._path / self._files.no_swap_file).write_text(no_swap)
+            if (self._path / self._files.swap_file).exists():  # absent where swap is not accounted
+                # Version 1 limits the sum of memory and swap.
+                swap = limit_bytes + swap_bytes if self._files.version == 1 else swap_bytes
+                (self._path / self._files.swap_file).write_text(str(swap))
         except OSError as error:
             self.close()
             raise CgroupError(
                 f"cannot make a memory cgroup: {error.strerror}, expected a writable hierarchy ({self._path}); "
                 "run as root outside a restricted container"
             ) from error
+
+    @property
+    def limit_path(self) -> Path:
+        """The file of the limit, which whoever is root may lower."""
+        return self._path / self._files.limit_file
 
     def __enter__(self) -> MemoryCgroup:
         return self

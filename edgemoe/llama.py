@@ -18,6 +18,7 @@ from llama_cpp import llama_cpp as llama
 from edgemoe import _native, choosers, engine, host, mapping, planner, price_curve, runtime, topology, warm
 from edgemoe import on_miss as misses
 from edgemoe.budget import MemoryBudget, Share, shared_error
+from edgemoe.cache_size import CacheSize
 from edgemoe.counters import Counters, prefetch_fields
 from edgemoe.demo import demo_model
 from edgemoe.draft_length import Step
@@ -140,6 +141,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._counters = Counters()
         self._memory = memory
         self._share: Share | None = None
+        self._cache_size: CacheSize | None = None
         self._longest_eval_tokens = 0
         self._eviction = eviction
         self._kernels = kernels
@@ -205,6 +207,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         if warm_start and self._runtime is not None:
             self._warm = warm.WarmStart(warm.Bank.of_gguf(model), self._runtime)
             self._warm.begin()
+        # Shared slots are the budget's to divide, and a price belongs to the slots that it was measured with.
+        if self._runtime is not None and self._share is None and self.reuse_choice is None:
+            least_bytes = int(self._footprint.slot_sizes(0).cycle_slot_bytes)
+            self._cache_size = CacheSize(self._runtime, self.plan.slots_bytes, least_bytes)
         report("loading", model.dense_bytes, model.dense_bytes)
 
     def _load(self, kwargs: dict[str, Any], eviction: str, lock_memory: bool, verbose: bool) -> None:
@@ -282,6 +288,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         sizes = self._footprint.slot_sizes(slots)
         _native.set_slots_bytes(self._runtime, slots)
         self.plan = dataclasses.replace(plan, slots_bytes=int(sizes.slots_bytes))
+        if self._cache_size is not None:
+            self._cache_size.restart(self.plan.slots_bytes)
 
     def _release_draft_model(self) -> None:
         draft, model = self._footprint.draft, self._draft_model
@@ -386,6 +394,11 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             self._share.observe()
         if self._warm is not None:
             self._warm.on_tokens(len(tokens))
+        if self._cache_size is not None:
+            if is_decode:
+                self._cache_size.on_eval(elapsed_s)
+            else:
+                self._cache_size.interrupt()
         if self._drafter is not None and before is not None and len(tokens) == n_drafted + 1:
             after = self._runtime.stats()  # type: ignore[union-attr]
             n_experts = after.hits + after.misses + after.late_hits
@@ -481,6 +494,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         """Start the counters again; load time and peak memory stay."""
         self._counters = Counters()
         self._choosers.reset_stats()
+        if self._cache_size is not None:
+            self._cache_size.interrupt()
         if self._share is not None:
             self._share.before_reset()
         if self._runtime is not None:
@@ -508,7 +523,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         if getattr(self, "_warm", None) is not None:
             self._warm.save()  # type: ignore[union-attr]
             self._warm = None
-        self._embedding = None
+        self._embedding = self._cache_size = None
         if getattr(self, "_draft_model", None) is not None:
             self._draft_model.close()  # type: ignore[union-attr]
             self._draft_model = self._draft_proposer = None

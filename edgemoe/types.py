@@ -31,7 +31,8 @@ class Stats:
         prefetch_used_bytes, prefetch_late_bytes, prefetch_wasted_bytes: of the experts read because they were
             predicted, those that were resident when first used, still being read then, and evicted unused.
         stall_s: seconds that computing waited for storage with nothing else to do.
-        n_slots, slots_bytes: expert tensors that fit in the slots, and the memory set aside for them.
+        n_slots, slots_bytes: expert tensors that fit in the slots now, and the memory set aside for them: less than
+            planned while the system swaps the process out (see `edgemoe.cache_size`).
         peak_rss_bytes: largest resident set of this process so far.
         budget_bytes: the memory budget in force.
         kernels: who multiplies by the experts: `ggml`, or the instruction set of our kernels (`avx512_vnni`); where

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from benchmarks import instructions, kernels, observing, quality, resident, session
+from benchmarks import instructions, kernels, memory_pressure, observing, quality, resident, session
 
 
 def test_kl_is_zero_for_equal_logits_and_positive_for_others() -> None:
@@ -135,3 +135,18 @@ def test_observing_compares_within_rounds() -> None:
         draws = np.random.default_rng(n_values).standard_normal((4000, n_values))
         bounds = np.array([observing.interval(list(one)) for one in draws])
         assert np.mean((bounds[:, 0] <= 0) & (bounds[:, 1] >= 0)) >= 0.95
+
+
+def test_a_process_that_was_killed_has_no_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a ratio to a process that did not survive, and against one of the wrong half."""
+
+    def one(*, loop: bool, speed: float | None) -> dict[str, Any]:
+        part = {"tokens_per_s": speed, "faults_per_token": 3.0, "slots_mib": 900.0}
+        measured = {} if speed is None else {"before": part, "first": {**part, "tokens_per_s": 99.0}, "second": part}
+        return {"loop": loop, "seed": 1, "killed": speed is None, **measured}
+
+    speeds = [(2.0, 1.0), (3.0, 1.0), (4.0, None)]
+    memory_pressure.report([(one(loop=True, speed=a), one(loop=False, speed=b)) for a, b in speeds])
+    printed = capsys.readouterr().out
+    assert printed.count("killed by the system") == 1
+    assert "on / off, second half: 2.50 [2.00-3.00]" in printed
