@@ -18,6 +18,7 @@ class Counters:
     ttft_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    reused_tokens: int = 0
 
     def fields(self, experts: Any | None) -> dict[str, Any]:
         """Those of `Stats` that come of these and of the native statistics (None: no experts)."""
@@ -31,6 +32,7 @@ class Counters:
             "bytes_per_token": experts.bytes_read / n_tokens if experts and n_tokens else 0.0,
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
+            "reused_tokens": self.reused_tokens,
             **expert_fields(experts),
         }
 

@@ -21,6 +21,7 @@ from edgemoe import on_miss as misses
 from edgemoe.budget import MemoryBudget
 from edgemoe.counters import Counters, prefetch_fields
 from edgemoe.errors import BackendError, EdgeMoeError
+from edgemoe.genai_cache import CachedGenerator, can_outlive
 from edgemoe.onnx_folder import budget_plan, genai, read_folder, session_plan
 from edgemoe.onnx_memory import SessionMemory
 from edgemoe.sizes import parse_size
@@ -101,6 +102,7 @@ class GenaiModel:
         self._model: Any = None
         self._tokenizer: Any = None
         self._stream: Any = None
+        self._kept: CachedGenerator | None = None
         try:
             self._load(threads, keywords, is_strict=memory is not None)
         except BaseException:
@@ -149,9 +151,12 @@ class GenaiModel:
     def set_memory(self, memory: int | float | str) -> None:
         """Change the budget of the process; experts that no longer fit are dropped, the coldest first.
 
+        The cache of the last answer is freed before, so that it is not taken for other memory of the process.
+
         Raises:
-            BudgetError: it is below what the model needs, or shared; nothing is changed.
+            BudgetError: it is below what the model needs, or shared; the budget stays as it is.
         """
+        self._kept = None
         self._memory.set_memory(memory)
         self._fit_plan()
 
@@ -210,40 +215,55 @@ class GenaiModel:
     def generate(self, tokens: Sequence[int], temp: float = 0.8) -> Generator[int, None, None]:
         """Generate tokens until the model ends the answer, its last token included, or the context is full.
 
+        Of a prompt that begins as the text of the last answer did, only the rest is evaluated, where genai can forget
+        what followed (`Stats.reused_tokens`), and unless a seed is set and `temp` is above 0.
+
         Raises:
             ExpertReadError: an expert could not be read from storage.
-            BackendError: onnxruntime-genai failed.
+            BackendError: onnxruntime-genai failed, or the prompt is empty or longer than the context.
         """
         begin_s = last_s = time.perf_counter()
-        generator = self._generator(temp)
+        tokens = list(tokens)
+        if not 0 < len(tokens) < self._n_ctx:
+            raise BackendError(
+                f"cannot answer a prompt of {len(tokens)} tokens: expected 1 to {self._n_ctx - 1}, as the context is "
+                f"{self._n_ctx} ({self.folder.path}); shorten it, or make n_ctx larger"
+            )
         self._stream = None
-        n_piece = self.folder.n_piece_tokens
-        for start in range(0, len(tokens), n_piece):
-            piece = list(tokens[start : start + n_piece])
-            self._watched(functools.partial(generator.append_tokens, piece))
-            self._after_run(len(piece))
-        self._counters.prompt_tokens += len(tokens)
-        self._counters.prefill_s += time.perf_counter() - begin_s
-        n_generated = 0
-        while not generator.is_done():
-            last_s = time.perf_counter()
-            self._watched(generator.generate_next_token)
-            now_s = time.perf_counter()
-            if n_generated == 0:
-                self._counters.ttft_s = now_s - begin_s
-            else:
-                self._counters.completion_tokens += 1
-                self._counters.decode_s += now_s - last_s
-            n_generated += 1
-            self._after_run(None if n_generated % _OBSERVED_TOKENS == 0 else 1)
-            yield int(generator.get_next_tokens()[0])
+        cached, n_reused = self._begun(tokens, temp)
+        is_valid = True
+        try:
+            n_piece = self.folder.n_piece_tokens
+            for start in range(n_reused, len(tokens), n_piece):
+                piece = tokens[start : start + n_piece]
+                self._watched(functools.partial(cached.append, piece))
+                self._after_run(len(piece))
+            self._counters.prompt_tokens += len(tokens) - n_reused
+            self._counters.reused_tokens += n_reused
+            self._counters.prefill_s += time.perf_counter() - begin_s
+            n_generated = 0
+            while not cached.is_done():
+                last_s = time.perf_counter()
+                token = self._watched(cached.next_token)
+                now_s = time.perf_counter()
+                if n_generated == 0:
+                    self._counters.ttft_s = now_s - begin_s
+                else:
+                    self._counters.completion_tokens += 1
+                    self._counters.decode_s += now_s - last_s
+                n_generated += 1
+                self._after_run(None if n_generated % _OBSERVED_TOKENS == 0 else 1)
+                yield token
+        except Exception:
+            is_valid = False
+            raise
+        finally:
+            # An answer that is broken off is kept as well, unless the model was closed meanwhile.
+            if is_valid and self._model is not None and self._can_outlive(cached):
+                self._kept = cached
 
-    def _after_run(self, n_input_tokens: int | None) -> None:
-        self._memory.after_run(n_input_tokens)
-        if self._schedule is not None:
-            self._schedule.after_run()
-
-    def _generator(self, temperature: float) -> Any:
+    def _begun(self, tokens: list[int], temperature: float) -> tuple[CachedGenerator, int]:
+        """A generator whose cache has as many of the tokens as can be, and how many these are."""
         options: dict[str, Any] = {
             "max_length": self._n_ctx,
             "min_length": 0,
@@ -254,8 +274,25 @@ class GenaiModel:
         }
         if temperature > 0:
             options |= {"temperature": temperature, "top_k": _TOP_K, "top_p": _TOP_P}
-        if self._seed is not None:
-            options["random_seed"] = self._seed
+            if self._seed is not None:
+                options["random_seed"] = self._seed
+        cached, self._kept = self._kept, None  # what is interrupted here is not kept
+        if cached is not None and cached.sampling == options:
+            n_reused = cached.cut_back(tokens)
+            if n_reused > 0:
+                return cached, n_reused
+        cached = None  # its memory is needed
+        return CachedGenerator(self._generator(options), options, grows=not self.folder.shares_cache), 0
+
+    def _can_outlive(self, cached: CachedGenerator) -> bool:
+        return "random_seed" not in cached.sampling and can_outlive(self.folder.architecture, self._n_ctx)
+
+    def _after_run(self, n_input_tokens: int | None) -> None:
+        self._memory.after_run(n_input_tokens)
+        if self._schedule is not None:
+            self._schedule.after_run()
+
+    def _generator(self, options: dict[str, Any]) -> Any:
         model = self._need(self._model)
 
         def make() -> Any:
@@ -274,7 +311,8 @@ class GenaiModel:
             raise BackendError(f"onnxruntime-genai cannot run the model: {error} ({self.folder.path})") from error
 
     def reset(self) -> None:
-        """Forget the conversation: nothing is kept between answers."""
+        """Forget the conversation, and free its cache."""
+        self._kept = None
 
     def profile(self) -> contextlib.AbstractContextManager[Profiler]:
         """As of `edgemoe.Llama`; ONNX Runtime does not say where time goes.
@@ -309,7 +347,7 @@ class GenaiModel:
         if self._schedule is not None:
             self._schedule.end_warm()
             self._schedule = None
-        self._stream = self._tokenizer = self._model = None
+        self._stream = self._tokenizer = self._model = self._kept = None
         self._runtime = None
         self._memory.close()
 

@@ -151,6 +151,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         self._draft = draft
         self._draft_model: DraftModel | None = None
         self._is_in_prompt = False
+        self._n_prompt_evaluated = 0
         self._is_prepared = False
         self._gguf = model = read_model(model_path if model_path is not None else demo_model(progress=progress))
         companion = request.check(model)
@@ -389,6 +390,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             self._requires_eval = True
             raise
         elapsed_s = time.perf_counter() - begin_s
+        if self._is_in_prompt:
+            self._n_prompt_evaluated += len(tokens)
         if len(tokens) > self._longest_eval_tokens and self._share is not None:
             self._longest_eval_tokens = len(tokens)
             self._share.observe()
@@ -422,7 +425,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, None, None]:
         """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""
         begin_s = time.perf_counter()
-        self._is_in_prompt = True
+        self._is_in_prompt, self._n_prompt_evaluated = True, 0
+        n_prompt = len(args[0] if args else kwargs.get("tokens", ()))
         with (
             self._out_of_prompt(),
             self._drafting(self._count_draft),
@@ -431,6 +435,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             for token in tokens:
                 if self._is_in_prompt:
                     self._counters.ttft_s = time.perf_counter() - begin_s
+                    self._counters.reused_tokens += n_prompt - self._n_prompt_evaluated
                     self._is_in_prompt = False
                 # Between two tokens the text ends here for everyone but the loop that compares it with the draft.
                 self._n_visible = self._n_certain

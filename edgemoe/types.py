@@ -47,6 +47,7 @@ class Stats:
         lowbit_hits, skipped_experts: experts replaced by their low-bit copy, and left out, while decoding.
         reuse_price_target, reuse_price_expected: with `reuse_bias="auto"`, the relative change of perplexity that was
             asked for at most, and the one that was measured with the bias chosen (None if it stays off); else None.
+        reused_tokens: tokens of prompts that were in the cache from an earlier answer, and not evaluated again.
     """
 
     prompt_tokens: int
@@ -80,6 +81,7 @@ class Stats:
     skipped_experts: int = 0
     reuse_price_target: float | None = None
     reuse_price_expected: float | None = None
+    reused_tokens: int = 0
 
     @property
     def expert_hit_rate(self) -> float:

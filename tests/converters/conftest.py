@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +18,8 @@ import numpy.typing as npt
 import pytest
 
 N_SEQUENCES, N_TOKENS = 2, 96
+# A random model whose output's matrix is its embedding answers with the last token for ever.
+GENAI_CHANGES: dict[str, dict[str, Any]] = {"lfm2moe": {"tie_embedding": False}}
 
 
 class Workshop:
@@ -35,6 +42,12 @@ class Workshop:
         return self._once(
             ("checkpoint", family), lambda: self._checkpoints.write_checkpoint(self._folder / family, family)
         )
+
+    def changed(self, family: str, changes: dict[str, Any]) -> Any:
+        """The checkpoint with other fields of its `config.json`."""
+        key = ("changed", family, *changes.items())
+        folder = self._folder / f"{family}-{len(self._made)}"
+        return self._once(key, lambda: self._checkpoints.write_checkpoint(folder, family, **changes))
 
     def sequences(self) -> list[list[int]]:
         """Token ids [sequence, position]."""
@@ -103,3 +116,41 @@ def genai() -> Any:
 
     _native.register_ort_plugin(module.register_execution_provider_library)
     return module
+
+
+@pytest.fixture(scope="session")
+def our_folders(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models that `convert onnx` wrote: with a cache of keys and values, and with one of convolutions beside."""
+    from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_export
+
+    root = tmp_path_factory.mktemp("exported")
+    for family in ("olmoe", "lfm2moe"):
+        checkpoint = workshop.changed(family, GENAI_CHANGES.get(family, {}))
+        export_checkpoint(plan_export(checkpoint.path, Recipe()), root / family)
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def builder_folders(workshop: Workshop, genai: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders that genai's own builder makes, by family."""
+    pytest.importorskip("onnx_ir", reason="onnx_ir, which genai's builder needs, is not installed (edgemoe[dev])")
+    root = tmp_path_factory.mktemp("built")
+    for family in ("gpt-oss", "lfm2moe"):
+        checkpoint = root / f"{family}-checkpoint"
+        shutil.copytree(workshop.changed(family, GENAI_CHANGES.get(family, {})).path, checkpoint)
+        # The builder decodes experts in MXFP4 itself, but loads the model in transformers, which then wants a GPU's
+        # kernels. Without this entry the model is loaded without experts.
+        config = json.loads((checkpoint / "config.json").read_text())
+        config.pop("quantization_config", None)
+        (checkpoint / "config.json").write_text(json.dumps(config))
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+        command += ["-i", str(checkpoint), "-o", str(root / family), "-c", str(root / "cache")]
+        result = subprocess.run(
+            [*command, "--extra_options", "qmoe_block_size=32"],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+    return {family: root / family for family in ("gpt-oss", "lfm2moe")}

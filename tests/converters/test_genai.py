@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -44,13 +45,6 @@ def _export(root: Path, family: str, **changes: Any) -> Path:
     return root / family
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models: with a cache of keys and values, and with one of convolutions beside it."""
-    root = tmp_path_factory.mktemp("genai")
-    return {family: _export(root, family) for family in ("olmoe", "lfm2moe")}
-
-
 def _stock(folder: Path, tokens: list[int], n_new: int) -> list[int]:
     """Greedy tokens of genai as it is."""
     model = og.Model(str(folder))
@@ -66,13 +60,13 @@ def _stock(folder: Path, tokens: list[int], n_new: int) -> list[int]:
 
 
 @pytest.mark.parametrize("family", ["olmoe", "lfm2moe"])
-def test_tokens_are_those_of_stock_genai(family: str, folders: dict[str, Path]) -> None:
+def test_tokens_are_those_of_stock_genai(family: str, our_folders: dict[str, Path]) -> None:
     """Guards against: another model than the one in the folder: a prompt cut into pieces wrongly, options of sampling
     that are not those asked for, experts mixed up."""
-    with GenaiModel(folders[family], memory="4GiB", n_ctx=256) as model:
+    with GenaiModel(our_folders[family], memory="4GiB", n_ctx=256) as model:
         tokens = model.text_tokens(TEXT)
-        assert tokens == [int(t) for t in og.Tokenizer(og.Model(str(folders[family]))).encode(TEXT)]
-        expected = _stock(folders[family], tokens, 40)
+        assert tokens == [int(t) for t in og.Tokenizer(og.Model(str(our_folders[family]))).encode(TEXT)]
+        expected = _stock(our_folders[family], tokens, 40)
         assert list(model.generate(tokens, temp=0))[: len(expected)] == expected
         assert model.stats().completion_tokens >= len(expected) - 1 and model.stats().expert_misses > 0
         object.__setattr__(model.folder, "vocab_size", 3 << 20)  # so many logits that a piece has 2 tokens
@@ -84,12 +78,12 @@ def test_tokens_are_those_of_stock_genai(family: str, folders: dict[str, Path]) 
 
 
 def test_scheduling_reaches_the_provider(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    our_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against: keywords that do not arrive; predictions that change tokens; experts left out that are still
     used; hot experts forgotten when the model is closed."""
     monkeypatch.setenv("EDGEMOE_WARM_DIR", str(tmp_path / "warm"))
-    folder = folders["olmoe"]
+    folder = our_folders["olmoe"]
 
     def greedy(**keywords: Any) -> tuple[list[int], Any]:
         with GenaiModel(folder, memory="4GiB", n_ctx=256, **keywords) as model:
@@ -117,9 +111,9 @@ def _edgemoe(*arguments: object, text: str = "") -> subprocess.CompletedProcess[
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_the_command_line_writes_text(folders: dict[str, Path]) -> None:
+def test_the_command_line_writes_text(our_folders: dict[str, Path]) -> None:
     """Guards against: options that do not arrive, text that is not that of the tokens, a chat without its template."""
-    folder = folders["olmoe"]
+    folder = our_folders["olmoe"]
     arguments = ("generate", folder, "-p", TEXT, "--temperature", 0, "-n", 12, "--threads", 2, "--memory", "1GiB")
     done = _edgemoe(*arguments, "--json")
     assert done.returncode == 0, done.stderr
@@ -139,11 +133,14 @@ def test_the_command_line_writes_text(folders: dict[str, Path]) -> None:
     assert chat.returncode == 0, chat.stderr
     assert chat.stdout.split("\n")[0] == expected.split("\n")[0] and chat.stdout.count(expected) >= 1
     assert "700 MiB" in chat.stderr and "is below the floor" in chat.stderr
+    chat = _edgemoe("chat", folder, *options, text="hi\nhello\n/stats\n")
+    reused = re.search(r"^reused_tokens +(\d+)$", chat.stderr, re.MULTILINE)
+    assert reused is not None and int(reused[1]) >= len(turn)
 
 
-def test_the_floor_of_the_plan_generates(folders: dict[str, Path]) -> None:
+def test_the_floor_of_the_plan_generates(our_folders: dict[str, Path]) -> None:
     """Guards against: `plan` promising a budget that `generate` refuses, and a refusal without the numbers."""
-    folder = folders["olmoe"]
+    folder = our_folders["olmoe"]
     plan = json.loads(_edgemoe("plan", folder, "--ctx", 512, "--json").stdout)
     generate = ("generate", folder, "-p", TEXT, "-n", 4, "--ctx", 512)
     done = _edgemoe(*generate, "--memory", plan["floor_bytes"], "--json")
@@ -162,6 +159,9 @@ from edgemoe.genai import GenaiModel
 with GenaiModel(sys.argv[1], memory=int(sys.argv[2]), n_ctx=256, n_threads=2) as model:
     tokens = model.text_tokens(sys.argv[3])
     found = list(model.generate(tokens, temp=0))
+    for _ in range(2):  # what the cache has of a full context is forgotten from the middle on
+        found += model.generate((tokens + found)[:120] + tokens, temp=0)
+    assert model.stats().reused_tokens >= 2 * len(tokens)
     print(json.dumps([found, model.stats().to_dict(), model.plan.to_dict()]))
 """
 
@@ -189,11 +189,11 @@ def test_the_budget_holds_under_genai(tmp_path: Path) -> None:
     assert stats["expert_bytes_read"] > plan["expert_bank_bytes"]
 
 
-def test_a_budget_is_shared_with_other_models(folders: dict[str, Path]) -> None:
+def test_a_budget_is_shared_with_other_models(our_folders: dict[str, Path]) -> None:
     """Guards against: genai's sessions outside of the shared budget, or in it for good."""
     budget = MemoryBudget(host.process_rss_bytes() + 400 * MIB)
-    with GenaiModel(folders["olmoe"], memory=budget, n_ctx=256) as first:
-        with GenaiModel(folders["lfm2moe"], memory=budget, n_ctx=256) as second:
+    with GenaiModel(our_folders["olmoe"], memory=budget, n_ctx=256) as first:
+        with GenaiModel(our_folders["lfm2moe"], memory=budget, n_ctx=256) as second:
             for model in (first, second):
                 assert len(list(model.generate(model.text_tokens(TEXT), temp=0))) > 0
                 with pytest.raises(BudgetError, match="call set_memory of that object"):

@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,55 +23,25 @@ from tests.converters.onnx_checkpoints import relative_error
 from tests.converters.onnx_genai import genai_model, generate
 
 FAMILIES = ("gpt-oss", "lfm2moe")
-# A random model whose output's matrix is its embedding answers with the last token for ever.
-CHANGES = {"lfm2moe": {"tie_embedding": False}}
 PROMPTS = checkpoints.random_tokens(4, 24, seed=7)
 N_NEW = 24
 
 
-@pytest.fixture(scope="module")
-def built(genai: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The builder's folders by family."""
-    folder = tmp_path_factory.mktemp("genai")
-    made = {}
-    for family in FAMILIES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = checkpoints.write_checkpoint(folder / family, family, **CHANGES.get(family, {})).path
-        # The builder decodes experts in MXFP4 itself, but loads the model in transformers, which then wants a GPU's
-        # kernels. Without this entry the model is loaded without experts.
-        config = json.loads((checkpoint / "config.json").read_text())
-        config.pop("quantization_config", None)
-        (checkpoint / "config.json").write_text(json.dumps(config))
-        made[family] = folder / f"{family}-onnx"
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
-        command += ["-i", str(checkpoint), "-o", str(made[family]), "-c", str(folder / "cache")]
-        result = subprocess.run(
-            [*command, "--extra_options", "qmoe_block_size=32"],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-2000:]
-    return made
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_of_stock(built: dict[str, Path], genai: Any, family: str) -> None:
+def test_tokens_are_those_of_stock(builder_folders: dict[str, Path], genai: Any, family: str) -> None:
     """Guards against: QMoE nodes as others write them (biases of zero, empty inputs, scales of both signs, scores with
     sentinels) claimed and computed in another way, or not claimed."""
-    theirs, ours = (genai_model(genai, built[family], provider) for provider in (None, PROVIDER))
+    theirs, ours = (genai_model(genai, builder_folders[family], provider) for provider in (None, PROVIDER))
     found = [generate(genai, ours, prompt, N_NEW) for prompt in PROMPTS]
     assert found == [generate(genai, theirs, prompt, N_NEW) for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in found}) == len(PROMPTS)
 
 
-def test_a_budget_holds_their_model_as_well(built: dict[str, Path]) -> None:
+def test_a_budget_holds_their_model_as_well(builder_folders: dict[str, Path]) -> None:
     """Guards against: a folder that our session takes only if our exporter made it."""
     import onnxruntime
 
-    path = built["lfm2moe"] / "model.onnx"
+    path = builder_folders["lfm2moe"] / "model.onnx"
     ours = InferenceSession(path, memory="16GiB")
     assert ours.stats().n_streamed_nodes == len(read_model(path).moe_nodes) > 0
     options = onnxruntime.SessionOptions()

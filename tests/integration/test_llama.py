@@ -40,7 +40,8 @@ STATS_FIELDS = """prompt_tokens, completion_tokens, prefill_tokens_per_s, decode
     load_bytes_read, expert_hits, expert_misses, expert_late_hits, expert_bytes_read, bytes_per_token,
     prefetch_used_bytes, prefetch_late_bytes, prefetch_wasted_bytes, stall_s, n_slots, slots_bytes,
     peak_rss_bytes, budget_bytes, kernels, drafted_tokens, accepted_tokens, reuse_bias, selections_changed,
-    gate_mass_moved, kl_estimate, lowbit_hits, skipped_experts, reuse_price_target, reuse_price_expected"""
+    gate_mass_moved, kl_estimate, lowbit_hits, skipped_experts, reuse_price_target, reuse_price_expected,
+    reused_tokens"""
 PLAN_FIELDS = """fits, budget_bytes, floor_bytes, dense_bytes, kv_bytes, buffers_bytes, slots_bytes, slack_bytes,
     token_cycle_bytes, expert_bank_bytes, n_experts, n_experts_used, n_moe_layers, prefetch_bytes,
     draft_buffers_bytes, draft_bytes"""
@@ -153,6 +154,15 @@ def test_speculative_decoding(write_model: ModelWriter) -> None:
         assert llm.draft_model is not None
         set_residency(llm, "cycle")
         assert generate(llm) == generate(reference)
+
+
+def test_tokens_of_a_prompt_that_are_not_evaluated_again(write_model: ModelWriter) -> None:
+    """Guards against counting tokens of a prompt as evaluated where the cache had them, or the other way round."""
+    with streamed(write_model("olmoe"), **ONE_THREAD) as llm:
+        for prompt, n_reused in ((TOKENS[:20], 0), (TOKENS[:30], 20), (TOKENS[:25] + TOKENS[:5], 25), (TOKENS[5:9], 0)):
+            before = llm.stats().reused_tokens
+            next(llm.generate(prompt, temp=0.0))
+            assert llm.stats().reused_tokens - before == n_reused
 
 
 def test_embeddings(write_model: ModelWriter) -> None:

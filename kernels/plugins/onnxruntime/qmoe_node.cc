@@ -358,7 +358,7 @@ class Reader {
         Expect(z, {e, (n_rows * bits + 7) / 8});
       } else {
         Expect(z, {e, n_rows, static_cast<int64_t>(p->zero_point_row_bytes())});
-        if (!is_blockwise && bits != 8) {
+        if (block_ == 0 && bits != 8) {  // with blocks, a row of one block has a byte of its own
           throw Refusal("input " + z.name + " of shape " + Text(z.dims) + " for one block a row, expected [" +
                         std::to_string(e) + ", " + std::to_string((n_rows * bits + 7) / 8) + "]");
         }
