@@ -45,12 +45,15 @@ edgemoe_miss MadeMiss(bool has_copies, double wait_mass, double copy_mass) {
   return {OnMiss(o)};
 }
 
-// A router that gives a state of ones these logits, to within a thousandth: rows of equal numbers lose nothing in 8
+// A router that gives a state of ones these logits, to within a thousandth: blocks with one number lose nothing in 8
 // bits but what their scale, a half, rounds.
 struct ToldRouter {
   ToldRouter(int layer, const std::vector<double>& logits, const std::vector<float>& bias_in, bool sigmoid)
-      : bias(bias_in) {
-    for (double logit : logits) weights.insert(weights.end(), kCols, static_cast<float>(logit / kCols));
+      : weights(logits.size() * kCols), bias(bias_in) {
+    constexpr size_t kBlock = 32, kBlocks = kCols / kBlock;
+    for (size_t i = 0; i < logits.size() * kBlocks; ++i) {
+      weights[i * kBlock] = static_cast<float>(logits[i / kBlocks] / kBlocks);
+    }
     router = {layer,   static_cast<int32_t>(logits.size()),  kCols,           weights.data(),
               nullptr, bias.empty() ? nullptr : bias.data(), sigmoid ? 1 : 0, 0};
   }
@@ -505,15 +508,9 @@ ReadBytes DecodedWithBias(bool foresees_bias) {
 TEST(ForeseenBiasTest, LessIsReadForNothing) {
   const ReadBytes before = DecodedWithBias(false), now = DecodedWithBias(true);
   EXPECT_GT(before.wasted, 0u);
-  EXPECT_LT(static_cast<double>(now.wasted), 0.6 * static_cast<double>(before.wasted));
-  EXPECT_LT(now.all, before.all);
+  EXPECT_LT(static_cast<double>(now.wasted), 0.2 * static_cast<double>(before.wasted));
+  EXPECT_LT(static_cast<double>(now.all), 0.7 * static_cast<double>(before.all));
   EXPECT_GT(now.recall, before.recall);
-  RecordProperty("wasted_before", std::to_string(before.wasted));
-  RecordProperty("wasted_now", std::to_string(now.wasted));
-  std::printf("wasted %llu -> %llu, all %llu -> %llu, recall %.3f -> %.3f\n",
-              static_cast<unsigned long long>(before.wasted), static_cast<unsigned long long>(now.wasted),
-              static_cast<unsigned long long>(before.all), static_cast<unsigned long long>(now.all), before.recall,
-              now.recall);
 }
 
 }  // namespace
