@@ -22,7 +22,7 @@ import numpy.typing as npt
 from edgemoe import _core
 from edgemoe.errors import BackendError, BudgetError, EdgeMoeError, ExpertReadError, ModelFormatError, TraceError
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _ERRORS: dict[int, type[EdgeMoeError]] = {2: ModelFormatError, 3: ExpertReadError, 4: BudgetError, 5: BudgetError}
 
 EVICTION_RULES = {"auto": 4, "lru": 0, "lfu": 1, "least-stale": 2, "utility": 3}

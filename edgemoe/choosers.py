@@ -15,7 +15,7 @@ from edgemoe import _native, expert_count, price_curve, reuse
 from edgemoe import on_miss as misses
 from edgemoe.errors import BackendError
 from edgemoe.formats.gguf import GgufModel
-from edgemoe.selection import Selection
+from edgemoe.selection import Natives, Selection
 
 _log = logging.getLogger("edgemoe")
 
@@ -135,6 +135,11 @@ class Choosers:
     def applied(self) -> AbstractContextManager[None]:
         """Within: the experts of what this thread evaluates are chosen so; see `Selection.applied`."""
         return contextlib.nullcontext() if self.selection is None else self.selection.applied()
+
+    @property
+    def natives(self) -> Natives:
+        """See `Selection.natives`; None for the model."""
+        return (None, None, None) if self.selection is None else self.selection.natives
 
     def stats(self) -> dict[str, Any]:
         """The fields of `Stats` that say what it costs."""

@@ -420,7 +420,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         if self._embedding is not None and self._runtime is not None:
             known = [t for t in tokens if 0 <= t < self._embedding.n_tokens]  # llama.cpp refuses the others
             if len(known) == len(tokens):
-                self._runtime.foresee_tokens(self._embedding.rows(known))
+                choosers = () if self._is_in_prompt else self._choosers.natives
+                self._runtime.foresee_tokens(self._embedding.rows(known), *choosers)
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, None, None]:
         """Generate tokens, as `llama_cpp.Llama.generate`; the time to the first one becomes `ttft_s`."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgemoe import _native, reuse
 from edgemoe.errors import BackendError
 
 if TYPE_CHECKING:
     from edgemoe.formats.gguf import GgufModel
+
+Natives: TypeAlias = tuple["_native.ExpertCount | None", "_native.ReuseBias | None", "_native.OnMiss | None"]
 
 
 def price(count: Any | None, biased: Any | None, missed: Any | None) -> dict[str, Any]:
@@ -68,6 +70,11 @@ class Selection:
         self._reuse = reuse_bias
         self._miss = miss
 
+    @property
+    def natives(self) -> Natives:
+        """How many, which, and in which precision, as `_native.Runtime.foresee_tokens` takes them."""
+        return self._count, None if self._reuse is None else self._reuse.native, self._miss
+
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Within: the experts of what this thread evaluates are chosen so.
@@ -76,8 +83,7 @@ class Selection:
             BackendError: behind the first evaluation, if no choice of experts was recognized in it.
         """
         plugin = _native.plugin()
-        reuse_bias = self._reuse.native if self._reuse is not None else None
-        plugin.set_choosers(self._runtime, self._count, reuse_bias, self._miss, self._model.n_experts)
+        plugin.set_choosers(self._runtime, *self.natives, self._model.n_experts)
         n_selections = 0
         try:
             yield

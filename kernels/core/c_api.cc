@@ -151,13 +151,14 @@ int32_t edgemoe_runtime_set_prefetch(edgemoe_runtime* runtime, const edgemoe_rou
   });
 }
 
-void edgemoe_runtime_foresee_tokens(edgemoe_runtime* runtime, const float* embeddings, int64_t n_tokens,
-                                    int64_t n_cols) {
+void edgemoe_runtime_foresee_tokens(edgemoe_runtime* runtime, const float* embeddings, int64_t n_tokens, int64_t n_cols,
+                                    const edgemoe_choosers* choosers) {
   if (n_cols != runtime->prefetch.predictor.n_cols()) return;
   if (n_tokens < 1 || n_tokens > edgemoe::kMostDecodeTokens) return;
   const edgemoe::PhaseScope phase(&runtime->clock, EDGEMOE_PHASE_SELECT);
   (void)Guard(nullptr, [&] {
-    runtime->prefetch.ForeseeTokens(&runtime->cache, embeddings, n_tokens);
+    runtime->prefetch.ForeseeTokens(&runtime->cache, embeddings, n_tokens,
+                                    choosers != nullptr ? *choosers : edgemoe_choosers{});
     return Status();
   });
 }
@@ -359,6 +360,10 @@ int32_t edgemoe_miss_select(edgemoe_miss* miss, const edgemoe_selection* selecti
 
 void edgemoe_miss_read_stats(const edgemoe_miss* miss, edgemoe_miss_stats* stats) { *stats = miss->rule.stats(); }
 void edgemoe_miss_reset_stats(edgemoe_miss* miss) { miss->rule.ResetStats(); }
+
+void edgemoe_session_set_choosers(edgemoe_session* session, const edgemoe_choosers* choosers) {
+  session->layer.set_choosers(choosers != nullptr ? *choosers : edgemoe_choosers{});
+}
 
 int32_t edgemoe_runtime_residents(edgemoe_runtime* runtime, int32_t layer, uint8_t* resident, int32_t n_experts) {
   return runtime->cache.Residents(layer, resident, n_experts);

@@ -123,7 +123,11 @@ void Corrections::Learn(const Guess& guess, const std::vector<int32_t>& chosen_o
   const auto n_right = [&](const std::vector<int32_t>& named) {
     return static_cast<double>(std::count_if(named.begin(), named.end(), is_chosen));
   };
-  table->advantage += kAdvantageRate * (n_right(guess.corrected) - n_right(guess.plain) - table->advantage);
+  // Choosers may name fewer by one than by the other: a name in vain costs half of what a right one is worth.
+  const auto worth = [&](const std::vector<int32_t>& named) {
+    return n_right(named) - 0.5 * static_cast<double>(named.size());
+  };
+  table->advantage += kAdvantageRate * (worth(guess.corrected) - worth(guess.plain) - table->advantage);
   const float rate = kRate / static_cast<float>(guess.chosen.size());
   const auto move = [&](int32_t target, float sign) {
     const auto step = [&](int source, float by) {

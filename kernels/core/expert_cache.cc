@@ -403,8 +403,12 @@ void ExpertCache::ReaderLoop(std::vector<char>* scratch) {
 }
 
 int ExpertCache::Residents(int layer, uint8_t* resident, int n_experts) {
-  int n_found = 0;
   std::lock_guard<std::mutex> lock(mutex_);
+  return ReadResidents(layer, resident, n_experts);
+}
+
+int ExpertCache::ReadResidents(int layer, uint8_t* resident, int n_experts) const {
+  int n_found = 0;
   for (const ExpertTensor& t : file_->tensors()) {
     if (t.layer != layer || t.copy_of >= 0) continue;
     const bool is_first = n_found == 0;

@@ -98,6 +98,8 @@ class ExpertCache {
   Status TakeError();
 
   // --- used by MoeLayer, which holds `mutex()` for all of them ---
+  // As Residents.
+  int ReadResidents(int layer, uint8_t* resident, int n_experts) const;
   std::mutex& mutex() { return mutex_; }
   bool Resident(int64_t slice) const { return At(slice).state == State::kResident; }
   bool Absent(int64_t slice) const { return At(slice).state == State::kAbsent; }

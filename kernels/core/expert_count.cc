@@ -49,13 +49,18 @@ ExpertCount::ExpertCount(const edgemoe_count_options& options)
   if (options.n_of_layer != nullptr) std::copy_n(options.n_of_layer, options.n_layers, n_of_layer_.begin());
 }
 
-Status ExpertCount::Select(const edgemoe_selection& s, int32_t* n_used) {
+Status ExpertCount::Foresee(const edgemoe_selection& s, int32_t* n_used) {
   if (Status status = CheckShape(s, static_cast<int>(n_of_layer_.size()), n_experts_); !status.ok()) return status;
   if (NeedsLogits() && s.logits == nullptr) {
     return Status(EDGEMOE_INVALID_ARGUMENT, Format("no logits of layer %d to count experts by", s.layer));
   }
   ReadMasses(s, s.n_used, masses_.data());
   *n_used = Count(s);
+  return Status();
+}
+
+Status ExpertCount::Select(const edgemoe_selection& s, int32_t* n_used) {
+  if (Status status = Foresee(s, n_used); !status.ok()) return status;
   ++stats_.n_selections;
   stats_.n_chosen += static_cast<uint64_t>(s.n_used);
   const int n_dropped = s.n_used - *n_used;

@@ -19,6 +19,8 @@ class ExpertCount {
 
   // As edgemoe_count_select.
   Status Select(const edgemoe_selection& selection, int32_t* n_used);
+  // The same of scores that are predicted: not counted.
+  Status Foresee(const edgemoe_selection& selection, int32_t* n_used);
   bool NeedsLogits() const { return rule_ == EDGEMOE_COUNT_MAP; }
   const edgemoe_count_stats& stats() const { return stats_; }
   void ResetStats() { stats_ = {}; }

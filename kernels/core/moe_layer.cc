@@ -2,6 +2,7 @@
 #include "core/moe_layer.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "edgemoe/selection.h"
 
@@ -11,6 +12,7 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
                        const int32_t* tensor_idxs, int n_tensors) {
   const PhaseScope phase(clock_, EDGEMOE_PHASE_SELECT);
   End();
+  choosers_ = std::exchange(next_choosers_, {});
   const auto& tensors = cache_->file().tensors();
   tensor_idxs_.assign(tensor_idxs, tensor_idxs + n_tensors);
   const bool known = std::all_of(tensor_idxs_.begin(), tensor_idxs_.end(),

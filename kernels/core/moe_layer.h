@@ -34,6 +34,8 @@ class MoeLayer {
   MoeLayer& operator=(const MoeLayer&) = delete;
 
   void set_threads(int n_threads) { n_threads_ = n_threads > 0 ? n_threads : 1; }
+  // As edgemoe_session_set_choosers.
+  void set_choosers(const edgemoe_choosers& choosers) { next_choosers_ = choosers; }
   Status Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uint64_t ids_token_bytes,
                const int32_t* tensor_idxs, int n_tensors);
   Status Multiply(const edgemoe_matmul* matmuls, int n_matmuls);
@@ -137,9 +139,10 @@ class MoeLayer {
   size_t next_ahead_ = 0;
 
   // What the next layers may choose.
-  int layer_ = 0;           // in progress
-  int prefetch_depth_ = 0;  // of this batch; 0 as well where there is nothing to read
-  bool foreseen_ = true;    // what follows from the layer in progress
+  int layer_ = 0;                                        // in progress
+  int prefetch_depth_ = 0;                               // of this batch; 0 as well where there is nothing to read
+  bool foreseen_ = true;                                 // what follows from the layer in progress
+  edgemoe_choosers next_choosers_ = {}, choosers_ = {};  // of the layer that begins next; of that in progress
   Foresight foresight_;
 
   // The products in progress: n_matmuls_ with the experts, then as many with their low-bit copies, if some may be

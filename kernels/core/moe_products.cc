@@ -119,7 +119,7 @@ void MoeLayer::Foresee() {
   const uint64_t x_token_bytes = is_known ? m->x_token_bytes : 0;
   if (last_n_tokens_ <= kMostDecodeTokens) {
     prefetch_->Foresee(layer_, is_known ? prefetch_depth_ : 0, x, x_token_bytes, last_n_tokens_,
-                       {expert_of_.data(), n_used_}, &foresight_);
+                       {expert_of_.data(), n_used_}, choosers_, &foresight_);
   } else {
     prefetch_->ForeseePrompt(layer_, chosen_.size(), static_cast<size_t>(n_experts_), x, x_token_bytes, last_n_tokens_,
                              &foresight_);
@@ -257,6 +257,7 @@ void MoeLayer::PrepareTasks() {
     PushReady(i);
   }
   CollectAndIssue();
+  if (!foreseen_) prefetch_->SeeResidents(cache_, layer_, prefetch_depth_, choosers_, &foresight_);
 }
 
 void MoeLayer::PushReady(int32_t task) {

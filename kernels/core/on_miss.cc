@@ -27,7 +27,7 @@ OnMiss::OnMiss(const edgemoe_miss_options& options)
       masses_(static_cast<size_t>(options.n_experts)),
       places_(static_cast<size_t>(options.n_experts)) {}
 
-Status OnMiss::Select(const edgemoe_selection& s, int32_t* ids) {
+Status OnMiss::Apply(const edgemoe_selection& s, int32_t* ids, edgemoe_miss_stats* stats) {
   if (Status status = CheckShape(s, options_.n_layers, options_.n_experts); !status.ok()) return status;
   for (int i = 0; i < s.n_used; ++i) {
     if (s.order[i] >= 0 && s.order[i] < s.n_experts) continue;
@@ -57,7 +57,7 @@ Status OnMiss::Select(const edgemoe_selection& s, int32_t* ids) {
     if (is_known && s.resident[expert] == 0 && before > options_.wait_mass * total) {
       if (options_.has_copies != 0 && !(before > options_.copy_mass * total)) {
         ids[place] = s.n_experts + expert;
-        ++stats_.n_copies;
+        ++stats->n_copies;
       } else {
         ids[place] = EDGEMOE_NO_EXPERT;
         dropped += mass;
@@ -66,12 +66,12 @@ Status OnMiss::Select(const edgemoe_selection& s, int32_t* ids) {
     }
     before += mass;
   }
-  ++stats_.n_selections;
-  stats_.n_chosen += static_cast<uint64_t>(s.n_used);
-  stats_.n_skipped += static_cast<uint64_t>(n_skipped);
+  ++stats->n_selections;
+  stats->n_chosen += static_cast<uint64_t>(s.n_used);
+  stats->n_skipped += static_cast<uint64_t>(n_skipped);
   const RoutingLoss loss = LossOf(total, dropped, 0.0, n_skipped, s.n_used);
-  stats_.mass_moved += loss.mass_moved;
-  stats_.kl += loss.kl;
+  stats->mass_moved += loss.mass_moved;
+  stats->kl += loss.kl;
   return Status();
 }
 

@@ -19,11 +19,18 @@ class OnMiss {
   explicit OnMiss(const edgemoe_miss_options& options);
 
   // As edgemoe_miss_select.
-  Status Select(const edgemoe_selection& selection, int32_t* ids);
+  Status Select(const edgemoe_selection& selection, int32_t* ids) { return Apply(selection, ids, &stats_); }
+  // The same of scores that are predicted: not counted.
+  Status Foresee(const edgemoe_selection& selection, int32_t* ids) {
+    edgemoe_miss_stats nobodys = {};
+    return Apply(selection, ids, &nobodys);
+  }
   const edgemoe_miss_stats& stats() const { return stats_; }
   void ResetStats() { stats_ = {}; }
 
  private:
+  Status Apply(const edgemoe_selection& selection, int32_t* ids, edgemoe_miss_stats* stats);
+
   const edgemoe_miss_options options_;
   edgemoe_miss_stats stats_ = {};
   // Of the selection in progress.

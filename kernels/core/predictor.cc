@@ -137,6 +137,14 @@ void Predictor::Rank(int layer, int distance, int n_best, const float* x, Scratc
   Best(y, m.n_experts, n_best, &scratch->order);
 }
 
+bool Predictor::Masses(int layer, int distance, const float* scores, float* masses) const {
+  const Matrix& m = *Find(layer, distance);
+  std::copy_n(scores, m.n_experts, masses);
+  if (!m.sigmoid) return true;
+  for (size_t e = 0; e < m.bias.size(); ++e) masses[e] -= m.bias[e];
+  return false;
+}
+
 void Predictor::Best(const float* scores, int n, int n_best, std::vector<int32_t>* order) {
   order->clear();
   for (int e = 0; e < n; ++e) order->push_back(e);

@@ -40,6 +40,9 @@ class Predictor {
   // x: [n_cols] -> scratch->order: the n_best experts of TargetOf(layer, distance), the likeliest first. The target
   // exists.
   void Rank(int layer, int distance, int n_best, const float* x, Scratch* scratch) const;
+  // scores [n_experts] of TargetOf(layer, distance), as Rank leaves them -> masses as edgemoe_selection has them: a
+  // sigmoid's without the bias of the selection. Returns whether they are logits.
+  bool Masses(int layer, int distance, const float* scores, float* masses) const;
   // order: the n_best of n scores, the highest first; a NaN is the lowest.
   static void Best(const float* scores, int n, int n_best, std::vector<int32_t>* order);
 

@@ -12,6 +12,10 @@ namespace {
 // Of a prompt, to predict from: 25 us each on the thread that computes (OLMoE's routers, AVX-512).
 constexpr int64_t kSampledTokens = 32;
 
+bool HaveASay(const edgemoe_choosers& choosers) {
+  return choosers.count != nullptr || choosers.reuse != nullptr || choosers.miss != nullptr;
+}
+
 }  // namespace
 
 int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens) {
@@ -71,9 +75,13 @@ void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, bool counts) {
     if (tensors.empty()) break;
     // In the order in which the layer will ask: what is multiplied with its input expert by expert, and the last
     // product's slices behind.
-    const auto add = [&](int32_t tensor_idx, int32_t expert) {
+    const auto add = [&](int32_t tensor_idx, int32_t id) {
       const ExpertTensor& t = cache->file().tensors()[static_cast<size_t>(tensor_idx)];
-      if (expert < t.n_experts) hints_.push_back(t.first_slice + expert);
+      if (id < t.n_experts) {
+        hints_.push_back(t.first_slice + id);
+      } else if (t.copy >= 0 && id < 2 * t.n_experts) {
+        hints_.push_back(cache->file().tensors()[static_cast<size_t>(t.copy)].first_slice + id - t.n_experts);
+      }
     };
     for (int32_t e : next.experts) {
       for (size_t t = 0; t + 1 < tensors.size(); ++t) add(tensors[t], e);
@@ -116,15 +124,44 @@ Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, in
   size_t n_slices = 0;
   for (const ExpertTensor& t : file.tensors()) n_slices += static_cast<size_t>(t.n_experts);
   hints_.reserve(n_slices);
-  predicted_experts_.reserve(static_cast<size_t>(predictor.max_experts()));
+  predicted_experts_.reserve(2 * static_cast<size_t>(predictor.max_experts()));
   controller.Start(n_routers > 0 ? max_depth : 0, adaptive);
   return Status();
 }
 
+void Prefetch::SeeResidents(ExpertCache* cache, int layer, int depth, const edgemoe_choosers& choosers,
+                            Foresight* f) const {
+  if (!HaveASay(choosers)) return;
+  for (int distance = 1; distance <= depth; ++distance) {
+    const int target = predictor.TargetOf(layer, distance);
+    if (target < 0 || static_cast<size_t>(target) >= n_experts_of_layer_.size()) return;
+    std::vector<uint8_t>& resident = f->layers[distance - 1].resident;
+    resident.assign(static_cast<size_t>(predictor.max_experts()), 0);
+    cache->ReadResidents(target, resident.data(), n_experts_of_layer_[static_cast<size_t>(target)]);
+  }
+}
+
+void Prefetch::Choose(int layer, int distance, const edgemoe_choosers& choosers, Foresight* f,
+                      std::vector<int32_t>* order) const {
+  const size_t target = static_cast<size_t>(predictor.TargetOf(layer, distance));
+  const float* const scores = f->scratch.scores.data();
+  edgemoe_selection s = {};
+  s.layer = static_cast<int32_t>(target);
+  s.n_experts = n_experts_of_layer_[target];
+  s.n_used = n_used_of_layer_[target];
+  s.are_logits = predictor.Masses(layer, distance, scores, f->choice.masses()) ? 1 : 0;
+  s.scores = scores;
+  s.masses = f->choice.masses();
+  s.resident = f->layers[distance - 1].resident.data();
+  f->choice.Choose(choosers, s, order);
+}
+
 void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_bytes, int64_t n_tokens,
-                       const Choice& choice, Foresight* f) {
+                       const Choice& choice, const edgemoe_choosers& choosers, Foresight* f) {
   f->n_layers = 0;
+  const bool is_left_to_model = !HaveASay(choosers);
   predictor.Reserve(&f->scratch);
+  if (!is_left_to_model) f->choice.Reserve(predictor.max_experts());
   const size_t n_most = static_cast<size_t>(std::max<int64_t>(predictor.max_experts(), choice.n_used));
   f->corrected.reserve(n_most);
   for (Guess& guess : f->guesses) {
@@ -134,19 +171,22 @@ void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_byt
     Foresight::Layer& next = f->layers[distance - 1];
     next.layer = predictor.TargetOf(layer, distance);
     if (next.layer < 0 || static_cast<size_t>(next.layer) >= n_used_of_layer_.size()) return;
-    const int n_used = n_used_of_layer_[static_cast<size_t>(next.layer)];
-    f->is_listed.assign(static_cast<size_t>(predictor.max_experts()), 0);
+    const int n_experts = n_experts_of_layer_[static_cast<size_t>(next.layer)];
+    // Choosers see all of them.
+    const int n_ranked = is_left_to_model ? n_used_of_layer_[static_cast<size_t>(next.layer)] : n_experts;
+    f->is_listed.assign(2 * static_cast<size_t>(predictor.max_experts()), 0);
     next.experts.clear();
-    next.experts.reserve(static_cast<size_t>(predictor.max_experts()));
+    next.experts.reserve(2 * static_cast<size_t>(predictor.max_experts()));
     for (int64_t t = 0; t < n_tokens; ++t) {
       const char* const row = x + static_cast<uint64_t>(t) * x_token_bytes;
-      predictor.Rank(layer, distance, n_used, reinterpret_cast<const float*>(row), &f->scratch);
+      predictor.Rank(layer, distance, n_ranked, reinterpret_cast<const float*>(row), &f->scratch);
+      if (!is_left_to_model) Choose(layer, distance, choosers, f, &f->scratch.order);
       const std::vector<int32_t>* experts = &f->scratch.order;
       if (choice.ids != nullptr) {
         const int32_t* const ids = choice.ids + t * choice.n_used;
         const bool is_better = corrections.Apply(layer, distance, ids, choice.n_used, f->scratch.scores.data());
-        const int n_experts = n_experts_of_layer_[static_cast<size_t>(next.layer)];
-        Predictor::Best(f->scratch.scores.data(), n_experts, n_used, &f->corrected);
+        Predictor::Best(f->scratch.scores.data(), n_experts, n_ranked, &f->corrected);
+        if (!is_left_to_model) Choose(layer, distance, choosers, f, &f->corrected);
         if (n_tokens == 1) KeepGuess(layer, distance, next.layer, ids, choice.n_used, f);
         if (is_better) experts = &f->corrected;
       }
@@ -154,20 +194,27 @@ void Prefetch::Foresee(int layer, int depth, const char* x, uint64_t x_token_byt
         if (f->is_listed[static_cast<size_t>(e)]) continue;
         f->is_listed[static_cast<size_t>(e)] = 1;
         next.experts.push_back(e);
+        // What is waited for is there for the tokens that come after in the batch.
+        if (choosers.miss != nullptr && e < n_experts) next.resident[static_cast<size_t>(e)] = 1;
       }
     }
     ++f->n_layers;
   }
 }
 
-void Prefetch::KeepGuess(int layer, int distance, int target, const int32_t* ids, int64_t n_used, Foresight* f) {
+void Prefetch::KeepGuess(int layer, int distance, int target, const int32_t* ids, int64_t n_used, Foresight* f) const {
+  const int n_experts = n_experts_of_layer_[static_cast<size_t>(target)];
+  const auto keep = [n_experts](const std::vector<int32_t>& named, std::vector<int32_t>* experts) {
+    experts->assign(named.begin(), named.end());
+    for (int32_t& e : *experts) e = e < n_experts ? e : e - n_experts;
+  };
   Guess& guess = f->guesses[f->next_guess++ % std::size(f->guesses)];
   guess.layer = layer;
   guess.distance = distance;
   guess.target = target;
   guess.chosen.assign(ids, ids + n_used);
-  guess.plain.assign(f->scratch.order.begin(), f->scratch.order.end());
-  guess.corrected.assign(f->corrected.begin(), f->corrected.end());
+  keep(f->scratch.order, &guess.plain);
+  keep(f->corrected, &guess.corrected);
 }
 
 void Prefetch::Learn(int layer, const std::vector<int32_t>& chosen_of_id, Foresight* f) {
@@ -191,7 +238,7 @@ void Prefetch::ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const
   if (static_cast<double>(n_chosen) < kNearlyAll * static_cast<double>(n_experts)) {
     const int64_t n_sampled = std::min(n_tokens, kSampledTokens);
     const uint64_t stride = static_cast<uint64_t>(n_tokens / n_sampled);
-    if (x != nullptr) Foresee(layer, 1, x, stride * x_token_bytes, n_sampled, {}, f);
+    if (x != nullptr) Foresee(layer, 1, x, stride * x_token_bytes, n_sampled, {}, {}, f);
     return;
   }
   size_t next = static_cast<size_t>(layer) + 1;
@@ -203,13 +250,15 @@ void Prefetch::ForeseePrompt(int layer, size_t n_chosen, size_t n_experts, const
   f->n_layers = 1;
 }
 
-void Prefetch::ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_t n_tokens) {
+void Prefetch::ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_t n_tokens,
+                             const edgemoe_choosers& choosers) {
   std::lock_guard<std::mutex> token_lock(token_mutex_);
   int depth = 0;
   {
     std::lock_guard<std::mutex> lock(cache->mutex());
     // The first layer of the batch before went by the depth of its own token; so does the one that comes.
     depth = cache->HoldsEverything() ? 0 : controller.depth();
+    SeeResidents(cache, Predictor::kToken, depth, choosers, &token_foresight_);
   }
   if (depth == 0) return;
   const size_t n_cols = static_cast<size_t>(predictor.n_cols());
@@ -228,7 +277,7 @@ void Prefetch::ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_
   }
   for (Guess& guess : token_foresight_.guesses) guess.target = -1;
   Foresee(Predictor::kToken, depth, reinterpret_cast<const char*>(token_state_.data()), n_cols * sizeof(float),
-          n_tokens, {token_rows_.data(), 1}, &token_foresight_);
+          n_tokens, {token_rows_.data(), 1}, choosers, &token_foresight_);
   std::lock_guard<std::mutex> lock(cache->mutex());
   SetHints(cache, token_foresight_, true);
 }

@@ -12,6 +12,7 @@
 
 #include "core/corrections.h"
 #include "core/expert_cache.h"
+#include "core/foreseen_choice.h"
 #include "core/predictor.h"
 #include "core/prefetch_controller.h"
 
@@ -24,13 +25,16 @@ inline constexpr double kNearlyAll = 0.75;
 struct Foresight {
   struct Layer {
     int layer = -1;
-    std::vector<int32_t> experts;  // the likeliest first
+    // The likeliest first; ids of low-bit copies as edgemoe_session_begin_layer takes them.
+    std::vector<int32_t> experts;
+    std::vector<uint8_t> resident;  // [expert], for choosers
   };
   Layer layers[Predictor::kMaxDepth];
   int n_layers = 0;
-  std::vector<char> is_listed;  // [expert]
+  std::vector<char> is_listed;  // [id]
   Predictor::Scratch scratch;
   std::vector<int32_t> corrected;  // one token's experts, the likeliest first
+  ForeseenChoice choice;
   // Of the last layers, until the layers that they are of have chosen.
   Guess guesses[Predictor::kMaxDepth * Predictor::kMaxDepth];
   size_t next_guess = 0;
@@ -51,9 +55,9 @@ class Prefetch {
   // Before the first layer.
   Status Start(const ExpertFile& file, const edgemoe_router* routers, int n_routers, int max_depth, bool adaptive);
   // The present states x of n_tokens tokens in `layer`, or Predictor::kToken, and what it chose for them -> the experts
-  // of the next `depth` layers.
+  // of the next `depth` layers. choosers: who has a say there, with the residents that SeeResidents has seen.
   void Foresee(int layer, int depth, const char* x, uint64_t x_token_bytes, int64_t n_tokens, const Choice& choice,
-               Foresight* f);
+               const edgemoe_choosers& choosers, Foresight* f);
   // A layer has chosen the ids with chosen_of_id >= 0, copies among them: learn from what was foreseen of it.
   void Learn(int layer, const std::vector<int32_t>& chosen_of_id, Foresight* f);
   // A prompt's layer has chosen n_chosen of its n_experts: the experts of the next one. It needs nearly all where this
@@ -62,7 +66,7 @@ class Prefetch {
                      int64_t n_tokens, Foresight* f);
   // The tokens that come next, at most kMostDecodeTokens, by their embeddings [n_tokens][n_cols]: hints for the first
   // layers.
-  void ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_t n_tokens);
+  void ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_t n_tokens, const edgemoe_choosers& choosers);
 
   // --- with the cache's lock ---
   // A batch begins; returns the depth to look ahead from its layers. The controller, which knows decoding only, has no
@@ -71,11 +75,16 @@ class Prefetch {
   // A layer begins with these tensors, in the order of use, and has chosen the experts with chosen_of_expert >= 0.
   void BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs, const std::vector<int32_t>& chosen_of_expert,
                   size_t n_chosen);
+  // For the layers that Foresee is going to name experts of, if somebody has a say in them.
+  void SeeResidents(ExpertCache* cache, int layer, int depth, const edgemoe_choosers& choosers, Foresight* f) const;
   // counts: whether to compare with what is chosen then.
   void SetHints(ExpertCache* cache, const Foresight& foresight, bool counts);
 
  private:
-  static void KeepGuess(int layer, int distance, int target, const int32_t* ids, int64_t n_used, Foresight* f);
+  // scratch.scores of the layer `distance` layers on, and `order`, all its experts by falling score -> who is chosen.
+  void Choose(int layer, int distance, const edgemoe_choosers& choosers, Foresight* f,
+              std::vector<int32_t>* order) const;
+  void KeepGuess(int layer, int distance, int target, const int32_t* ids, int64_t n_used, Foresight* f) const;
 
   std::vector<int> n_used_of_layer_;  // immutable after Start
   // In the order of use, as layers have been seen to begin; until the first batch has ended, as their names suggest.

@@ -64,13 +64,30 @@ ReuseBias::ReuseBias(const edgemoe_reuse_options& options)
 
 Status ReuseBias::Select(const edgemoe_selection& s) {
   if (Status status = CheckOrder(s); !status.ok()) return status;
+  const Loss loss = Apply(s, &layers_[static_cast<size_t>(s.layer)]);
+  ++stats_.n_selections;
+  stats_.n_chosen += static_cast<uint64_t>(s.n_used);
+  stats_.n_changed += static_cast<uint64_t>(loss.n_changed);
+  stats_.mass_moved += loss.mass_moved;
+  stats_.kl += loss.kl;
+  return Status();
+}
+
+Status ReuseBias::Foresee(const edgemoe_selection& s) {
+  if (Status status = CheckOrder(s); !status.ok()) return status;
+  Layer layer = layers_[static_cast<size_t>(s.layer)];
+  layer.mean_range = 0.0;
+  layer.n_ranges = 0;
+  Apply(s, &layer);
+  return Status();
+}
+
+// Writes the order; the layer learns.
+ReuseBias::Loss ReuseBias::Apply(const edgemoe_selection& s, Layer* layer) {
   n_kept_ = std::min(options_.top_j, s.n_used);
   n_eligible_ = 0;
   while (n_eligible_ < s.n_experts && std::isfinite(s.scores[s.order[n_eligible_]])) ++n_eligible_;
-  Layer* const layer = &layers_[static_cast<size_t>(s.layer)];
-  ++stats_.n_selections;
-  stats_.n_chosen += static_cast<uint64_t>(s.n_used);
-  if (n_eligible_ <= s.n_used || layer->strength == 0.0) return Status();
+  if (n_eligible_ <= s.n_used || layer->strength == 0.0) return Loss();
   ObserveRange(s, layer);
   ReadMasses(s, n_eligible_, masses_.data());
   for (Account* a : {&layer->mass_moved, &layer->kl}) {
@@ -83,7 +100,7 @@ Status ReuseBias::Select(const edgemoe_selection& s) {
     if (strength < least) {
       // Nothing that the rule would change is affordable.
       layer->strength = least;
-      return Status();
+      return Loss();
     }
     Choose(s, *layer, strength);
     loss = Lost(s);
@@ -92,12 +109,8 @@ Status ReuseBias::Select(const edgemoe_selection& s) {
   layer->strength = strength < layer->strength ? strength : std::min(options_.strength, kRecovery * layer->strength);
   layer->mass_moved.balance -= loss.mass_moved;
   layer->kl.balance -= loss.kl;
-  if (loss.n_changed == 0) return Status();
-  WriteOrder(s);
-  stats_.n_changed += static_cast<uint64_t>(loss.n_changed);
-  stats_.mass_moved += loss.mass_moved;
-  stats_.kl += loss.kl;
-  return Status();
+  if (loss.n_changed > 0) WriteOrder(s);
+  return loss;
 }
 
 Status ReuseBias::CheckOrder(const edgemoe_selection& s) {

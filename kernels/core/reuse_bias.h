@@ -21,6 +21,9 @@ class ReuseBias {
 
   // As edgemoe_reuse_select.
   Status Select(const edgemoe_selection& selection);
+  // What Select would do if these scores, which are predicted, were the true ones: neither guard nor counters notice.
+  // Their range stands for the mean of the true ones', for they may be in another unit (a logarithm for a probability).
+  Status Foresee(const edgemoe_selection& selection);
   edgemoe_reuse_stats Stats() const;
   void ResetStats() { stats_ = {}; }
 
@@ -42,6 +45,7 @@ class ReuseBias {
   };
 
   Status CheckOrder(const edgemoe_selection& selection);
+  Loss Apply(const edgemoe_selection& selection, Layer* layer);
   void ObserveRange(const edgemoe_selection& selection, Layer* layer) const;
   void Choose(const edgemoe_selection& selection, const Layer& layer, double strength);
   void ChooseByKey(const edgemoe_selection& selection, double strength, double mean_range);

@@ -48,12 +48,34 @@ struct Step {
   float x[32];
 };
 
-// Slots, eviction rule, whether a trace is recorded and a profile taken.
-class AllocationTest : public testing::TestWithParam<std::tuple<int, edgemoe_eviction, bool>> {};
+// Those that foresee what they would choose.
+struct AllChoosers {
+  AllChoosers() {
+    const edgemoe_count_options counting = {sizeof(counting), EDGEMOE_COUNT_MAP, 3, 16, nullptr, 1.0, 2, 4};
+    const edgemoe_reuse_options reusing = {sizeof(reusing), EDGEMOE_REUSE_CACHE_PRIOR, 3, 16, 1, 0, 0.5, 0.2, 0.1};
+    const edgemoe_miss_options missing = {sizeof(missing), 0, 3, 16, 0.8, 0.8};
+    EXPECT_EQ(edgemoe_count_open(&counting, &all.count, nullptr), EDGEMOE_OK);
+    EXPECT_EQ(edgemoe_reuse_open(&reusing, &all.reuse, nullptr), EDGEMOE_OK);
+    EXPECT_EQ(edgemoe_miss_open(&missing, &all.miss, nullptr), EDGEMOE_OK);
+  }
+  ~AllChoosers() {
+    edgemoe_count_close(all.count);
+    edgemoe_reuse_close(all.reuse);
+    edgemoe_miss_close(all.miss);
+  }
+  AllChoosers(const AllChoosers&) = delete;
+  AllChoosers& operator=(const AllChoosers&) = delete;
+  edgemoe_choosers all = {};
+};
+
+// Slots, eviction rule, whether a trace is recorded and a profile taken, whether choosers have a say.
+class AllocationTest : public testing::TestWithParam<std::tuple<int, edgemoe_eviction, bool, bool>> {};
 
 // Guards against: growth of a vector, a message or a map node in each token.
 TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
-  const auto [n_slots, rule, is_recorded] = GetParam();
+  const auto [n_slots, rule, is_recorded, is_chosen] = GetParam();
+  const AllChoosers choosers;
+  const edgemoe_choosers* const who = is_chosen ? &choosers.all : nullptr;
   ToyShape shape;
   shape.mixed = true;
   shape.n_embd = 32;
@@ -92,6 +114,7 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
     const edgemoe_matmul gate_up[] = {product(tensor_idxs[0], step.x, 1, gate.data()),
                                       product(tensor_idxs[1], step.x, 1, up.data())};
     const edgemoe_matmul down = product(tensor_idxs[2], gate.data(), 4, y.data());
+    edgemoe_session_set_choosers(session, who);
     int32_t failed = edgemoe_session_begin_layer(session, step.ids, 1, 4, sizeof(step.ids), tensor_idxs, 3, nullptr);
     failed |= edgemoe_session_matmul(session, gate_up, 2, nullptr);
     failed |= edgemoe_session_matmul(session, &down, 1, nullptr);
@@ -109,13 +132,13 @@ TEST_P(AllocationTest, DecodeStepsAllocateNothingAfterWarmUp) {
     ASSERT_EQ(edgemoe_runtime_start_clock(runtime.get(), EDGEMOE_PHASE_EXPERTS, nullptr), EDGEMOE_OK);
   }
   // Warm-up: one token, nothing of which is resident.
-  edgemoe_runtime_foresee_tokens(runtime.get(), steps[0].x, 1, 32);
+  edgemoe_runtime_foresee_tokens(runtime.get(), steps[0].x, 1, 32, who);
   for (int layer = 0; layer < 3; ++layer) ASSERT_EQ(run(layer, steps[0]), 0);
   g_n_allocations = 0;
   g_counting = true;
   int32_t failed = 0;
   for (size_t i = 1; i < steps.size(); ++i) {
-    edgemoe_runtime_foresee_tokens(runtime.get(), steps[i].x, 1, 32);
+    edgemoe_runtime_foresee_tokens(runtime.get(), steps[i].x, 1, 32, who);
     for (int layer = 0; layer < 3; ++layer) failed |= run(layer, steps[i]);
   }
   // Everything resident, if there is room: the most pins that a layer can take.
@@ -137,7 +160,7 @@ INSTANTIATE_TEST_SUITE_P(All, AllocationTest,
                                           testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY,
                                                           EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY,
                                                           EDGEMOE_EVICT_AUTO),
-                                          testing::Bool()));
+                                          testing::Bool(), testing::Bool()));
 
 // One token's block of up, down and gate, in this order of the model's tensors; as many used as there are weights.
 edgemoe_ffn GatedBlock(const OwnModel& model, const std::vector<float>& x, const std::vector<float>& weights,

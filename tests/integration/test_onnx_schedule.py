@@ -87,6 +87,21 @@ def test_float_experts_are_scheduled_as_quantized_ones(tmp_path: Path) -> None:
     assert session.plan.prefetch_bytes == opened(quantized, prefetch="1").plan.prefetch_bytes > 0
 
 
+@pytest.mark.parametrize("keywords", [{"expert_top_k": 2}, {"on_miss": "skip", "on_miss_mass": 0.3}])
+def test_predictions_leave_out_what_choosers_will(tmp_path: Path, keywords: dict[str, Any]) -> None:
+    """Guards against: experts read ahead that a node will not use."""
+    model = write_routed(tmp_path / "m.onnx", "gemm", SHAPE)
+    session = opened(model, prefetch="1", **keywords)
+    outputs(session, model.inputs(N_PROMPT + N_TOKENS))
+    stats = session.stats()
+    assert stats.predicted_right > 0.8 * stats.predicted > 0
+    n_of_model = (SHAPE.n_layers - 1) * SHAPE.k * N_TOKENS
+    if "expert_top_k" in keywords:
+        assert stats.predicted == n_of_model * 2 // SHAPE.k
+    else:
+        assert stats.predicted < n_of_model
+
+
 def test_a_router_that_is_none_is_left_alone(tmp_path: Path) -> None:
     """Guards against: predictions from a matrix that is not what ranks the experts."""
     model = write_routed(tmp_path / "m.onnx", "computed", SHAPE)

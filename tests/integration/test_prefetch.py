@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from gguf import GGUFReader
@@ -65,6 +67,34 @@ def test_predictions_learn() -> None:
             recalls.append(found.predicted_right / found.predicted)
     assert recalls[0] > 0.67
     assert recalls[1] > max(0.75, recalls[0] + 0.05)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, {"expert_top_k": 2}, {"reuse_bias": 1.0}, {"on_miss": "skip", "on_miss_mass": 0.3}],
+    ids=["exact", "fewer", "bias", "skip"],
+)
+@pytest.mark.parametrize("arch", ["olmoe", "gpt-oss", "deepseek2-v3"])
+def test_predictions_are_of_what_will_be_chosen(arch: str, keywords: dict[str, Any], write_model: ModelWriter) -> None:
+    """Guards against reading ahead what the model would choose and its choosers will not; in the first layer, too."""
+    path = write_model(arch, n_experts=32, n_experts_used=4, n_layers=4)
+    with streamed(path, prefetch="1", **keywords) as llm:
+        set_threads(llm, 1)
+        set_residency(llm, "third")
+        llm.eval(TOKENS[:16])
+        llm.reset_stats()
+        for token in TOKENS[16:]:
+            llm.eval([token])
+        found, stats, n_layers = llm._runtime.prefetch_stats(), llm.stats(), llm._gguf.n_moe_layers
+    share_right = found.predicted_right / found.predicted
+    # A chosen place that stays empty is no expert: what choosers leave out is not predicted either.
+    assert found.chosen == 40 * 4 * n_layers - stats.skipped_experts
+    if "on_miss" in keywords:
+        assert stats.skipped_experts > 0
+        assert found.predicted < 40 * 4 * n_layers
+    else:
+        assert found.predicted == found.chosen
+    assert share_right > 0.6, f"{arch}: {found.predicted_right} of {found.predicted}"
 
 
 def test_no_prediction_without_routers(write_model: ModelWriter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a function below changes its meaning. */
-#define EDGEMOE_ABI_VERSION 3
+#define EDGEMOE_ABI_VERSION 4
 
 typedef enum edgemoe_code {
   EDGEMOE_OK = 0,

@@ -42,10 +42,12 @@ typedef struct edgemoe_prefetch_stats {
 EDGEMOE_API int32_t edgemoe_runtime_set_prefetch(edgemoe_runtime* runtime, const edgemoe_router* routers,
                                                  int32_t n_routers, int32_t max_depth, int32_t adaptive,
                                                  edgemoe_error* error);
+struct edgemoe_choosers; /* of selection.h */
 /* The tokens of the batch that comes next, at most 8, by their embeddings [n_tokens][n_cols], which foretell the first
- * layers: a token and the draft that follows it. */
+ * layers: a token and the draft that follows it. choosers: who will choose for it, as edgemoe_session_set_choosers;
+ * NULL: the model. */
 EDGEMOE_API void edgemoe_runtime_foresee_tokens(edgemoe_runtime* runtime, const float* embeddings, int64_t n_tokens,
-                                                int64_t n_cols);
+                                                int64_t n_cols, const struct edgemoe_choosers* choosers);
 /* Bytes that edgemoe_runtime_set_prefetch keeps for such routers, of which only the shapes are read. */
 EDGEMOE_API uint64_t edgemoe_prefetch_bytes(const edgemoe_router* routers, int32_t n_routers, int32_t max_depth);
 EDGEMOE_API void edgemoe_runtime_prefetch_stats(edgemoe_runtime* runtime, edgemoe_prefetch_stats* stats);

@@ -146,6 +146,21 @@ EDGEMOE_API int32_t edgemoe_miss_select(edgemoe_miss* miss, const edgemoe_select
 EDGEMOE_API void edgemoe_miss_read_stats(const edgemoe_miss* miss, edgemoe_miss_stats* stats);
 EDGEMOE_API void edgemoe_miss_reset_stats(edgemoe_miss* miss);
 
+/* --- all of them --- */
+
+/* Who has a say in which experts a token gets, in this order; NULL: nobody. */
+typedef struct edgemoe_choosers {
+  edgemoe_count* count;
+  edgemoe_reuse* reuse;
+  edgemoe_miss* miss;
+} edgemoe_choosers;
+
+/* The layer that the session begins next was chosen by these, and so will be those behind it: what is read ahead for
+ * them is what these would select of the predicted scores, with their state as it is then. choosers is copied; whom it
+ * names must live until that layer has ended, and choose for no other thread meanwhile. Without a call, or with NULL,
+ * the model alone has chosen. Changes what is read, and no selection but by what is resident then. */
+EDGEMOE_API void edgemoe_session_set_choosers(edgemoe_session* session, const edgemoe_choosers* choosers);
+
 #ifdef __cplusplus
 }
 #endif

@@ -42,16 +42,10 @@ EDGEMOE_API void edgemoe_ggml_set_lone_rows(int64_t n_tokens);
 /* From now on, graphs that this thread evaluates in such contexts enter the phases of the runtime's clock, if it runs;
  * NULL: no more. n_experts: the most in a layer, by which routers are told from other products. */
 EDGEMOE_API void edgemoe_ggml_set_profiled(edgemoe_runtime* runtime, int32_t n_experts);
-/* Who has a say in which experts a token gets, in this order; NULL: nobody. See edgemoe/selection.h. */
-typedef struct edgemoe_ggml_choosers {
-  edgemoe_count* count;
-  edgemoe_reuse* reuse;
-  edgemoe_miss* miss;
-} edgemoe_ggml_choosers;
 /* From now on, tokens that this thread evaluates in such contexts get the experts that the choosers select, given what
  * the runtime has resident; runtime NULL: the model's choice again. n_experts: the most in a layer. Returns how many
  * selections were made since the last call. */
-EDGEMOE_API uint64_t edgemoe_ggml_set_choosers(edgemoe_runtime* runtime, const edgemoe_ggml_choosers* choosers,
+EDGEMOE_API uint64_t edgemoe_ggml_set_choosers(edgemoe_runtime* runtime, const edgemoe_choosers* choosers,
                                                int32_t n_experts);
 
 #ifdef __cplusplus

@@ -96,6 +96,7 @@ bool MoeRegion::BeginLayer(ggml_cgraph* graph, int first) {
   if (const int32_t* chosen = TakeChosen(runtime, layer, ids->ne[1], ids->ne[0]); chosen != nullptr) {
     rows = chosen;
     row_bytes = static_cast<uint64_t>(ids->ne[0]) * sizeof(int32_t);
+    edgemoe_session_set_choosers(layer_session_, ThoseWhoChoose());
   }
   return edgemoe_session_begin_layer(layer_session_, rows, ids->ne[1], ids->ne[0], row_bytes, tensor_idxs_.data(),
                                      static_cast<int32_t>(tensor_idxs_.size()), nullptr) == EDGEMOE_OK;

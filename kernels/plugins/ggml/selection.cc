@@ -11,7 +11,7 @@ namespace {
 
 struct Choosers {
   edgemoe_runtime* runtime = nullptr;
-  edgemoe_ggml_choosers who = {};
+  edgemoe_choosers who = {};
   bool need_logits = false;
   uint64_t n_selections = 0;
   std::vector<uint8_t> resident;  // [expert], as many as the largest layer has
@@ -224,6 +224,8 @@ ggml_status ComputeChosen(GraphCompute compute, ggml_backend_t cpu, ggml_cgraph*
   return compute_until(graph->n_nodes);
 }
 
+const edgemoe_choosers* ThoseWhoChoose() { return &t_choosers.who; }
+
 const int32_t* TakeChosen(const edgemoe_runtime* runtime, int32_t layer, int64_t n_tokens, int64_t n_used) {
   const bool is_it = runtime == t_choosers.runtime && layer == t_chosen.layer && n_tokens == t_chosen.n_tokens &&
                      n_used == t_chosen.n_used;
@@ -233,11 +235,11 @@ const int32_t* TakeChosen(const edgemoe_runtime* runtime, int32_t layer, int64_t
 
 }  // namespace edgemoe_ggml
 
-uint64_t edgemoe_ggml_set_choosers(edgemoe_runtime* runtime, const edgemoe_ggml_choosers* choosers, int32_t n_experts) {
+uint64_t edgemoe_ggml_set_choosers(edgemoe_runtime* runtime, const edgemoe_choosers* choosers, int32_t n_experts) {
   edgemoe_ggml::Choosers& mine = edgemoe_ggml::t_choosers;
   const uint64_t n_selections = mine.n_selections;
   mine.runtime = runtime;
-  mine.who = runtime != nullptr ? *choosers : edgemoe_ggml_choosers{};
+  mine.who = runtime != nullptr ? *choosers : edgemoe_choosers{};
   mine.need_logits = mine.who.count != nullptr && edgemoe_count_needs_logits(mine.who.count) != 0;
   mine.n_selections = 0;
   mine.resident.resize(static_cast<size_t>(n_experts));

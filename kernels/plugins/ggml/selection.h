@@ -10,13 +10,15 @@
 #ifndef EDGEMOE_PLUGINS_GGML_SELECTION_H_
 #define EDGEMOE_PLUGINS_GGML_SELECTION_H_
 
+#include "edgemoe/selection.h"
 #include "plugins/ggml/ggml_abi.h"
 #include "plugins/ggml/nodes.h"
 
 namespace edgemoe_ggml {
 
-// Whether this thread's choices are changed.
+// Whether this thread's choices are changed, and by whom.
 bool HasChoosers();
+const edgemoe_choosers* ThoseWhoChoose();
 
 // `compute` applied to the graph, interrupted behind each choice of experts if this thread's choices are changed.
 ggml_status ComputeChosen(GraphCompute compute, ggml_backend_t cpu, ggml_cgraph* graph);

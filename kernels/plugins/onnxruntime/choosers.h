@@ -49,6 +49,8 @@ class Choosers {
   void Choose(edgemoe_runtime* runtime, int32_t layer, const QmoeNode& node, const float* scores,
               const float* router_weights, int32_t* experts);
   void CountTokens(int64_t n_tokens);
+  // For edgemoe_session_set_choosers.
+  edgemoe_choosers native() const { return {count_, reuse_, miss_}; }
   bool any() const { return count_ != nullptr || reuse_ != nullptr || miss_ != nullptr; }
   void Read(edgemoe_ort_counters* counters) const;
   void Reset();

@@ -416,6 +416,8 @@ void QmoeModel::RunTokens(const float* x, const float* scores, const float* rout
   if (is_decode_ && choosers_->any()) {
     choosers_->Choose(runtime_, static_cast<int32_t>(node_ - nodes_.data()), *node_, scores, router_weights,
                       experts_.data());
+    const edgemoe_choosers choosers = choosers_->native();
+    edgemoe_session_set_choosers(session_, &choosers);
     Mix(*node_, scores, router_weights, experts_.data(), weights_.data());
   } else {
     for (int64_t t = 0; t < n_tokens; ++t) {

@@ -117,7 +117,8 @@ NB_MODULE(_core, m) {
       .def("set_slots_bytes", &Runtime::SetSlotsBytes, nb::arg("slots_bytes"))
       .def("stats", &Runtime::Stats)
       .def("set_prefetch", &Runtime::SetPrefetch, nb::arg("routers"), nb::arg("max_depth"), nb::arg("adaptive"))
-      .def("foresee_tokens", &Runtime::ForeseeTokens, nb::arg("embeddings"))
+      .def("foresee_tokens", &ForeseeTokens, nb::arg("embeddings"), nb::arg("count").none() = nb::none(),
+           nb::arg("reuse").none() = nb::none(), nb::arg("miss").none() = nb::none())
       .def("prefetch_stats", &Runtime::PrefetchStats)
       .def("start_trace", &Runtime::StartTrace, nb::arg("path"), nb::arg("header"))
       .def("check_trace", &Runtime::CheckTrace)

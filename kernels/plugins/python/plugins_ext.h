@@ -164,6 +164,18 @@ class OnMiss {
   edgemoe_miss* miss_ = nullptr;
 };
 
+inline edgemoe_choosers ChoosersOf(ExpertCount* count, ReuseBias* reuse, OnMiss* miss) {
+  return {count == nullptr ? nullptr : count->get(), reuse == nullptr ? nullptr : reuse->get(),
+          miss == nullptr ? nullptr : miss->get()};
+}
+
+inline void ForeseeTokens(Runtime& runtime, const FloatRows& embeddings, ExpertCount* count, ReuseBias* reuse,
+                          OnMiss* miss) {
+  const edgemoe_choosers choosers = ChoosersOf(count, reuse, miss);
+  edgemoe_runtime_foresee_tokens(runtime.get(), embeddings.data(), static_cast<int64_t>(embeddings.shape(0)),
+                                 static_cast<int64_t>(embeddings.shape(1)), &choosers);
+}
+
 // The loaded ggml plug-in. It stays loaded: ggml keeps pointers into it for the life of the process.
 class GgmlPlugin {
  public:
@@ -190,9 +202,7 @@ class GgmlPlugin {
     set_profiled_(runtime == nullptr ? nullptr : runtime->get(), n_experts);
   }
   uint64_t SetChoosers(Runtime* runtime, ExpertCount* count, ReuseBias* reuse, OnMiss* miss, int n_experts) {
-    const edgemoe_ggml_choosers choosers = {count == nullptr ? nullptr : count->get(),
-                                            reuse == nullptr ? nullptr : reuse->get(),
-                                            miss == nullptr ? nullptr : miss->get()};
+    const edgemoe_choosers choosers = ChoosersOf(count, reuse, miss);
     return set_choosers_(runtime == nullptr ? nullptr : runtime->get(), &choosers, n_experts);
   }
   // ranges: (file offset, length, address)

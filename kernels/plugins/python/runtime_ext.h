@@ -203,10 +203,6 @@ class Runtime {
     }
     Check(code, error);
   }
-  void ForeseeTokens(const FloatRows& embeddings) {
-    edgemoe_runtime_foresee_tokens(get(), embeddings.data(), static_cast<int64_t>(embeddings.shape(0)),
-                                   static_cast<int64_t>(embeddings.shape(1)));
-  }
   edgemoe_prefetch_stats PrefetchStats() {
     edgemoe_prefetch_stats stats;
     nb::gil_scoped_release release;
