@@ -132,12 +132,11 @@ def predict(source: Run, calibration: Calibration, target: Run) -> Record:
     }
 
 
-def run_series(options: argparse.Namespace, tokens: list[int]) -> Record:
-    """Each setting once, and each predicted by the others."""
+def judge(runs: list[Run]) -> Record:
+    """Each run predicted by the others."""
     from edgemoe.errors import TraceError
     from edgemoe.replay_calibration import calibrate
 
-    runs = [run_once(options, tokens, p, f) for f in options.fractions for p in options.prefetch]
     series: Record = {"runs": [], "predictions": []}
     for source in runs:
         one: Record = {"name": source.name, "slots_bytes": source.slots_bytes, **source.measured}
@@ -202,7 +201,10 @@ def main() -> int:
     tokens = make_tokens(PROMPT_TOKENS + options.decode_tokens, n_vocab, options.seed)
     try:
         with limited_reads(options.model, options.mib_per_s):
-            series = [run_series(options, tokens) for _ in range(options.series)]
+            series = [
+                judge([run_once(options, tokens, p, f) for f in options.fractions for p in options.prefetch])
+                for _ in range(options.series)
+            ]
     except OSError as error:
         print(f"replay_accuracy cannot limit reads here: {error}", file=sys.stderr)
         return 2
