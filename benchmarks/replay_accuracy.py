@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """How well replay predicts this machine: measured and predicted tok/s of the same tokens, at several budgets.
 
-Informational: it measures time, and needs a quiet machine. A model is run at each share of its experts and with each
-setting of prefetch while a trace is recorded; the trace is then replayed over a disk of the speed just measured, with
-the speed of computing found by a run with everything resident. With `--mib-per-s` (root, a cgroup v1 `blkio`
+Informational: it measures time, and needs a quiet machine. In each series, a model is run at each share of its experts
+and with each setting of prefetch, freshly loaded each time, while a trace is recorded. Each trace then calibrates a
+replay that predicts the other runs of its series, never its own. With `--mib-per-s` (root, a cgroup v1 `blkio`
 controller) the kernel limits this process's reads, so that the disk is the same all the time and no cache of the host
 can help.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import statistics
 import sys
@@ -21,8 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import loopdev, session, synthetic
+from benchmarks import session, synthetic
 from benchmarks.larger_than_memory import measure_sizes
+from edgemoe.replay import token_us
+from edgemoe.replay_calibration import Calibration
+from edgemoe.trace import Trace
 
 MIB = 1 << 20
 BLKIO = Path("/sys/fs/cgroup/blkio")
@@ -63,84 +67,117 @@ def token_seconds(llm: Any, prompt: list[int], steps: list[int]) -> float:
     return (time.perf_counter() - begin_s) / len(steps)
 
 
-def resident_seconds(options: argparse.Namespace, tokens: list[int]) -> float:
-    """Seconds per token with everything resident: the median of three passes, after one that reads."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A setting, what was measured with it, and the trace of it."""
+
+    prefetch: str
+    fraction: float
+    slots_bytes: int
+    measured: Record
+    recorded: Trace
+
+    @property
+    def name(self) -> str:
+        """As it is printed."""
+        return f"{self.fraction:.0%} {self.prefetch}"
+
+
+def run_once(options: argparse.Namespace, tokens: list[int], prefetch: str, fraction: float) -> Run:
+    """Load the model, so that nothing of the run before is left, evaluate the tokens, and record."""
     import edgemoe
+    from edgemoe import _native, runtime, trace
 
-    with edgemoe.Llama(options.model, n_ctx=1024, n_threads=options.threads, warm_start=False) as llm:
-        passes = [token_seconds(llm, tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS:]) for _ in range(4)]
-        if llm.stats().expert_misses:
-            raise SystemExit(f"cannot measure computing: {options.model} does not fit into memory as a whole")
-    return statistics.median(passes[1:])
-
-
-def measure(options: argparse.Namespace, tokens: list[int], resident_s: float) -> list[Record]:
-    """Run, record and replay each setting."""
-    import edgemoe
-    from edgemoe import _native, replay, runtime, trace
-
-    slice_bytes = measure_sizes(options.model).expert_slice_bytes
-    records = []
-    for prefetch in options.prefetch:
-        with edgemoe.Llama(
-            options.model, n_ctx=1024, n_threads=options.threads, prefetch=prefetch, warm_start=False
-        ) as llm:
-            bank_bytes = int(runtime.slot_sizes(llm._gguf, 0).bank_slot_bytes)
-            cycle_bytes = int(runtime.slot_sizes(llm._gguf, 0).cycle_slot_bytes)
-            for fraction in options.fractions:
-                _native.set_slots_bytes(llm._runtime, cycle_bytes)  # nothing of the run before is left
-                slots_bytes = max(cycle_bytes, int(fraction * bank_bytes))
-                _native.set_slots_bytes(llm._runtime, slots_bytes)
-                disk = [loopdev.random_read_bytes_per_s(options.model, slice_bytes, n_threads=n) for n in (1, 4)]
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "trace"
-                    with llm.record_trace(path):
-                        token_s = token_seconds(llm, tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS:])
-                    recorded = trace.load(path)
-                stats, found = llm.stats(), llm._runtime.prefetch_stats()
-                n_layers, expert_us = len(recorded.layers), replay.expert_us(recorded)
-                n_experts = sum(layer.n_used for layer in recorded.layers)
-                # What one reader waits for beyond its share of the disk's full speed.
-                latency_us = max(0.0, slice_bytes * (1 / disk[0] - 1 / disk[1])) * 1e6
-                predicted = replay.replay(
-                    recorded,
-                    slots_bytes=slots_bytes,
-                    prefetch=prefetch,
-                    recall=found.predicted_right / found.predicted if found.predicted else 0.0,
-                    disk=replay.Disk(bytes_per_s=disk[1], latency_us=latency_us),
-                    compute=replay.Compute((resident_s * 1e6 - n_experts * expert_us) / n_layers, expert_us),
-                )
-                n_steps = len(tokens) - PROMPT_TOKENS
-                records.append(
-                    {
-                        "prefetch": prefetch,
-                        "fraction": fraction,
-                        "disk_bytes_per_s": disk,
-                        "tokens_per_s": 1 / token_s,
-                        "hit_rate": stats.expert_hit_rate,
-                        "read_bytes_per_token": stats.expert_bytes_read / n_steps,
-                        "stall_s_per_token": stats.stall_s / n_steps,
-                        "replay_tokens_per_s": predicted.decode.tokens_per_s,
-                        "replay_hit_rate": predicted.decode.hit_rate,
-                        "replay_read_bytes_per_token": predicted.decode.bytes_read / n_steps,
-                        "replay_stall_s_per_token": predicted.decode.stall_us / 1e6 / n_steps,
-                    }
-                )
-                print_line(records[-1])
-    return records
+    n_steps = len(tokens) - PROMPT_TOKENS
+    with (
+        edgemoe.Llama(options.model, n_ctx=1024, n_threads=options.threads, prefetch=prefetch, warm_start=False) as llm,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        sizes = runtime.slot_sizes(llm._gguf, 0)
+        slots_bytes = max(int(sizes.cycle_slot_bytes), int(fraction * int(sizes.bank_slot_bytes)))
+        _native.set_slots_bytes(llm._runtime, slots_bytes)
+        path = Path(folder) / "trace"
+        with llm.record_trace(path):
+            token_s = token_seconds(llm, tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS:])
+        stats = llm.stats()
+        measured = {
+            "tokens_per_s": 1 / token_s,
+            "hit_rate": stats.expert_hit_rate,
+            "read_bytes_per_token": stats.expert_bytes_read / n_steps,
+            "stall_s_per_token": stats.stall_s / n_steps,
+        }
+        return Run(prefetch, fraction, slots_bytes, measured, trace.load(path))
 
 
-def print_line(one: Record) -> None:
-    """One setting: measured, predicted, and the quotient."""
-    print(
-        f"{one['fraction']:5.0%}  prefetch {one['prefetch']:5}"
-        f"{one['tokens_per_s']:8.2f}{one['replay_tokens_per_s']:8.2f}"
-        f"{one['replay_tokens_per_s'] / one['tokens_per_s']:8.2f}"
-        f"{100 * one['hit_rate']:9.1f}{100 * one['replay_hit_rate']:7.1f}"
-        f"{one['read_bytes_per_token'] / MIB:9.1f}{one['replay_read_bytes_per_token'] / MIB:7.1f}"
-        f"{1e3 * one['stall_s_per_token']:9.1f}{1e3 * one['replay_stall_s_per_token']:7.1f}",
-        flush=True,
-    )
+def predict(source: Run, calibration: Calibration, target: Run) -> Record:
+    """What the one run's trace says about the other's setting."""
+    from edgemoe import replay
+
+    decode = replay.replay(
+        source.recorded,
+        slots_bytes=target.slots_bytes,
+        prefetch=target.prefetch,
+        disk=calibration.disk,
+        compute=calibration.compute,
+    ).decode
+    n_steps = decode.n_tokens
+    return {
+        "source": source.name,
+        "target": target.name,
+        "tokens_per_s": decode.tokens_per_s,
+        "quotient": decode.tokens_per_s / target.measured["tokens_per_s"],
+        "hit_rate": decode.hit_rate,
+        "read_bytes_per_token": decode.bytes_read / n_steps,
+        "stall_s_per_token": decode.stall_us / 1e6 / n_steps,
+    }
+
+
+def judge(runs: list[Run]) -> Record:
+    """Each run predicted by the others."""
+    from edgemoe.errors import TraceError
+    from edgemoe.replay_calibration import calibrate
+
+    series: Record = {"runs": [], "predictions": []}
+    for source in runs:
+        one: Record = {"name": source.name, "slots_bytes": source.slots_bytes, **source.measured}
+        series["runs"].append(one)
+        try:
+            calibration = calibrate(source.recorded)
+        except TraceError as error:
+            print(f"{source.name}: {error}", file=sys.stderr)
+            continue
+        one["calibration"] = calibration.to_dict()
+        compute, disk = calibration.compute, calibration.disk
+        print(
+            f"{source.name:10} {one['tokens_per_s']:6.2f} tok/s {100 * one['hit_rate']:5.1f} % "
+            f"{one['read_bytes_per_token'] / MIB:6.1f} MiB {1e3 * one['stall_s_per_token']:5.1f} ms stall   disk "
+            f"{disk.bytes_per_s / 1e9:.2f} GB/s, computing {token_us(source.recorded, compute) / 1e3:.1f} ms"
+            f" + {compute.hold_up_us_per_mib / 1e3:.3f} ms/MiB",
+            flush=True,
+        )
+        series["predictions"] += [predict(source, calibration, target) for target in runs if target is not source]
+    return series
+
+
+def print_quotients(series: list[Record]) -> None:
+    """Rows: what was predicted; columns: by which trace. Medians over the series, and of each row the spread of all."""
+    quotients: dict[tuple[str, str], list[float]] = {}
+    for one in (p for s in series for p in s["predictions"]):
+        quotients.setdefault((one["target"], one["source"]), []).append(one["quotient"])
+    names = [run["name"] for run in series[0]["runs"]]
+    print(f"\npredicted / measured tok/s, medians of {len(series)} series")
+    print(f"{'':10}" + "".join(f"{name:>10}" for name in names) + "    all: median [quarter-three quarters] least most")
+    for target in names:
+        row = [quotients.get((target, source), []) for source in names]
+        every = sorted(q for cell in row for q in cell)
+        if not every:
+            continue
+        quarters = statistics.quantiles(every, n=4, method="inclusive") if len(every) > 1 else every * 3
+        cells = "".join(f"{statistics.median(cell):10.2f}" if cell else f"{'':10}" for cell in row)
+        print(
+            f"{target:10}{cells}    {quarters[1]:.2f} [{quarters[0]:.2f}-{quarters[2]:.2f}] "
+            f"{every[0]:.2f} {every[-1]:.2f}"
+        )
 
 
 def main() -> int:
@@ -148,9 +185,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replay_accuracy", description=__doc__)
     parser.add_argument("--model", type=Path, help="GGUF file; default: the synthetic OLMoE")
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.12, 0.25, 0.5], help="share of expert bytes")
-    parser.add_argument("--prefetch", nargs="+", choices=("off", "1", "2", "auto"), default=["off", "2"])
+    parser.add_argument("--prefetch", nargs="+", choices=("off", "1", "2", "auto"), default=["off", "2", "auto"])
     parser.add_argument("--routing", choices=("local", "uniform"), default="local")
     parser.add_argument("--decode-tokens", type=int, default=96)
+    parser.add_argument("--series", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--mib-per-s", type=float, help="limit of this process's reads; default: none")
     parser.add_argument("--seed", type=int, default=1)
@@ -161,16 +199,17 @@ def main() -> int:
     make_tokens = synthetic.local_tokens if options.routing == "local" else synthetic.uniform_tokens
     n_vocab = measure_sizes(options.model).n_vocab
     tokens = make_tokens(PROMPT_TOKENS + options.decode_tokens, n_vocab, options.seed)
-    resident_s = resident_seconds(options, tokens)
-    print(f"resident: {1 / resident_s:.2f} tok/s")
-    print("measured and replayed: tok/s and their quotient, hit %, MiB read and ms of stall per token")
     try:
         with limited_reads(options.model, options.mib_per_s):
-            records = measure(options, tokens, resident_s)
+            series = [
+                judge([run_once(options, tokens, p, f) for f in options.fractions for p in options.prefetch])
+                for _ in range(options.series)
+            ]
     except OSError as error:
         print(f"replay_accuracy cannot limit reads here: {error}", file=sys.stderr)
         return 2
-    session.finish("replay_accuracy", options, resident_tokens_per_s=1 / resident_s, runs=records)
+    print_quotients(series)
+    session.finish("replay_accuracy", options, series=series)
     return 0
 
 

@@ -76,6 +76,8 @@ class ReplayOptions:
     dense_us: float
     expert_us: float
     row_share: float
+    batch_us: float
+    hold_up_us_per_mib: float
     recall: float
     seed: int
     n_readers: int
@@ -156,6 +158,7 @@ def replay(
     layers: Sequence[tuple[int, int, Sequence[int]]],
     batch_of_token: npt.NDArray[np.int32],
     experts: npt.NDArray[np.int16],
+    foreseen: npt.NDArray[np.int16],
     options: ReplayOptions,
     batch_us: npt.NDArray[np.float64],
     depths: npt.NDArray[np.int32],

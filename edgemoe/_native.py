@@ -174,6 +174,7 @@ def replay(
     layers: Sequence[tuple[int, int, Sequence[int]]],
     batch_of_token: npt.NDArray[np.int32],
     experts: npt.NDArray[np.int16],
+    foreseen: npt.NDArray[np.int16],
     options: ReplayOptions,
     batch_us: npt.NDArray[np.float64],
     depths: npt.NDArray[np.int32],
@@ -185,7 +186,7 @@ def replay(
         BackendError: the trace or the options make no sense.
     """
     with _translated():
-        return _core.replay(layers, batch_of_token, experts, options, batch_us, depths)
+        return _core.replay(layers, batch_of_token, experts, foreseen, options, batch_us, depths)
 
 
 def set_slots_bytes(runtime: Runtime, slots_bytes: int) -> None:

@@ -29,6 +29,7 @@ from edgemoe.profile import ProfiledLlama
 from edgemoe.routers import Embedding, find_embedding
 from edgemoe.sizes import parse_size
 from edgemoe.speculate import SpeculativeLlama
+from edgemoe.trace import TracedRun
 from edgemoe.types import Plan, Stats
 
 Progress = Callable[[str, int, int], None]
@@ -521,7 +522,9 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         native = self._runtime
         if native is None:
             raise TraceError(f"cannot record a trace: {self._gguf.path} has no routed experts")
-        with _native.recorded_trace(native, Path(path), runtime.trace_header(self._gguf)) as check:
+        slots_bytes = int(native.stats().slots_bytes)
+        run = TracedRun(slots_bytes, self._eviction, self._prefetch, host.N_IO_THREADS)
+        with _native.recorded_trace(native, Path(path), runtime.trace_header(self._gguf, run)) as check:
             yield check
 
     def close(self) -> None:

@@ -137,8 +137,8 @@ def model_key(model: OnnxModel) -> bytes:
     return digest.digest()
 
 
-def trace_header(model: OnnxModel, tensors: tuple[_native.OrtTensor, ...]) -> str:
-    """What a trace of this model says about it.
+def trace_header(model: OnnxModel, tensors: tuple[_native.OrtTensor, ...], run: trace.TracedRun) -> str:
+    """What a trace of this model, run so, says about it.
 
     A trace has at most four slices of an expert, so scales and zero points, which are asked for together, are one.
     """
@@ -153,7 +153,7 @@ def trace_header(model: OnnxModel, tensors: tuple[_native.OrtTensor, ...]) -> st
         first = of_layer[0]
         layers.append(trace.TraceLayer(layer, first.n_experts, first.n_experts_used, tuple(bytes_of_stage.values())))
     files = {t.path for t in model.tensors.values() if t.path is not None} | {model.path}
-    return trace.header_json(model.path.name, layers, sum(path.stat().st_size for path in files))
+    return trace.header_json(model.path.name, layers, sum(path.stat().st_size for path in files), run)
 
 
 class Schedule:
@@ -252,5 +252,7 @@ class Schedule:
         native = self._loaded.runtime
         if native is None:
             raise TraceError(f"cannot record a trace: no MoE node of {self._model.path} is streamed")
-        with _native.recorded_trace(native, Path(path), trace_header(self._model, self._loaded.tensors)) as check:
+        slots_bytes, keywords = int(native.stats().slots_bytes), self._keywords
+        run = trace.TracedRun(slots_bytes, keywords.eviction, keywords.prefetch, host.N_IO_THREADS)
+        with _native.recorded_trace(native, Path(path), trace_header(self._model, self._loaded.tensors, run)) as check:
             yield check

@@ -10,7 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgemoe import _native
-from edgemoe.trace import Trace
+from edgemoe.trace import N_DISTANCES, Trace
+
+RECALL = 0.886
+"""Of the experts of a layer, how many are foreseen where a trace does not say: what the next layer's router reaches on
+Qwen3-30B-A3B's present state (BigMoeOnEdge PR#101)."""
 
 POLICIES = ("auto", "lru", "lfu", "least-stale", "utility", "belady")
 """What `replay` can evict by: the runtime's rules, and the one that knows the future."""
@@ -52,6 +56,9 @@ class Compute:
         dense_us: all but the routed experts, for one layer and token. The default is the rest of what
             `WEIGHT_BYTES_PER_S` was measured on: 29.6 ms per token less its experts, over 16 layers.
         expert_us: one expert and token; None for its bytes at `WEIGHT_BYTES_PER_S`.
+        batch_us: behind the layers of a batch: head, sampling, host. None in the default, which has it in `dense_us`.
+        hold_up_us_per_mib: by how much reading a MiB holds computing up: reader threads take a part of the cores, and
+            threads that wait are woken.
         row_share: what each further token of a batch costs, in shares of the first. The default: resident prefill of
             256 tokens took 1.91 s, as long as 55 decoded ones (the file named there, without own kernels).
     """
@@ -59,6 +66,8 @@ class Compute:
     dense_us: float = 760.0
     expert_us: float | None = None
     row_share: float = 0.21
+    batch_us: float = 0.0
+    hold_up_us_per_mib: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +166,32 @@ def expert_us(trace: Trace) -> float:
     return bank_bytes(trace) / sum(layer.n_experts for layer in trace.layers) / WEIGHT_BYTES_PER_S * 1e6
 
 
+def token_us(trace: Trace, compute: Compute) -> float:
+    """Computing of a token by itself, with nothing to read."""
+    of_expert_us = expert_us(trace) if compute.expert_us is None else compute.expert_us
+    n_used = sum(layer.n_used for layer in trace.layers)
+    return len(trace.layers) * compute.dense_us + n_used * of_expert_us + compute.batch_us
+
+
+def foreseen_recall(trace: Trace) -> float | None:
+    """Of the experts chosen by tokens evaluated alone, how many had been foreseen one layer ahead; None: unknown."""
+    if trace.foreseen is None:
+        return None
+    batches, first, n_tokens = np.unique(trace.batch_of_token, return_index=True, return_counts=True)
+    foreseen = trace.foreseen[batches[n_tokens == 1], :, 0]
+    chosen = trace.experts[first[n_tokens == 1]]
+    is_right = (chosen[..., None] == foreseen[..., None, :]).any(axis=-1)
+    is_asked = (chosen >= 0) & (foreseen[..., :1] >= 0)
+    return float(is_right[is_asked].mean()) if is_asked.any() else None
+
+
 def replay(
     trace: Trace,
     *,
     slots_bytes: int,
     eviction: str = "auto",
     prefetch: str = "off",
-    recall: float = 0.886,
+    recall: float | None = None,
     seed: int = 0,
     disk: Disk | None = None,
     compute: Compute | None = None,
@@ -174,8 +202,8 @@ def replay(
         slots_bytes: memory for experts. A trace does not know the dense part of its model.
         eviction: one of `POLICIES`.
         prefetch: `off`, `1` or `2` layers ahead, or `auto` as the runtime's controller finds.
-        recall: with this chance each expert of a predicted layer is predicted, else a wrong one. The default is what
-            the next layer's router reaches on Qwen3-30B-A3B's present state (BigMoeOnEdge PR#101).
+        recall: with this chance each expert of a predicted layer is predicted, else a wrong one. None: the trace's own
+            predictions, which depend on the text alone, and where it has none, drawn with its recall or `RECALL`.
         seed: of predictions and jitter. The same arguments give the same result.
 
     Raises:
@@ -199,16 +227,22 @@ def replay(
     options.dense_us = compute.dense_us
     options.expert_us = expert_us(trace) if compute.expert_us is None else compute.expert_us
     options.row_share = compute.row_share
-    options.recall = recall
+    options.batch_us = compute.batch_us
+    options.hold_up_us_per_mib = compute.hold_up_us_per_mib
+    options.recall = (foreseen_recall(trace) or RECALL) if recall is None else recall
     options.seed = seed
     options.prefetch_depth = _native.PREFETCH_DEPTHS[prefetch]
     options.adaptive = int(prefetch == "auto")
+    foreseen = trace.foreseen
+    if foreseen is None or recall is not None:
+        foreseen = np.empty((trace.n_batches, len(trace.layers), N_DISTANCES, 0), np.int16)
     batch_us = np.zeros(trace.n_batches, np.float64)
     depths = np.zeros(trace.n_batches, np.int32)
     native = _native.replay(
         [(layer.n_experts, layer.n_used, list(layer.slice_bytes)) for layer in trace.layers],
         np.ascontiguousarray(trace.batch_of_token, np.int32),
         np.ascontiguousarray(trace.experts, np.int16),
+        np.ascontiguousarray(foreseen, np.int16),
         options,
         batch_us,
         depths,

@@ -69,8 +69,8 @@ def open_runtime(
     return _native.open_runtime(files, extents(model, companion), slots_bytes, host.N_IO_THREADS, eviction, kernels)
 
 
-def trace_header(model: GgufModel) -> str:
-    """What a trace of this model says about it."""
+def trace_header(model: GgufModel, run: trace.TracedRun | None = None) -> str:
+    """What a trace of this model says about it, and with what it is run."""
 
     def order_of_use(t: _native.TensorExtent) -> tuple[bool, bool]:
         return "down" in t.name, "gate" not in t.name
@@ -80,7 +80,7 @@ def trace_header(model: GgufModel) -> str:
         tensors = sorted(group, key=order_of_use)
         slice_bytes = tuple(int(_native.measure([t], 0).bank_slot_bytes) // t.n_experts for t in tensors)
         layers.append(trace.TraceLayer(layer, tensors[0].n_experts, tensors[0].n_experts_used, slice_bytes))
-    return trace.header_json(model.path.name, layers, sum(path.stat().st_size for path in model.files))
+    return trace.header_json(model.path.name, layers, sum(path.stat().st_size for path in model.files), run)
 
 
 def prefetch_bytes(model: GgufModel, prefetch: str) -> int:

@@ -22,13 +22,16 @@ from edgemoe.atomic import replacing
 from edgemoe.errors import TraceError
 
 _MAGIC = b"EMTRACE\0"
-_VERSION = 1
+_VERSION = 2
+_VERSIONS = (1, 2)  # 1: without what was foreseen
 _START = struct.Struct("<8sI")  # magic, version
 _BLOCK = struct.Struct("<4sII")  # tag, bytes that follow, CRC-32 of tag, bytes and what follows
 _BLOCK_CHECKED_BYTES = 8
 _RECORD = struct.Struct("<IIIHHHHfqd")  # as TraceRecord in kernels/core/trace.h
 _DONE = struct.Struct("<Q")
-_HAS_WEIGHTS, _HAS_RESIDENT = 1, 2
+_HAS_WEIGHTS, _HAS_RESIDENT, _HAS_FORESEEN = 1, 2, 4
+N_DISTANCES = 2
+"""From so many layers ahead experts are foreseen at most."""
 _NO_EXPERT = 0xFFFF
 _BLOCK_BYTES = 256 << 10
 _MAX_EXPERTS = 32767
@@ -53,6 +56,22 @@ class TraceLayer:
 
 
 @dataclasses.dataclass(frozen=True)
+class TracedRun:
+    """With what a trace was recorded.
+
+    Attributes:
+        slots_bytes: memory for experts when the recording began.
+        eviction, prefetch: the options of those names.
+        n_readers: reads under way at once, at most.
+    """
+
+    slots_bytes: int
+    eviction: str
+    prefetch: str
+    n_readers: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Trace:
     """A recorded or generated run. A batch is what was evaluated together: a prompt's micro-batch, or one token.
 
@@ -67,6 +86,9 @@ class Trace:
         read_bytes: int64 [n_batches, L], bytes read from storage while it was in progress, and before it since the
             end of the layer before; -1 likewise.
         resident: bool [n_batches, L, most experts], experts wholly resident when the layer began; None likewise.
+        foreseen: int16 [n_batches, L, N_DISTANCES, most foreseen], experts that were foreseen of the layer from one and
+            from two layers ahead, the likeliest first; -1 behind them, and first where nobody looked. None: nowhere.
+        run: with what it was recorded; None in generated traces, and in those of older versions.
     """
 
     model: str
@@ -78,6 +100,8 @@ class Trace:
     wait_us: npt.NDArray[np.float32]
     read_bytes: npt.NDArray[np.int64]
     resident: npt.NDArray[np.bool_] | None
+    foreseen: npt.NDArray[np.int16] | None = None
+    run: TracedRun | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -90,11 +114,20 @@ class Trace:
         return len(self.begin_us)
 
 
-def header_json(model: str, layers: Sequence[TraceLayer], model_bytes: int | None = None) -> str:
-    """The text of a trace file's first block; `model_bytes` is the size of the model's files, where there are any."""
+def header_json(
+    model: str, layers: Sequence[TraceLayer], model_bytes: int | None = None, run: TracedRun | None = None
+) -> str:
+    """The text of a trace file's first block.
+
+    Args:
+        model_bytes: size of the model's files, where there are any.
+        run: with what the trace is recorded, if it is.
+    """
     fields: dict[str, Any] = {"model": model}
     if model_bytes is not None:
         fields["model_bytes"] = model_bytes
+    if run is not None:
+        fields["run"] = dataclasses.asdict(run)
     fields["layers"] = [dataclasses.asdict(layer) for layer in layers]
     return json.dumps(fields)
 
@@ -144,6 +177,12 @@ def _check(trace: Trace) -> None:
     ):
         if array is not None:
             expect(array.shape == shape, f"{name} is {array.shape}, expected {shape}")
+    if trace.foreseen is not None:
+        found = trace.foreseen.shape
+        expect(
+            len(found) == 4 and found[:3] == (n_batches, n_layers, N_DISTANCES) and found[3] <= _MAX_EXPERTS,
+            f"foreseen is {found}, expected {(n_batches, n_layers, N_DISTANCES)} and as many experts as were foreseen",
+        )
     for i, layer in enumerate(trace.layers):
         chosen = trace.experts[:, i]
         expect(
@@ -158,7 +197,7 @@ def _check(trace: Trace) -> None:
 
 def _write(trace: Trace, file: BinaryIO) -> None:
     file.write(_START.pack(_MAGIC, _VERSION))
-    _write_block(file, b"HEAD", header_json(trace.model, trace.layers).encode())
+    _write_block(file, b"HEAD", header_json(trace.model, trace.layers, run=trace.run).encode())
     block = bytearray()
     for record in _records(trace):
         if len(block) + len(record) > _BLOCK_BYTES and block:
@@ -188,6 +227,11 @@ def _records(trace: Trace) -> Iterator[bytes]:
             if trace.resident is not None:
                 flags |= _HAS_RESIDENT
                 body += np.packbits(trace.resident[batch, i, : layer.n_experts], bitorder="little").tobytes()
+            if trace.foreseen is not None and (trace.foreseen[batch, i] >= 0).any():
+                flags |= _HAS_FORESEEN
+                for row in trace.foreseen[batch, i]:
+                    seen = row[row >= 0].astype("<u2")
+                    body += struct.pack("<H", len(seen)) + seen.tobytes()
             if is_weighed[tokens, i].any():
                 flags |= _HAS_WEIGHTS
                 body += trace.weights[tokens, i, : layer.n_used].astype("<f4").tobytes()
@@ -219,6 +263,7 @@ class _Record:
     read_bytes: int
     ids: npt.NDArray[np.uint16]
     resident: npt.NDArray[np.bool_] | None
+    foreseen: tuple[npt.NDArray[np.uint16], ...]
     weights: npt.NDArray[np.float32] | None
 
 
@@ -243,8 +288,8 @@ class _Reader:
         if len(data) < _START.size:
             raise self._truncated(_START.size, 0)
         version = _START.unpack_from(data)[1]
-        if version != _VERSION:
-            raise self.fail(f"format version {version}, expected {_VERSION}", len(_MAGIC))
+        if version not in _VERSIONS:
+            raise self.fail(f"format version {version}, expected {_VERSIONS[0]} to {_VERSION}", len(_MAGIC))
         offset, tag = _START.size, b""
         while tag != b"DONE":
             if len(data) - offset < _BLOCK.size:
@@ -264,8 +309,8 @@ class _Reader:
         if offset != len(data):
             raise self.fail(f"corrupt: {len(data) - offset} bytes behind the end", offset)
 
-    def header(self, begin: int, end: int) -> tuple[str, tuple[TraceLayer, ...]]:
-        """The model's name and layers."""
+    def header(self, begin: int, end: int) -> tuple[str, tuple[TraceLayer, ...], TracedRun | None]:
+        """The model's name and layers, and with what it was run."""
         try:
             fields = json.loads(self._data[begin:end])
             layers = tuple(
@@ -278,12 +323,20 @@ class _Reader:
                 for layer in fields["layers"]
             )
             model = str(fields["model"])
+            run = None
+            if "run" in fields:
+                run = TracedRun(
+                    slots_bytes=int(fields["run"]["slots_bytes"]),
+                    eviction=str(fields["run"]["eviction"]),
+                    prefetch=str(fields["run"]["prefetch"]),
+                    n_readers=int(fields["run"]["n_readers"]),
+                )
         except (ValueError, KeyError, TypeError) as error:
             raise self.fail(f"corrupt: the header is not what it should be: {error!r}", begin) from error
         numbers = [layer.layer for layer in layers]
         if numbers != sorted(set(numbers)) or any(not 0 < layer.n_experts <= _MAX_EXPERTS for layer in layers):
             raise self.fail(f"corrupt: layers {numbers}, expected some in order, of 1..{_MAX_EXPERTS} experts", begin)
-        return model, layers
+        return model, layers, run
 
     def records(self, begin: int, end: int, n_experts_of: dict[int, int]) -> Iterator[_Record]:
         """The records of a block."""
@@ -297,6 +350,17 @@ class _Reader:
             n_ids, n_resident_bytes = n_tokens * n_used, -(-n_experts // 8)
             has_weights, has_resident = bool(flags & _HAS_WEIGHTS), bool(flags & _HAS_RESIDENT)
             expected = _RECORD.size + n_ids * (2 + 4 * has_weights) + n_resident_bytes * has_resident
+            foreseen: list[npt.NDArray[np.uint16]] = []
+            foreseen_at = offset + _RECORD.size + 2 * n_ids + n_resident_bytes * has_resident
+            for _ in range(N_DISTANCES if flags & _HAS_FORESEEN else 0):
+                n_foreseen = struct.unpack_from("<H", data, foreseen_at)[0] if foreseen_at + 2 <= end else 0
+                if foreseen_at + 2 * (1 + n_foreseen) > end:
+                    raise self.fail(f"corrupt: {n_foreseen} experts foreseen", foreseen_at)
+                foreseen.append(np.frombuffer(data, "<u2", n_foreseen, foreseen_at + 2))
+                if (foreseen[-1] >= n_experts).any():
+                    raise self.fail(f"corrupt: expert {foreseen[-1].max()} of {n_experts} foreseen", foreseen_at)
+                foreseen_at += 2 * (1 + n_foreseen)
+                expected += 2 * (1 + n_foreseen)
             if n_bytes != expected or n_bytes > end - offset or n_tokens == 0 or n_experts_of.get(layer) != n_experts:
                 raise self.fail(
                     f"corrupt: a record of {n_bytes} bytes, layer {layer} of {n_experts} experts, {n_tokens} tokens",
@@ -312,10 +376,9 @@ class _Reader:
             if has_resident:
                 bits = np.frombuffer(data, np.uint8, n_resident_bytes, at)
                 resident = np.unpackbits(bits, count=n_experts, bitorder="little").astype(bool)
-                at += n_resident_bytes
             if has_weights:
-                weights = np.frombuffer(data, "<f4", n_ids, at).reshape(n_tokens, n_used)
-            yield _Record(batch, layer, begin_us, wait_us, read_bytes, ids, resident, weights)
+                weights = np.frombuffer(data, "<f4", n_ids, foreseen_at).reshape(n_tokens, n_used)
+            yield _Record(batch, layer, begin_us, wait_us, read_bytes, ids, resident, tuple(foreseen), weights)
             offset += n_bytes
 
 
@@ -335,18 +398,18 @@ def load(path: str | Path) -> Trace:
         raise TraceError(f"cannot read the trace: {error.strerror or error} ({path}); check the path") from error
     reader = _Reader(path, data)
     records: list[_Record] = []
-    model, layers = "", tuple[TraceLayer, ...]()
+    model, layers, run = "", tuple[TraceLayer, ...](), None
     for tag, begin, end in reader.blocks():
         if tag == b"HEAD":
-            model, layers = reader.header(begin, end)
+            model, layers, run = reader.header(begin, end)
         elif tag == b"RECS":
             records += reader.records(begin, end, {layer.layer: layer.n_experts for layer in layers})
         elif end - begin != _DONE.size or _DONE.unpack_from(data, begin)[0] != len(records):
             raise reader.fail(f"corrupt: {len(records)} records, the end says otherwise", begin)
-    return _assemble(model, layers, records)
+    return _assemble(model, layers, run, records)
 
 
-def _assemble(model: str, layers: Sequence[TraceLayer], records: Sequence[_Record]) -> Trace:
+def _assemble(model: str, layers: Sequence[TraceLayer], run: TracedRun | None, records: Sequence[_Record]) -> Trace:
     n_used_of: dict[int, int] = {}
     tokens_of: dict[int, int] = {}
     for record in records:
@@ -370,6 +433,10 @@ def _assemble(model: str, layers: Sequence[TraceLayer], records: Sequence[_Recor
     resident = None
     if any(record.resident is not None for record in records):
         resident = np.zeros((*shape, _largest(layer.n_experts for layer in layers)), np.bool_)
+    foreseen = None
+    n_foreseen = _largest(len(seen) for record in records for seen in record.foreseen)
+    if n_foreseen:
+        foreseen = np.full((*shape, N_DISTANCES, n_foreseen), -1, np.int16)
     for record in records:
         b, i = index_of_batch[record.batch], index_of_layer[record.layer]
         end = int(ends[b])
@@ -381,8 +448,12 @@ def _assemble(model: str, layers: Sequence[TraceLayer], records: Sequence[_Recor
         begin_us[b, i], wait_us[b, i], read_bytes[b, i] = record.begin_us, record.wait_us, record.read_bytes
         if resident is not None and record.resident is not None:
             resident[b, i, : len(record.resident)] = record.resident
+        for distance, seen in enumerate(record.foreseen):
+            foreseen[b, i, distance, : len(seen)] = seen  # type: ignore[index]
     batch_of_token = np.repeat(np.arange(len(batches), dtype=np.int32), [tokens_of[batch] for batch in batches])
-    return Trace(model, layers, batch_of_token, experts, weights, begin_us, wait_us, read_bytes, resident)
+    return Trace(
+        model, layers, batch_of_token, experts, weights, begin_us, wait_us, read_bytes, resident, foreseen, run
+    )
 
 
 def _largest(values: Iterable[int]) -> int:

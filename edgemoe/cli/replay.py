@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ import click
 
 from edgemoe.cli.console import print_json
 from edgemoe.cli.options import EVICTIONS, PREFETCH_DEPTHS, json_option, plot_option
-from edgemoe.errors import BudgetError
+from edgemoe.errors import BudgetError, TraceError
 from edgemoe.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from edgemoe.replay import ReplayResult
+    from edgemoe.replay_calibration import Calibration
+    from edgemoe.trace import Trace
 
 MIB = 1 << 20
 POLICIES = (*EVICTIONS.choices, "belady")
@@ -66,12 +69,30 @@ class ShareOrSizeType(click.ParamType[str]):
     show_default=True,
     help="Layers to read ahead, by predictions as good as --recall says; auto: as many as pay.",
 )
-@click.option("--recall", type=click.FloatRange(0, 1), default=0.886, show_default=True, help="Share foreseen.")
-@click.option("--disk-mib-per-s", type=click.FloatRange(min=0, min_open=True), help="Of the disk.  [default: 954]")
+@click.option(
+    "--recall",
+    type=click.FloatRange(0, 1),
+    help="Share foreseen, by chance.  [default: what the trace foresaw, or 0.886]",
+)
+@click.option(
+    "--disk-mib-per-s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of the disk.  [default: as the trace was recorded, or 954]",
+)
 @click.option("--latency-us", type=click.FloatRange(min=0), help="Of a read, before its bytes flow.  [default: 213]")
-@click.option("--readers", type=click.IntRange(min=1), help="Reads under way at once.  [default: 4]")
-@click.option("--dense-us", type=click.FloatRange(min=0), help="A layer without its routed experts.  [default: 760]")
-@click.option("--expert-us", type=click.FloatRange(min=0), help="One expert.  [default: its bytes at 26 GB/s]")
+@click.option(
+    "--readers", type=click.IntRange(min=1), help="Reads under way at once.  [default: as the trace was recorded, or 4]"
+)
+@click.option(
+    "--dense-us",
+    type=click.FloatRange(min=0),
+    help="A layer without its routed experts.  [default: as the trace was recorded, or 760]",
+)
+@click.option(
+    "--expert-us",
+    type=click.FloatRange(min=0),
+    help="One expert.  [default: its bytes at 26 GB/s]",
+)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the predictions.")
 @plot_option
 @json_option
@@ -80,7 +101,7 @@ def replay(
     policies: tuple[str, ...],
     memories: tuple[str, ...],
     prefetch: str,
-    recall: float,
+    recall: float | None,
     disk_mib_per_s: float | None,
     latency_us: float | None,
     readers: int | None,
@@ -92,20 +113,22 @@ def replay(
 ) -> None:
     """Replay a TRACE on a simulated disk and show hits, bytes, waiting and tokens per second.
 
-    The cache is the real one; disk and computing only take time. The bound is what no cache of that size can beat.
+    The cache is the real one; disk and computing only take time: as long as they took when the trace was recorded,
+    unless options say otherwise. The bound is what no cache of that size can beat.
     """
     from edgemoe import replay as replays
     from edgemoe import trace as traces
 
     loaded = traces.load(trace)
-    disk = replays.Disk(
-        **_given(
-            bytes_per_s=disk_mib_per_s and disk_mib_per_s * MIB,
-            latency_us=latency_us,
-            n_readers=readers,
-        )
+    calibration, problem = _calibration(loaded)
+    disk_options = _given(
+        bytes_per_s=disk_mib_per_s and disk_mib_per_s * MIB,
+        latency_us=latency_us,
+        n_readers=readers,
     )
-    compute = replays.Compute(**_given(dense_us=dense_us, expert_us=expert_us))
+    compute_options = _given(dense_us=dense_us, expert_us=expert_us)
+    disk = dataclasses.replace(calibration.disk if calibration else replays.Disk(), **disk_options)
+    compute = dataclasses.replace(calibration.compute if calibration else replays.Compute(), **compute_options)
     bank_bytes = replays.bank_bytes(loaded)
     results = [
         replays.replay(
@@ -132,6 +155,11 @@ def replay(
                 "n_tokens": loaded.n_tokens,
                 "bank_bytes": bank_bytes,
                 "cycle_bytes": replays.cycle_bytes(loaded),
+                "disk": dataclasses.asdict(disk),
+                "compute": dataclasses.asdict(compute),
+                "given": sorted([*disk_options, *compute_options, *_given(recall=recall)]),
+                "calibration": calibration and calibration.to_dict(),
+                "calibration_problem": problem,
                 "results": [r.to_dict() for r in results],
             }
         )
@@ -140,6 +168,14 @@ def replay(
         f"{loaded.model}: {loaded.n_tokens} tokens, experts of {format_size(bank_bytes)}, "
         f"of which one token uses {format_size(replays.cycle_bytes(loaded))}"
     )
+    click.echo(
+        f"disk: {disk.bytes_per_s / MIB:.0f} MiB/s, {disk.latency_us:.0f} us, {disk.n_readers} reads at once; "
+        f"computing: {replays.token_us(loaded, compute) / 1e3:.1f} ms/token, "
+        f"{compute.hold_up_us_per_mib / 1e3:.3f} ms more for each MiB read"
+    )
+    given = ", ".join(sorted([*disk_options, *compute_options]))
+    source = f"found by {calibration.n_tokens} tokens of the trace" if calibration else f"defaults: {problem}"
+    click.echo(f"{source}; given: {given}" if given else source)
     click.echo(table(results, bank_bytes))
 
 
@@ -155,6 +191,16 @@ def table(results: Sequence[ReplayResult], bank_bytes: int) -> str:
             f"{r.decode.tokens_per_s:>8.2f}"
         )
     return "\n".join(lines)
+
+
+def _calibration(trace: Trace) -> tuple[Calibration | None, str | None]:
+    """What the trace says about its machine, or why it says nothing."""
+    from edgemoe.replay_calibration import calibrate
+
+    try:
+        return calibrate(trace), None
+    except TraceError as error:
+        return None, str(error)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -48,8 +48,8 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   last_layer_ = layer_ = first.layer;
   last_n_tokens_ = n_tokens;
   active_ = true;
+  trace_.Begin(*cache_, tensor_idxs_, expert_of_.data(), n_tokens, n_used, prefetch_->Foreseen(first.layer));
   prefetch_->BeginLayer(first.layer, tensor_idxs_, chosen_of_id_, chosen_.size());
-  trace_.Begin(*cache_, tensor_idxs_, expert_of_.data(), n_tokens, n_used);
   CountAndPin();
   // A prompt's layer that does not fit needs every slot for itself.
   const bool fits = std::all_of(shares_.begin(), shares_.end(), [](const ClassShare& s) { return s.fits; });

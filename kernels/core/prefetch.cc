@@ -51,6 +51,10 @@ void Prefetch::BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs,
     has_begun_.resize(tensors_of_layer_.size());
   }
   has_begun_[static_cast<size_t>(layer)] = 1;
+  for (size_t i = 0; i < Predictor::kMaxDepth; ++i) {
+    const size_t idx = static_cast<size_t>(layer) * Predictor::kMaxDepth + i;
+    if (idx < foreseen_.size()) foreseen_[idx].clear();
+  }
   auto& tensors = tensors_of_layer_[static_cast<size_t>(layer)];
   if (tensors != tensor_idxs) tensors = tensor_idxs;
   if (predicted_layer_ != layer) return;
@@ -87,6 +91,16 @@ void Prefetch::SetHints(ExpertCache* cache, const Foresight& f, bool counts) {
       for (size_t t = 0; t + 1 < tensors.size(); ++t) add(tensors[t], e);
     }
     for (int32_t e : next.experts) add(tensors.back(), e);
+    if (counts) {
+      const size_t idx = static_cast<size_t>(next.layer) * Predictor::kMaxDepth + static_cast<size_t>(i);
+      std::vector<int32_t>& foreseen = foreseen_[idx];
+      const int32_t n_experts = n_experts_of_layer_[static_cast<size_t>(next.layer)];
+      foreseen.clear();
+      for (int32_t id : next.experts) {
+        const int32_t e = id < n_experts ? id : id - n_experts;  // a low-bit copy stands for its expert
+        if (std::find(foreseen.begin(), foreseen.end(), e) == foreseen.end()) foreseen.push_back(e);
+      }
+    }
     if (i == 0 && counts) {
       predicted_layer_ = next.layer;
       predicted_experts_.assign(next.experts.begin(), next.experts.end());
@@ -125,6 +139,8 @@ Status Prefetch::Start(const ExpertFile& file, const edgemoe_router* routers, in
   for (const ExpertTensor& t : file.tensors()) n_slices += static_cast<size_t>(t.n_experts);
   hints_.reserve(n_slices);
   predicted_experts_.reserve(2 * static_cast<size_t>(predictor.max_experts()));
+  foreseen_.assign(max_depth > 0 ? static_cast<size_t>(n_layers) * Predictor::kMaxDepth : 0, {});
+  for (auto& experts : foreseen_) experts.reserve(static_cast<size_t>(predictor.max_experts()));
   controller.Start(n_routers > 0 ? max_depth : 0, adaptive);
   return Status();
 }

@@ -79,6 +79,12 @@ class Prefetch {
   void SeeResidents(ExpertCache* cache, int layer, int depth, const edgemoe_choosers& choosers, Foresight* f) const;
   // counts: whether to compare with what is chosen then.
   void SetHints(ExpertCache* cache, const Foresight& foresight, bool counts);
+  // [Predictor::kMaxDepth] the experts that decoding has foreseen of a layer since it last began, from one layer ahead
+  // of it and from two, the likeliest first; empty: nobody looked. Null: nobody ever does.
+  const std::vector<int32_t>* Foreseen(int layer) const {
+    const size_t first = static_cast<size_t>(layer) * Predictor::kMaxDepth;
+    return first < foreseen_.size() ? &foreseen_[first] : nullptr;
+  }
 
  private:
   // scratch.scores of the layer `distance` layers on, and `order`, all its experts by falling score -> who is chosen.
@@ -96,6 +102,7 @@ class Prefetch {
   std::vector<int64_t> hints_;
   std::vector<int32_t> predicted_experts_;  // of predicted_layer_, which has not begun yet
   int predicted_layer_ = -1;
+  std::vector<std::vector<int32_t>> foreseen_;        // [layer][distance - 1], as Foreseen says
   std::chrono::steady_clock::time_point last_token_;  // when the last token of decode began
   bool in_decode_ = false;                            // the batch before was one token
 

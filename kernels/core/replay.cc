@@ -2,6 +2,7 @@
 #include "core/replay.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <memory>
 #include <mutex>
@@ -14,6 +15,8 @@
 
 namespace edgemoe {
 namespace {
+
+constexpr double kMib = 1 << 20;
 
 // Random numbers by name rather than by order: what is predicted does not depend on what else happens. (splitmix64)
 uint64_t Mix(uint64_t x) {
@@ -75,15 +78,20 @@ class Replayer {
   };
 
   Status RunLayer(int64_t batch, int layer);
+  void ForeseeTokens(int64_t batch);
   void BeginBatch(int64_t n_tokens);
   void CountAndPin(int64_t batch, int layer);
   Status RunTasks(int64_t batch, int layer, int first, int n);
   void CollectAndIssue();
   void Predict(int64_t batch, int layer);
+  void AddHints(int target);
+  bool FindForeseen(int64_t batch, int layer, int distance);
   void PredictLayer(int64_t batch, int layer, int distance);
   void PredictPrompt(int64_t batch, int layer);
   // The clock: what ends until then ends at its time, and free readers go on.
   void AdvanceTo(double us);
+  // So much computing, and what has been read meanwhile holds it up.
+  void Compute(double us);
   void StartReads();
 
   int64_t Slice(int layer, int i, int expert) const {
@@ -98,7 +106,8 @@ class Replayer {
   std::unique_lock<std::mutex> lock_;
   double now_us_ = 0.0;
   double stall_us_ = 0.0;
-  uint64_t n_slices_ = 0;  // used
+  double held_up_us_ = 0.0;  // not yet computed away
+  uint64_t n_slices_ = 0;    // used
 
   PrefetchController controller_;
   double last_token_us_ = 0.0;
@@ -126,10 +135,35 @@ void Replayer::StartReads() {
 void Replayer::AdvanceTo(double us) {
   while (!disk_.idle() && disk_.next_end_us() <= us) {
     now_us_ = std::max(now_us_, disk_.next_end_us());
-    cache_->FinishRead(disk_.TakeFirst(), Status());
+    const CacheRead read = disk_.TakeFirst();
+    held_up_us_ += static_cast<double>(cache_->file().Extent(read.slice).length) * options_.hold_up_us_per_mib / kMib;
+    cache_->FinishRead(read, Status());
     StartReads();
   }
   now_us_ = std::max(now_us_, us);
+}
+
+void Replayer::Compute(double us) {
+  const double end_us = now_us_ + us + held_up_us_;
+  held_up_us_ = 0.0;
+  AdvanceTo(end_us);
+}
+
+// As Prefetch::ForeseeTokens, where the trace says what it found.
+void Replayer::ForeseeTokens(int64_t batch) {
+  const int depth = cache_->HoldsEverything() || trace_.n_tokens(batch) > kMostDecodeTokens ? 0 : controller_.depth();
+  hints_.clear();
+  for (int distance = 1; distance <= std::min(depth, trace_.n_layers()); ++distance) {
+    if (!FindForeseen(batch, distance - 1, distance)) break;
+    if (distance == 1) {
+      predicted_layer_ = 0;
+      predicted_ = predicted_next_;
+    }
+    AddHints(distance - 1);
+  }
+  if (hints_.empty()) return;
+  cache_->SetHints(hints_);
+  StartReads();
 }
 
 // As MoeLayer::BeginBatch.
@@ -144,8 +178,9 @@ void Replayer::BeginBatch(int64_t n_tokens) {
   in_decode_ = n_tokens == 1;
   const int wanted = n_tokens <= kMostDecodeTokens ? controller_.depth() : std::min(options_.prefetch_depth, 1);
   depth_ = cache_->HoldsEverything() ? 0 : wanted;
+  if (depth_ > 0) return;
   predicted_layer_ = -1;
-  if (!cache_->HoldsEverything()) cache_->SetHints({});
+  cache_->SetHints({});
 }
 
 // As MoeLayer::CountAndPin, with Promise for one session.
@@ -259,7 +294,7 @@ Status Replayer::RunTasks(int64_t batch, int layer, int first, int n) {
     }
     stall_us_ += now_us_ - begin_us;
     const Task& task = tasks_[ready_[cursor]];
-    AdvanceTo(now_us_ + task.us);
+    Compute(task.us);
     cache_->Release(task.slice);
     if (options_.policy != EDGEMOE_REPLAY_BELADY) cache_->Pass(task.slice);
     if (next_pending_ < pending_.size()) CollectAndIssue();
@@ -282,11 +317,7 @@ void Replayer::Predict(int64_t batch, int layer) {
     } else {
       PredictLayer(batch, target, distance);
     }
-    const int n_slices = trace_.layer(target).n_slices;
-    for (int32_t e : predicted_next_) {
-      for (int i = 0; i + 1 < n_slices; ++i) hints_.push_back(Slice(target, i, e));
-    }
-    for (int32_t e : predicted_next_) hints_.push_back(Slice(target, n_slices - 1, e));
+    AddHints(target);
     if (distance == 1 && !is_prompt) {
       predicted_layer_ = target;
       predicted_ = predicted_next_;
@@ -294,6 +325,15 @@ void Replayer::Predict(int64_t batch, int layer) {
   }
   cache_->SetHints(hints_);
   StartReads();
+}
+
+// As Prefetch::SetHints, for one layer.
+void Replayer::AddHints(int target) {
+  const int n_slices = trace_.layer(target).n_slices;
+  for (int32_t e : predicted_next_) {
+    for (int i = 0; i + 1 < n_slices; ++i) hints_.push_back(Slice(target, i, e));
+  }
+  for (int32_t e : predicted_next_) hints_.push_back(Slice(target, n_slices - 1, e));
 }
 
 // As Prefetch::ForeseePrompt, for the layer after this one.
@@ -308,9 +348,22 @@ void Replayer::PredictPrompt(int64_t batch, int layer) {
   std::iota(predicted_next_.begin(), predicted_next_.end(), 0);
 }
 
-// Each expert of each token with the chance of `recall`, else one that the token does not choose.
-void Replayer::PredictLayer(int64_t batch, int layer, int distance) {
+// What the trace says was foreseen; false: nothing.
+bool Replayer::FindForeseen(int64_t batch, int layer, int distance) {
   predicted_next_.clear();
+  for (int i = 0; i < trace_.n_foreseen(); ++i) {
+    const int16_t expert = trace_.Foreseen(batch, layer, distance)[i];
+    if (expert < 0) break;
+    predicted_next_.push_back(expert);
+  }
+  return !predicted_next_.empty();
+}
+
+// What was foreseen; or else each expert of each token with the chance of `recall`, and for the others one that the
+// token does not choose. Those that are foreseen wrongly have scored high: a third of them are what the token before
+// chose, and a third what the next one will (docs/experiments.md).
+void Replayer::PredictLayer(int64_t batch, int layer, int distance) {
+  if (FindForeseen(batch, layer, distance)) return;
   const uint64_t n_experts = static_cast<uint64_t>(trace_.layer(layer).n_experts);
   for (int64_t t = trace_.first_token(batch); t < trace_.first_token(batch + 1); ++t) {
     const int16_t* const chosen = trace_.Experts(t, layer);
@@ -328,6 +381,17 @@ void Replayer::PredictLayer(int64_t batch, int layer, int distance) {
       if (ToUnit(random) >= options_.recall) {
         random = Mix(random);
         predicted = -1;
+        // The token before, the one after, or neither.
+        const int64_t near = std::array<int64_t, 3>{t - 1, t + 1, -1}[random % 3];
+        random = Mix(random);
+        if (near >= 0 && near < trace_.first_token(trace_.n_batches())) {
+          const int16_t* const others = trace_.Experts(near, layer);
+          const uint64_t n_others = static_cast<uint64_t>(trace_.max_used());
+          for (uint64_t i = 0; i < n_others && predicted < 0; ++i) {
+            const int16_t other = others[(random + i) % n_others];
+            if (other >= 0 && !is_known(other)) predicted = other;
+          }
+        }
         for (uint64_t i = 0; i < n_experts && predicted < 0; ++i) {
           const int32_t other = static_cast<int32_t>((random + i) % n_experts);
           if (!is_known(other)) predicted = other;
@@ -341,7 +405,8 @@ void Replayer::PredictLayer(int64_t batch, int layer, int distance) {
 }
 
 Status Replayer::RunLayer(int64_t batch, int layer) {
-  AdvanceTo(now_us_ + options_.dense_us * RowsCost(trace_.n_tokens(batch)));
+  if (layer == 0) ForeseeTokens(batch);
+  Compute(options_.dense_us * RowsCost(trace_.n_tokens(batch)));
   cache_->BeginLayer(&lock_);
   if (layer == 0) BeginBatch(trace_.n_tokens(batch));
   // Belady's keys are distances, which no clock changes.
@@ -387,6 +452,7 @@ Status Replayer::Run(edgemoe_replay_result* result, double* batch_us, int32_t* d
     for (int l = 0; l < trace_.n_layers(); ++l) {
       if (Status s = RunLayer(b, l); !s.ok()) return s;
     }
+    Compute(options_.batch_us);
     const edgemoe_replay_phase after = snapshot();
     if (batch_us != nullptr) batch_us[b] = after.total_us - before.total_us;
     if (depths != nullptr) depths[b] = depth_;
@@ -430,6 +496,8 @@ Status CheckOptions(const edgemoe_replay_options& o) {
   if (!no_less_than_zero(o.dense_us)) return refuse("dense_us", o.dense_us, "0 or more");
   if (!no_less_than_zero(o.expert_us)) return refuse("expert_us", o.expert_us, "0 or more");
   if (!no_less_than_zero(o.row_share)) return refuse("row_share", o.row_share, "0 or more");
+  if (!no_less_than_zero(o.batch_us)) return refuse("batch_us", o.batch_us, "0 or more");
+  if (!no_less_than_zero(o.hold_up_us_per_mib)) return refuse("hold_up_us_per_mib", o.hold_up_us_per_mib, "0 or more");
   if (!(o.recall >= 0.0 && o.recall <= 1.0)) return refuse("recall", o.recall, "0 to 1");
   if (o.n_readers < 1) return refuse("n_readers", o.n_readers, "at least 1");
   if (o.prefetch_depth < 0 || o.prefetch_depth > Predictor::kMaxDepth)

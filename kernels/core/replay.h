@@ -3,8 +3,9 @@
 // simulated disk and with computing that only takes time. One clock, one thread, no bytes: the same trace and options
 // give the same result anywhere.
 // The model: one product at a time, on all threads. A read waits for its latency, then for the bytes of the reads that
-// began before it, then for its own; n_readers of them are under way at most. Interleaving of slices by reader threads
-// (see docs/architecture.md) costs nothing here, and neither does the cache itself.
+// began before it, then for its own; n_readers of them are under way at most. What reading takes from computing (the
+// readers' share of the cores, waking threads, interleaving) is in proportion to the bytes read; the cache itself costs
+// nothing. Predictions are the trace's where it has them, for they depend on the text and not on the cache.
 #ifndef EDGEMOE_CORE_REPLAY_H_
 #define EDGEMOE_CORE_REPLAY_H_
 

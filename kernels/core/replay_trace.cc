@@ -33,7 +33,23 @@ Status ReplayTrace::Set(const edgemoe_replay_trace& trace) {
   trace_ = trace;
   if (Status s = CheckLayers(); !s.ok()) return s;
   if (Status s = SetBatches(); !s.ok()) return s;
+  if (Status s = CheckForeseen(); !s.ok()) return s;
   return SetUses();
+}
+
+Status ReplayTrace::CheckForeseen() const {
+  for (int64_t b = 0; b < n_batches(); ++b) {
+    for (int l = 0; l < n_layers(); ++l) {
+      for (int i = 0; i < 2 * n_foreseen(); ++i) {
+        const int expert = Foreseen(b, l, 1)[i];
+        if (expert >= -1 && expert < layer(l).n_experts) continue;
+        return Status(EDGEMOE_INVALID_ARGUMENT,
+                      Format("batch %lld of the trace: expert %d foreseen of layer %d, expected 0..%d",
+                             static_cast<long long>(b), expert, l, layer(l).n_experts - 1));
+      }
+    }
+  }
+  return Status();
 }
 
 Status ReplayTrace::CheckLayers() const {

@@ -43,6 +43,11 @@ class ReplayTrace {
     return trace_.experts + (token * trace_.n_layers + layer) * trace_.max_used;
   }
   int max_used() const { return trace_.max_used; }
+  // What was foreseen of a layer from `distance` layers ahead: [n_foreseen], -1 from where there are no more.
+  int n_foreseen() const { return trace_.foreseen == nullptr ? 0 : trace_.max_foreseen; }
+  const int16_t* Foreseen(int64_t batch, int layer, int distance) const {
+    return trace_.foreseen + (Step(batch, layer) * 2 + distance - 1) * trace_.max_foreseen;
+  }
 
   // A file of which nothing can be read, with a tensor for each projection: layer after layer, in the order of use.
   Status OpenFile(std::unique_ptr<ExpertFile>* file) const;
@@ -58,6 +63,7 @@ class ReplayTrace {
   Status CheckLayers() const;
   Status SetBatches();
   Status SetUses();
+  Status CheckForeseen() const;
 
   edgemoe_replay_trace trace_ = {};
   std::vector<int64_t> first_token_;  // [n_batches + 1]

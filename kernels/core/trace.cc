@@ -13,7 +13,7 @@ namespace {
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "records are written as they lie in memory");
 
 constexpr char kMagic[8] = {'E', 'M', 'T', 'R', 'A', 'C', 'E', '\0'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 // A decode token of 48 layers with 8 of 128 experts makes 5 KiB, so this is the time of 800 tokens that the disk may be
 // behind; a micro-batch of 512 such tokens makes 1.2 MiB.
 constexpr uint64_t kRingBytes = 4 << 20;
@@ -196,7 +196,7 @@ Status TraceRecorder::WriteBlock(const char* tag, const char* first, uint64_t n_
 }
 
 void LayerTrace::Fill(const ExpertCache& cache, const std::vector<int32_t>& tensor_idxs, const int32_t* ids,
-                      int64_t n_tokens, int64_t n_used) {
+                      int64_t n_tokens, int64_t n_used, const std::vector<int32_t>* foreseen) {
   const ExpertTensor& first = cache.file().tensors()[static_cast<size_t>(tensor_idxs[0])];
   if (n_tokens == 0) {
     recording_ = 0;
@@ -211,26 +211,40 @@ void LayerTrace::Fill(const ExpertCache& cache, const std::vector<int32_t>& tens
   const size_t n_ids = static_cast<size_t>(n_tokens * n_used);
   const size_t n_resident_bytes = (static_cast<size_t>(first.n_experts) + 7) / 8;
   record_.record_bytes = static_cast<uint32_t>(sizeof(TraceRecord) + n_ids * sizeof(uint16_t) + n_resident_bytes);
+  size_t n_foreseen = 0;
+  for (int i = 0; foreseen != nullptr && i < kTracedDistances; ++i) n_foreseen += foreseen[i].size();
+  const bool has_foreseen = n_foreseen > 0;
+  if (has_foreseen) {
+    record_.record_bytes += static_cast<uint32_t>((kTracedDistances + n_foreseen) * sizeof(uint16_t));
+  }
   record_.n_tokens = static_cast<uint32_t>(n_tokens);
   record_.layer = static_cast<uint16_t>(first.layer);
   record_.n_used = static_cast<uint16_t>(n_used);
   record_.n_experts = static_cast<uint16_t>(first.n_experts);
-  record_.flags = kTraceHasResident;
+  record_.flags = static_cast<uint16_t>(kTraceHasResident | (has_foreseen ? kTraceHasForeseen : 0));
   record_.begin_us = recorder_->MicrosecondsSinceStart();
   // With room for the weights, which may come.
   const size_t most_bytes = record_.record_bytes + n_ids * sizeof(float);
   if (bytes_.size() < most_bytes) bytes_.resize(most_bytes);
   char* to = bytes_.data() + sizeof(TraceRecord);
-  for (size_t i = 0; i < n_ids; ++i, to += sizeof(uint16_t)) {
-    const uint16_t id = static_cast<uint16_t>(ids[i]);
-    std::memcpy(to, &id, sizeof(id));
-  }
+  const auto put = [&to](size_t value) {
+    const uint16_t as_written = static_cast<uint16_t>(value);
+    std::memcpy(to, &as_written, sizeof(as_written));
+    to += sizeof(as_written);
+  };
+  for (size_t i = 0; i < n_ids; ++i) put(static_cast<size_t>(ids[i]));
   std::memset(to, 0, n_resident_bytes);
   for (int32_t e = 0; e < first.n_experts; ++e) {
     const bool resident = std::all_of(tensor_idxs.begin(), tensor_idxs.end(), [&](int32_t t) {
       return cache.Resident(cache.file().tensors()[static_cast<size_t>(t)].first_slice + e);
     });
     if (resident) to[e / 8] = static_cast<char>(to[e / 8] | 1 << e % 8);
+  }
+  if (!has_foreseen) return;
+  to += n_resident_bytes;
+  for (int i = 0; i < kTracedDistances; ++i) {
+    put(foreseen[i].size());
+    for (int32_t e : foreseen[i]) put(static_cast<size_t>(e));
   }
 }
 

@@ -28,7 +28,8 @@ namespace edgemoe {
 inline constexpr int kMostTracedExperts = 32767;
 
 // The fixed part of a record as it lies in the file, little-endian. Behind it: ids [n_tokens][n_used] uint16, resident
-// experts as bits [(n_experts + 7) / 8], mixing weights [n_tokens][n_used] float32; the last two where flags say so.
+// experts as bits [(n_experts + 7) / 8], experts that were foreseen from one and from two layers ahead (a number and as
+// many ids, uint16, for each), mixing weights [n_tokens][n_used] float32; the last three where flags say so.
 struct TraceRecord {
   uint32_t record_bytes = 0;  // with what is behind it
   uint32_t batch = 0;
@@ -44,6 +45,8 @@ struct TraceRecord {
 static_assert(sizeof(TraceRecord) == 40, "the format has no padding");
 inline constexpr uint16_t kTraceHasWeights = 1;
 inline constexpr uint16_t kTraceHasResident = 2;
+inline constexpr uint16_t kTraceHasForeseen = 4;
+inline constexpr int kTracedDistances = 2;
 
 // As zlib's: CRC-32 of ISO 3309, of `crc` bytes before and these.
 uint32_t Crc32(uint32_t crc, const void* bytes, uint64_t n_bytes);
@@ -102,12 +105,13 @@ class LayerTrace {
  public:
   explicit LayerTrace(TraceRecorder* recorder) : recorder_(recorder) {}
 
-  // With the cache's lock, before the layer acquires anything. ids: [n_tokens][n_used].
+  // With the cache's lock, before the layer acquires anything. ids: [n_tokens][n_used]. foreseen: [kTracedDistances]
+  // what was foreseen of the layer, or null.
   void Begin(const ExpertCache& cache, const std::vector<int32_t>& tensor_idxs, const int32_t* ids, int64_t n_tokens,
-             int64_t n_used) {
+             int64_t n_used, const std::vector<int32_t>* foreseen) {
     wait_ns_ = 0;
     recording_ = recorder_->recording();
-    if (recording_ != 0) Fill(cache, tensor_idxs, ids, n_tokens, n_used);
+    if (recording_ != 0) Fill(cache, tensor_idxs, ids, n_tokens, n_used, foreseen);
   }
   void AddWait(std::chrono::steady_clock::duration waited) {
     wait_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count();
@@ -122,7 +126,7 @@ class LayerTrace {
 
  private:
   void Fill(const ExpertCache& cache, const std::vector<int32_t>& tensor_idxs, const int32_t* ids, int64_t n_tokens,
-            int64_t n_used);
+            int64_t n_used, const std::vector<int32_t>* foreseen);
   void CopyWeights(const edgemoe_ffn& ffn);
   void Append(uint64_t bytes_read);
 

@@ -69,6 +69,8 @@ struct ToyTrace {
     view.layers = layers.data();
     view.batch_of_token = batch_of_token.data();
     view.experts = experts.data();
+    view.foreseen = foreseen.empty() ? nullptr : foreseen.data();
+    view.max_foreseen = n_used;
     return view;
   }
   uint64_t CycleBytes() const {
@@ -94,6 +96,7 @@ struct ToyTrace {
   std::vector<edgemoe_replay_layer> layers;
   std::vector<int32_t> batch_of_token;
   std::vector<int16_t> experts;
+  std::vector<int16_t> foreseen;  // of single tokens: [token][layer][2][n_used]
 };
 
 edgemoe_replay_options Options(uint64_t slots_bytes, int policy = EDGEMOE_EVICT_LRU) {
@@ -338,6 +341,58 @@ TEST(ReplayTest, APoolOneExpertShortOfATokenCycleStillHits) {
     // 2022 with knowledge of the future; 1880 by frequency, of which layers that come later have a use less.
     EXPECT_GT(r.all.hits, 1800u) << "policy " << policy;
   }
+}
+
+// Guards against: time behind the layers, or what reading costs, that is charged twice, too early or not at all.
+TEST(ReplayTest, ReadingHoldsComputingUp) {
+  ToyTrace trace(1, 4, 1);
+  for (int i = 0; i < 2; ++i) trace.AddBatch(1, [](int) { return std::vector<int32_t>{0}; });
+  edgemoe_replay_options o = Options(12 * kPage);
+  o.batch_us = 2.0;
+  o.hold_up_us_per_mib = static_cast<double>((1 << 20) / kPage);  // a microsecond for each page
+  std::vector<double> us;
+  const edgemoe_replay_result r = RunReplay(trace, o, &us);
+  // Dense 4. Reads end 1.5, 2.5 and 3.5 later. Gate takes 1, and 1 more for itself: 1.5-3.5; up 1, and 2 more for up
+  // and down: 3.5-6.5; down 6.5-7.5; the head.
+  EXPECT_DOUBLE_EQ(us[0], 4.0 + 7.5 + 2.0);
+  EXPECT_DOUBLE_EQ(us[1], 4.0 + 3.0 + 2.0);
+  EXPECT_DOUBLE_EQ(r.all.stall_us, 1.5);
+}
+
+// Guards against: predictions that are drawn where the trace has them, first layers that nobody foresees, and hints of
+// another layer.
+TEST(ReplayTest, PredictionsAreThoseOfTheTrace) {
+  constexpr int kLayers = 4, kUsed = 2;
+  std::mt19937 rng(3);
+  ToyTrace trace(kLayers, 16, kUsed);
+  trace.AddLocal(&rng, 80, 0.5);
+  edgemoe_replay_options o = Options(trace.CycleBytes());
+  o.dense_us = 40.0;  // time to read ahead
+  o.prefetch_depth = 1;
+  o.recall = 0.0;
+  const edgemoe_replay_result drawn = RunReplay(trace, o);
+  EXPECT_EQ(drawn.prefetch.predicted_right, 0u);
+  EXPECT_EQ(drawn.prefetch.predicted, 80u * (kLayers - 1) * kUsed);
+  for (size_t step = 0; step < 80u * kLayers; ++step) {
+    const auto chosen = trace.experts.begin() + static_cast<std::ptrdiff_t>(step * kUsed);
+    trace.foreseen.insert(trace.foreseen.end(), chosen, chosen + kUsed);
+    trace.foreseen.insert(trace.foreseen.end(), kUsed, -1);
+  }
+  const edgemoe_replay_result known = RunReplay(trace, o);
+  EXPECT_EQ(known.prefetch.predicted_right, 80u * kLayers * kUsed);
+  EXPECT_EQ(known.prefetch.predicted, known.prefetch.predicted_right);
+  EXPECT_EQ(known.prefetch.wasted_bytes, 0u);
+  EXPECT_EQ(known.all.misses, 0u) << "all is read in time";
+  // Where nobody looked they are drawn.
+  std::fill(trace.foreseen.begin() + trace.foreseen.size() / 2, trace.foreseen.end(), int16_t{-1});
+  const edgemoe_replay_result half = RunReplay(trace, o);
+  EXPECT_EQ(half.prefetch.predicted_right, 40u * kLayers * kUsed);
+  EXPECT_EQ(half.prefetch.predicted, 40u * (2 * kLayers - 1) * kUsed);
+  trace.foreseen[5] = 16;
+  edgemoe_replay_result none;
+  const Status s = Replay(trace.View(), o, &none, nullptr, nullptr);
+  EXPECT_EQ(s.code(), EDGEMOE_INVALID_ARGUMENT);
+  EXPECT_NE(s.message().find("expert 16 foreseen of layer 1"), std::string::npos) << s.message();
 }
 
 // Guards against: a replay that no longer asks the cache as MoeLayer does.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from gguf import GGUFReader
 
 from benchmarks import synthetic
-from edgemoe import routers
+from edgemoe import host, replay, routers, trace
 from edgemoe.formats.gguf import read_model
+from edgemoe.replay_calibration import calibrate
 from tests.conftest import ModelWriter
 from tests.integration.support import N_VOCAB, ROOT, set_residency, set_threads, streamed
 
@@ -43,6 +45,36 @@ def test_predictions_are_mostly_right(arch: str, write_model: ModelWriter) -> No
     assert stats.prefetch_used_bytes + stats.prefetch_late_bytes > 0
     assert stats.expert_bytes_read >= stats.prefetch_used_bytes + stats.prefetch_late_bytes
     assert stats.bytes_per_token == stats.expert_bytes_read / 40
+
+
+def test_a_trace_holds_the_predictions_and_calibrates(write_model: ModelWriter, tmp_path: Path) -> None:
+    """Guards against predictions recorded for another layer or token, and a recorded run that its replay cannot use."""
+    path = write_model("olmoe", n_experts=32, n_experts_used=4, n_layers=4)
+    with streamed(path, prefetch="2") as llm:
+        set_threads(llm, 1)
+        set_residency(llm, "third")
+        llm.eval(TOKENS[:16])
+        llm.reset_stats()
+        with llm.record_trace(tmp_path / "t"):
+            for token in TOKENS[16:]:
+                llm.eval([token])
+        found, stats = llm._runtime.prefetch_stats(), llm.stats()
+    recorded = trace.load(tmp_path / "t")
+    assert recorded.run == trace.TracedRun(stats.slots_bytes, "auto", "2", host.N_IO_THREADS)
+    assert recorded.foreseen is not None
+    n_foreseen = (recorded.foreseen >= 0).sum(axis=(0, 1, 3))
+    assert n_foreseen[0] == found.predicted == 40 * 4 * llm._gguf.n_moe_layers
+    assert n_foreseen[1] == 40 * 4 * llm._gguf.n_moe_layers - 40 * 4, "nobody is two layers ahead of the first"
+    assert replay.foreseen_recall(recorded) == found.predicted_right / found.predicted
+    calibration = calibrate(recorded)
+    again = replay.replay(
+        recorded, slots_bytes=stats.slots_bytes, prefetch="2", disk=calibration.disk, compute=calibration.compute
+    )
+    # The disk is fitted to this; the cache of the replay begins empty, that of the run did not.
+    expected_us = calibration.wait_us / calibration.read_bytes
+    assert again.decode.stall_us / again.decode.bytes_read == pytest.approx(expected_us, rel=0.25)
+    computed_us = (again.decode.total_us - again.decode.stall_us) / again.decode.n_tokens
+    assert computed_us == pytest.approx(calibration.total_us - calibration.wait_us, rel=0.25)
 
 
 def test_predictions_learn() -> None:

@@ -143,7 +143,7 @@ def test_command_shows_every_policy_and_budget(trace_path: str) -> None:
     """Guards against a table that lacks a row, or a share taken of something else."""
     result = run("replay", trace_path, "--memory", "25%", "--memory", "128KiB")
     assert result.exit_code == 0, result.output
-    rows = [line.split() for line in result.stdout.splitlines()[2:]]
+    rows = [line.split() for line in result.stdout.splitlines()[4:]]
     assert [r[3] for r in rows] == list(replays.POLICIES) * 2
     assert rows[0][2] == "25%" and rows[6][:3] == ["128", "KiB", "50%"]
 

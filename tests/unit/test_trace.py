@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import edgemoe
 from edgemoe import trace
 from edgemoe.errors import TraceError
-from edgemoe.trace import Trace, TraceLayer
+from edgemoe.trace import Trace, TracedRun, TraceLayer
 from edgemoe.trace_summary import summarize
 from tests.unit.fakes import FakeLlama, error_lines, run
 
@@ -43,6 +43,10 @@ def make_trace(
     resident = np.zeros((*shape, max(layer[1] for layer in layers)), np.bool_)
     for i, (_, n_experts, _) in enumerate(layers):
         resident[:, i, :n_experts] = rng.random((len(batches), n_experts)) < 0.5
+    foreseen = np.full((*shape, trace.N_DISTANCES, n_used), -1, np.int16)
+    for i, (_, _, k) in enumerate(layers):
+        foreseen[:, i, 0, :k] = experts[np.cumsum(batches, dtype=np.int64) - 1, i, :k]
+        foreseen[1:, i, 1, : k - 1] = foreseen[1:, i, 0, 1:k]
     unknown = np.full(shape, np.nan)
     return Trace(
         model="tiny é.gguf",
@@ -54,6 +58,8 @@ def make_trace(
         wait_us=(rng.random(shape) * 1e3 if is_recorded else unknown).astype(np.float32),
         read_bytes=rng.integers(0, 1 << 40, shape) if is_recorded else np.full(shape, -1),
         resident=resident if is_recorded else None,
+        foreseen=foreseen if is_recorded and n_used > 0 else None,
+        run=TracedRun(1 << 30, "auto", "2", 4) if is_recorded else None,
     )
 
 
@@ -62,7 +68,9 @@ def assert_same(found: Trace, expected: Trace) -> None:
     for field in dataclasses.fields(Trace)[2:]:
         one, other = getattr(found, field.name), getattr(expected, field.name)
         assert (one is None) == (other is None), field.name
-        if one is not None:
+        if isinstance(one, TracedRun):
+            assert one == other
+        elif one is not None:
             assert one.dtype == other.dtype, field.name
             np.testing.assert_array_equal(one, other, err_msg=field.name)
 
@@ -79,7 +87,7 @@ def blocks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 def join(parts: list[tuple[bytes, bytes]]) -> bytes:
     """A file of these blocks, with true checksums."""
-    data = b"EMTRACE\0" + struct.pack("<I", 1)
+    data = b"EMTRACE\0" + struct.pack("<I", 2)
     for tag, payload in parts:
         head = tag + struct.pack("<I", len(payload))
         data += head + struct.pack("<I", zlib.crc32(head + payload)) + payload
@@ -169,8 +177,8 @@ def test_foreign_files_are_told_apart(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(TraceError, match=r"no trace: found b'GGUF.*offset 0"):
         trace.load(foreign)
     data = saved.read_bytes()
-    foreign.write_bytes(data[:8] + struct.pack("<I", 2) + data[12:])
-    with pytest.raises(TraceError, match="format version 2, expected 1"):
+    foreign.write_bytes(data[:8] + struct.pack("<I", 3) + data[12:])
+    with pytest.raises(TraceError, match="format version 3, expected 1 to 2"):
         trace.load(foreign)
     foreign.write_bytes(data + b"\0")
     with pytest.raises(TraceError, match="1 bytes behind the end"):
@@ -212,6 +220,7 @@ def test_wrong_contents_with_true_checksums_are_refused(saved: Path) -> None:
 
 def test_fewer_tokens_are_the_last_and_missing_layers_are_empty(saved: Path) -> None:
     """Guards against a prompt's last layer, which llama.cpp computes for few tokens, given to the first ones."""
+    trace.save(dataclasses.replace(make_trace(), foreseen=None), saved)
     (_, header), (_, records), _ = blocks(saved.read_bytes())
     n_bytes = [struct.unpack_from("<I", records, 0)[0]]
     n_bytes.append(struct.unpack_from("<I", records, n_bytes[0])[0])
@@ -243,6 +252,7 @@ def test_save_refuses_what_it_could_not_give_back(tmp_path: Path) -> None:
         "count up from 0": {"batch_of_token": good.batch_of_token[::-1]},
         "its layers are": {"layers": good.layers[::-1]},
         "wait_us is": {"wait_us": good.wait_us[:2]},
+        "foreseen is": {"foreseen": good.foreseen[:2]},
     }
     for message, fields in wrong.items():
         with pytest.raises(TraceError, match=message):
@@ -264,6 +274,34 @@ def test_full_disk_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPa
         trace.save(make_trace(1), saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_files_of_the_first_version_still_load(tmp_path: Path) -> None:
+    """Guards against traces lost with an update: version 1 had neither predictions nor settings."""
+    old = dataclasses.replace(make_trace(), foreseen=None, run=None)
+    trace.save(old, tmp_path / "t")
+    data = (tmp_path / "t").read_bytes()
+    (tmp_path / "t").write_bytes(data[:8] + struct.pack("<I", 1) + data[12:])
+    assert_same(trace.load(tmp_path / "t"), old)
+
+
+def test_wrong_predictions_with_true_checksums_are_refused(saved: Path) -> None:
+    """Guards against a number of experts that reads behind the block, and experts that the layer does not have."""
+    (_, header), (_, records), done = blocks(saved.read_bytes())
+    at = 40 + 2 * 5 * 4 + 2  # layer 1 of the first batch: five tokens of four ids, 16 resident
+    assert struct.unpack_from("<H", records, at)[0] == 4
+    for wrong in (
+        records[:at] + struct.pack("<H", 0xFFFF) + records[at + 2 :],
+        records[:at] + struct.pack("<H", 3) + records[at + 2 :],
+        records[: at + 2] + struct.pack("<H", 16) + records[at + 4 :],
+    ):
+        saved.write_bytes(join([(b"HEAD", header), (b"RECS", wrong), done]))
+        with pytest.raises(TraceError, match=r"corrupt: .*offset \d+\)"):
+            trace.load(saved)
+    odd_run = json.dumps(dict(json.loads(header), run={"slots_bytes": 1})).encode()
+    saved.write_bytes(join([(b"HEAD", odd_run), (b"RECS", records), done]))
+    with pytest.raises(TraceError, match="the header is not what it should be"):
+        trace.load(saved)
 
 
 # ---------------------------------------------------------------- summary

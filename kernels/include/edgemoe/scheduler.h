@@ -127,6 +127,11 @@ typedef struct edgemoe_replay_trace {
   const edgemoe_replay_layer* layers;
   const int32_t* batch_of_token; /* [n_tokens] from 0, each as the one before or 1 more */
   const int16_t* experts;        /* [n_tokens][n_layers][max_used], -1: none */
+  /* What was foreseen of each layer from one layer ahead and from two, the likeliest first; -1 behind them, and first
+   * where nobody looked. [n_batches][n_layers][2][max_foreseen], or NULL. */
+  const int16_t* foreseen;
+  int32_t max_foreseen;
+  int32_t reserved;
 } edgemoe_replay_trace;
 
 /* As edgemoe_eviction; and the one that knows the future. */
@@ -141,10 +146,12 @@ typedef struct edgemoe_replay_options {
   double jitter;           /* 0 to 1: each read takes 1 - jitter to 1 + jitter times as long */
   int64_t change_token;    /* from the batch with this token on, the disk is change_factor times as fast; -1: never */
   double change_factor;
-  double dense_us;  /* all but the routed experts, of one layer and token */
-  double expert_us; /* one expert and token */
-  double row_share; /* each further token of a batch costs this share of the first */
-  double recall;    /* of predictions: each true expert is kept with this chance, else replaced by a wrong one */
+  double dense_us;           /* all but the routed experts, of one layer and token */
+  double expert_us;          /* one expert and token */
+  double row_share;          /* each further token of a batch costs this share of the first */
+  double batch_us;           /* behind the layers of a batch: head, sampling, host */
+  double hold_up_us_per_mib; /* by which reading so much holds computing up */
+  double recall; /* where the trace has no predictions: each true expert is kept with this chance, else a wrong one */
   uint64_t seed;
   int32_t n_readers;
   int32_t prefetch_depth; /* layers ahead, 0 to 2 */

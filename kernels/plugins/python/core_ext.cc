@@ -78,6 +78,8 @@ NB_MODULE(_core, m) {
       .def_rw("dense_us", &edgemoe_replay_options::dense_us)
       .def_rw("expert_us", &edgemoe_replay_options::expert_us)
       .def_rw("row_share", &edgemoe_replay_options::row_share)
+      .def_rw("batch_us", &edgemoe_replay_options::batch_us)
+      .def_rw("hold_up_us_per_mib", &edgemoe_replay_options::hold_up_us_per_mib)
       .def_rw("recall", &edgemoe_replay_options::recall)
       .def_rw("seed", &edgemoe_replay_options::seed)
       .def_rw("n_readers", &edgemoe_replay_options::n_readers)
@@ -105,8 +107,8 @@ NB_MODULE(_core, m) {
       .def_ro("slots_bytes", &edgemoe_replay_result::slots_bytes)
       .def_ro("n_slots", &edgemoe_replay_result::n_slots);
 
-  m.def("replay", &Replay, nb::arg("layers"), nb::arg("batch_of_token"), nb::arg("experts"), nb::arg("options"),
-        nb::arg("batch_us").noconvert(), nb::arg("depths").noconvert());
+  m.def("replay", &Replay, nb::arg("layers"), nb::arg("batch_of_token"), nb::arg("experts"), nb::arg("foreseen"),
+        nb::arg("options"), nb::arg("batch_us").noconvert(), nb::arg("depths").noconvert());
 
   nb::class_<Runtime>(m, "Runtime")
       .def(nb::init<const std::vector<std::string>&, const std::vector<TensorTuple>&, uint64_t, int, int, int>(),

@@ -106,6 +106,7 @@ using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device
 using RouterTuple = std::tuple<int, FloatRows, std::optional<Floats>, std::optional<Floats>, bool>;
 
 using ReplayIds = nb::ndarray<const int16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using ReplayForeseen = nb::ndarray<const int16_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using ReplayBatches = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ReplayTimes = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ReplayDepths = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -114,8 +115,9 @@ using ReplayLayerTuple = std::tuple<int, int, std::vector<uint64_t>>;
 
 // experts: [n_tokens][n_layers][max_used]; batch_us and depths: [n_batches], written.
 inline edgemoe_replay_result Replay(const std::vector<ReplayLayerTuple>& tuples, const ReplayBatches& batch_of_token,
-                                    const ReplayIds& experts, const edgemoe_replay_options& options,
-                                    const ReplayTimes& batch_us, const ReplayDepths& depths) {
+                                    const ReplayIds& experts, const ReplayForeseen& foreseen,
+                                    const edgemoe_replay_options& options, const ReplayTimes& batch_us,
+                                    const ReplayDepths& depths) {
   std::vector<edgemoe_replay_layer> layers;
   for (const auto& [n_experts, n_used, slice_bytes] : tuples) {
     edgemoe_replay_layer layer = {n_experts, n_used, static_cast<int32_t>(slice_bytes.size()), 0, {}};
@@ -125,7 +127,8 @@ inline edgemoe_replay_result Replay(const std::vector<ReplayLayerTuple>& tuples,
   const size_t n_tokens = batch_of_token.shape(0);
   const size_t n_batches = n_tokens == 0 ? 0 : static_cast<size_t>(batch_of_token.data()[n_tokens - 1]) + 1;
   if (experts.shape(0) != n_tokens || experts.shape(1) != layers.size() || batch_us.shape(0) != n_batches ||
-      depths.shape(0) != n_batches) {
+      depths.shape(0) != n_batches || foreseen.shape(0) != n_batches || foreseen.shape(1) != layers.size() ||
+      foreseen.shape(2) != 2) {
     throw CoreError{EDGEMOE_INVALID_ARGUMENT, "replay: arrays of lengths that do not belong to one trace"};
   }
   const edgemoe_replay_trace trace = {static_cast<int32_t>(layers.size()),
@@ -133,7 +136,10 @@ inline edgemoe_replay_result Replay(const std::vector<ReplayLayerTuple>& tuples,
                                       static_cast<int64_t>(n_tokens),
                                       layers.data(),
                                       batch_of_token.data(),
-                                      experts.data()};
+                                      experts.data(),
+                                      foreseen.data(),
+                                      static_cast<int32_t>(foreseen.shape(3)),
+                                      0};
   edgemoe_replay_result result;
   edgemoe_error error = {};
   int32_t code;
