@@ -308,6 +308,7 @@ TEST(TraceTest, LayersGoOnWhenTheFileStandsStillAndTheTraceFails) {
 
 // Guards against: records that tear or vanish where the ring begins again.
 TEST(TraceTest, RecordsSurviveTheRingsEnd) {
+  Watchdog watchdog("RecordsSurviveTheRingsEnd");
   ToyModel model{ToyShape()};
   RuntimePtr runtime(model.Open(model.SlotsBytes(16)));
   FakeSink sink;

@@ -199,6 +199,35 @@ def test_a_shorter_sequence_of_a_batch_is_filled_up_on_the_right(exported: Maker
     assert relative_error(found[1, :n_short], expected[:n_short]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["gpt-oss", "olmoe"])
+def test_a_batch_goes_on_after_padding(exported: Maker, family: str) -> None:
+    """Guards against: the next token of a shorter sequence after its padding instead of in its place; rows of a batch
+    whose lengths our session does not keep apart as stock does."""
+    path, expected = exported(family)
+    n_long, n_short, n_new = N_TOKENS - 8, N_TOKENS // 3, 8
+    ours, theirs = streamed(path), stock(path)
+    names = [output.name for output in theirs.get_outputs()]
+    feed: dict[str, Any] = {name: np.repeat(value, 2, axis=0) for name, value in Runner(theirs)._cache.items()}
+    inputs = np.array([TOKENS[:n_long], TOKENS[:n_short] + [0] * (n_long - n_short)], np.int64)
+    mask = np.ones((2, n_long), np.int64)
+    mask[1, n_short:] = 0
+    for step in range(n_new + 1):
+        given = {**feed, "input_ids": inputs, "attention_mask": mask}
+        found = dict(zip(names, ours.run(None, given), strict=True))
+        logits, stocks = found["logits"], theirs.run(["logits"], given)[0]
+        n_valid = n_short if step == 0 else 1
+        assert relative_error(logits[0], stocks[0]) <= TOLERANCE
+        assert relative_error(logits[1, :n_valid], stocks[1, :n_valid]) <= TOLERANCE
+        if step > 0:
+            assert relative_error(logits[0, 0], expected[n_long + step - 1]) <= TOLERANCE
+            assert relative_error(logits[1, 0], expected[n_short + step - 1]) <= TOLERANCE
+        if step == n_new:
+            return
+        feed = {name: found[name.replace("past_key_values", "present").replace("past.", "present.")] for name in feed}
+        inputs = np.array([[TOKENS[n_long + step]], [TOKENS[n_short + step]]], np.int64)
+        mask = np.concatenate([mask, np.ones((2, 1), np.int64)], axis=1)
+
+
 @pytest.mark.parametrize("family", ["olmoe", "gpt-oss"])
 def test_experts_lie_at_pages_of_a_file_of_their_own(exported: Maker, family: str) -> None:
     """Guards against: experts that cannot be read past the page cache, or that ONNX Runtime maps with the rest."""

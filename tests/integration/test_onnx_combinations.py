@@ -34,8 +34,7 @@ def _shapes(bits: int, block: int, accuracy_level: int) -> Iterator[tuple[int, S
         n_experts = (1, 3, 8, 2)[index % 4]
         alpha, beta, limit = SWIGLUS[index // len(ROUTINGS) % len(SWIGLUS)]
         if block:
-            # Zero points of less than a byte have no layout for a row of one block.
-            n_blocks = (2, 3, 5) if has_zero_points and bits < 8 else (1, 3, 2)
+            n_blocks = (1, 3, 5) if has_zero_points and bits < 8 else (1, 3, 2)
             hidden, inter = n_blocks[index % 3], n_blocks[(index // 3 + 1) % 3]
         else:
             hidden, inter = (17, 8, 40)[index % 3], (9, 24, 64)[index % 3]
