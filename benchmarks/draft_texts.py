@@ -82,5 +82,5 @@ TEXTS = {
     ),
     "story": Text(NEW, _chat("Write a long story about a girl who finds a map in the attic of her grandmother.")),
     "letter": Text(NEW, _chat("Write a letter to a friend about your first week in a new city.")),
-    "history": Text(NEW, "The history of the bicycle begins in the early nineteenth century, when a German baron"),
+    "market": Text(NEW, _chat("Describe a market in the morning.")),
 }

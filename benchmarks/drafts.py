@@ -2,7 +2,7 @@
 """What drafts of n-grams gain on text that repeats its prompt and cost on other text: `draft="ngram"` against `off`.
 
     python -m benchmarks.drafts --json results.json                  # all cells; run it again to go on after a cut
-    python -m benchmarks.drafts --mib-per-s 0 --minutes 3.5 --json results.json     # no limited disk; a part at a time
+    python -m benchmarks.drafts --mib-per-s 0 --minutes 3.5 --json results.json       # some cells; a part at a time
 
 One process with one model, loaded with `draft="ngram"`; `off` is the same model without a chooser of lengths, so that
 graphs, threads and files are the same. What drafts take (`reserved_bytes`: logits and index) is taken from the slots of
@@ -39,7 +39,8 @@ SETTINGS = (OFF, OFF_AGAIN, NGRAM)
 N_CTX = 1024
 LEAST_RATIO, LEAST_GAIN = 0.95, 1.1
 N_RESAMPLES, INTERVAL = 1000, 0.9
-_NO_SETTINGS = ("json", "pairs", "minutes")  # those that may differ between the parts of one table
+# What may differ between the parts of one table: they say which windows are run, and not how.
+_NO_SETTINGS = ("json", "pairs", "minutes", "texts", "fractions", "mib_per_s")
 Cell = tuple[str, float, float]  # text, share of the experts, MiB/s (0: no limit)
 Record = dict[str, Any]
 
@@ -143,7 +144,6 @@ def run_table(
     done = {(_cell(one), one["pair"]) for one in runs}
     end_s = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     for pair in range(options.pairs):
-        # A resident cell keeps its slots between windows; the first one after others is not measured.
         for (share, rate), cells in _groups(cells_of(options)):
             wanted = [cell for cell in cells if (cell, pair) not in done]
             if not wanted:
@@ -151,11 +151,11 @@ def run_table(
             if time.monotonic() >= end_s:
                 return False
             with limited(rate or None):
+                if share >= 1.0:
+                    window(wanted[0][0], share, OFF)  # reads the experts, which then stay
                 for cell in wanted:
                     if time.monotonic() >= end_s:
                         return False
-                    if share >= 1.0:
-                        window(cell[0], share, OFF)
                     runs += run_pair(window, cell, pair, options.seed)
                     print_pair(runs[-len(SETTINGS) :])
                     save()
@@ -282,7 +282,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--texts", nargs="+", choices=list(TEXTS), default=list(TEXTS))
     parser.add_argument("--fractions", nargs="+", type=float, default=[1.0, 0.58, 0.3], help="share of expert bytes")
     parser.add_argument("--mib-per-s", nargs="+", type=float, default=[0, 400], help="of the disk; 0: no limit")
-    parser.add_argument("--tokens", type=int, default=128, help="timed in each window")
+    parser.add_argument("--tokens", type=int, default=96, help="timed in each window")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--minutes", type=float, help="begin no pair after that time; default: no end")
     parser.add_argument("--threads", type=int, default=2)

@@ -75,7 +75,7 @@ def test_the_disk_is_limited_where_something_is_read() -> None:
     }  # fmt: skip
     assert machine.rates == [None, None, None, 400.0, 400.0]
     first = [window for window in machine.windows if window[1] == 1.0]
-    assert first[0][2] == OFF and len(first) == 2 * 4  # a window to warm up, then three
+    assert first[0][2] == OFF and len(first) == 1 + 2 * 3  # one to read the experts, then pairs
 
 
 def test_a_table_that_was_cut_goes_on(capsys: Any) -> None:
@@ -143,7 +143,7 @@ def test_other_settings_are_no_continuation(tmp_path: Path) -> None:
     options, model = _options(json=path), {"name": "model.gguf", "first_mib_sha256": "a"}
     assert drafts.earlier_runs(options, model) == []
     drafts.session.save("drafts", options, model=model, runs=[{"pair": 0}])
-    assert drafts.earlier_runs(_options(json=path, pairs=9, minutes=1.0), model) == [{"pair": 0}]
+    assert drafts.earlier_runs(_options(json=path, pairs=9, minutes=1.0, texts=["list"]), model) == [{"pair": 0}]
     with pytest.raises(ValueError, match="other tokens"):
         drafts.earlier_runs(_options(json=path, tokens=7), model)
     with pytest.raises(ValueError, match="other model"):
