@@ -312,7 +312,7 @@ class DraftLengthChooser:
         longer = next((i for i in range(k + 1, self._max_tokens + 1) if self._ratios[i].n), None)
         if longer is not None:
             return value + (self._ratios[longer].value - value) * (k - shorter) / (longer - shorter)
-        # The first step of a length also makes buffers and reads what later ones find: what one step took is half known.
+        # The first step of a length also makes buffers, and reads what later ones find: one step is half a measurement.
         n = self._ratios[shorter].n
         scale = (n * (value - 1) / (self._bytes_ratio(shorter) - 1) + 1) / (n + 1) if shorter else 1.0
         return value + max(scale, 0.0) * (self._bytes_ratio(k) - self._bytes_ratio(shorter))

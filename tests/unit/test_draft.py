@@ -133,7 +133,7 @@ LINEAR = [1 + 0.95 * k for k in range(8)]
 CHEAP = [1 + 0.12 * k for k in range(8)]
 KNEE = [1, 1.1, 1.2, 1.3, 2.6, 3.9, 5.2, 6.5]
 HOPELESS = [1 + 2.0 * k for k in range(8)]
-# The demo on 2 cores (benchmarks.drafts), everything resident and 30 %: steps of 1 to 8 tokens, those not measured between.
+# The demo on 2 cores, all experts resident and 30 %: batches of 1 to 8 tokens (5 and 7: between their neighbours).
 COMPUTES = [1, 1.50, 1.81, 2.13, 2.46, 2.79, 2.99, 3.19]
 WAITS = [1, 1.50, 1.74, 2.0, 2.18, 2.36, 2.57, 2.77]
 
@@ -177,7 +177,7 @@ def test_never_five_percent_slower(ratio: list[float], acceptance: float, seed: 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("ratio", "wait"), [(COMPUTES, 0.0), (WAITS, 0.5)], ids=["computes", "waits"])
 def test_a_text_that_is_copied_gains_at_once(ratio: list[float], wait: float, seed: int) -> None:
-    """Guards against a chooser that is sure of a draft only when the answer is over, or shut by one slow first batch."""
+    """Guards against drafts that are trusted only when the answer is over, and one slow first batch that ends them."""
     for first in (0.0, 0.5):
         world = World(ratio, 0.95, wait=wait, noise=0.15, seed=seed, kind=3, first=first)
         world.run(DraftLengthChooser(8, 2), 128)
