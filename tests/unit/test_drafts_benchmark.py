@@ -31,7 +31,8 @@ class _Machine:
     def window(self, text: str, share: float, setting: str) -> dict[str, Any]:
         self.windows.append((text, share, setting))
         run = {"tokens_sha256": text, "tokens_per_s": SPEEDS[setting], "read_bytes_per_token": 1.0, "n_steps": 80}
-        run |= {"stall_s_per_token": 0.1, "drafted_tokens": 60, "accepted_tokens": 20, "disturbed": False}
+        run |= {"stall_s_per_token": 0.1, "drafted_tokens": 60, "accepted_tokens": 20}
+        run |= {"other_cpu_share": 0.2, "steal_share": 0.0}
         return run
 
     @contextlib.contextmanager
@@ -100,6 +101,18 @@ def test_ratios_are_taken_within_pairs() -> None:
             one["tokens_per_s"] /= 7  # all of this pair
     assert drafts.ratios(runs, NGRAM) == pytest.approx([1.5] * (len(runs) // 3))
     assert drafts.ratios(runs, OFF_AGAIN) == pytest.approx([4.0] * (len(runs) // 3))
+
+
+def test_pairs_that_others_disturbed_are_left_out() -> None:
+    """Guards against a neighbour's work in the figures, and the kernel's work for reads taken for a neighbour's."""
+    runs: list[dict[str, Any]] = []
+    assert _run(_Machine(), runs, texts=["story"], fractions=[0.3], mib_per_s=[0], pairs=4)
+    assert drafts.undisturbed(runs)[0]["pair"] == 0 and len(drafts.undisturbed(runs)) == 12
+    runs[1]["other_cpu_share"] = 0.5
+    kept = drafts.undisturbed(runs)
+    assert {one["pair"] for one in kept} == {1, 2, 3} and len(kept) == 9
+    runs[4]["steal_share"] = 0.5
+    assert len(drafts.undisturbed(runs)) == 12  # two pairs say less than four
 
 
 def test_the_interval_is_as_wide_as_the_pairs_differ() -> None:
