@@ -78,7 +78,7 @@ class DraftLengthChooser:
     measured for each kind of draft and position, from proposals that were not evaluated too: the text shows by itself
     whether they were right. The time of a step of k + 1 tokens, in steps of one, is at first
 
-        waiting x growth of the union of experts + computing x (1 + 0.7 k)
+        waiting x growth of the union of experts + computing x (1 + 0.5 k)
 
     where waiting and computing are shares of a step of one token and the union is the formula's, scaled by the unions
     measured; what steps of each length took replaces it as they come, and corrects the lengths beside it.
@@ -91,9 +91,10 @@ class DraftLengthChooser:
     """
 
     # Source of the numbers: simulated worlds in tests/unit/test_draft.py, where all of them may be halved or doubled.
-    _COMPUTE_GROWTH = 0.7  # of computing, for each further token, until it is measured
+    _COMPUTE_GROWTH = 0.5  # of computing, for each further token, until it is measured
     _MIN_GAIN = 1.1  # below it, noise decides, and a cache that wrong drafts disturbed
-    _INITIAL_ACCEPTANCE, _INITIAL_WEIGHT = 0.4, 2.0
+    # Of 11 texts that the demo wrote, 3 of which repeat their prompt: 0.5 (2 equal tokens), 0.6, 0.9, 0.9 (8 or more).
+    _INITIAL_ACCEPTANCE, _INITIAL_WEIGHT = (0.45, 0.5, 0.75, 0.85), 2.0
     # Of draft models: of the lower acceptances per token that arXiv 2211.17192 reports (0.5 to 0.9, tables 2 and 3).
     _INITIAL_MODEL_ACCEPTANCE = 0.6
     _ACCEPTANCE_MEMORY = 24
@@ -101,9 +102,9 @@ class DraftLengthChooser:
     _RATIO_MEMORY = 8
     _MODEL_WEIGHT = 1.0  # in measurements
     _N_AFFECTED = 8  # steps after a draft that it may have slowed down
-    _N_BASE = 4  # steps without drafts before the first draft
+    _N_BASE = 6  # steps without drafts before the first draft: one slow one of 4 made drafts seem cheap
     _MAX_STEPS_WITHOUT_BASE = 256
-    _RETRY_STEPS = 64
+    _FIRST_RETRY_STEPS, _RETRY_STEPS = 8, 64
     _GIVE_UP_STEPS = 96
     _NEIGHBOUR_STEPS = 16
     _EARNED_SHARE = 0.02
@@ -124,6 +125,7 @@ class DraftLengthChooser:
         self._n_unwanted = 0  # steps since a model's draft seemed to pay
         self._n_since_model_retry = 0
         self._n_since_draft = self._n_since_base = self._n_since_retry = self._n_choices = 0
+        self._retry_steps = self._FIRST_RETRY_STEPS  # from one retry to the next
         self._n_base_due = self._N_BASE
         self._longest = 0  # the most drafted tokens of any step so far
 
@@ -132,6 +134,7 @@ class DraftLengthChooser:
         self._credit = min(max(self._credit, 0.0), self._INITIAL_CREDIT)
         self._savings = 0.0
         self._is_retry = False
+        self._retry_steps = self._FIRST_RETRY_STEPS
         self._n_base_due = self._N_BASE
         self._n_since_draft = self._N_AFFECTED
         for average in (self._base_s, self._base_wait, self._base_experts, *itertools.chain(*self._accepted)):
@@ -150,9 +153,11 @@ class DraftLengthChooser:
         best = self._fastest(expected, ratios)
         if best == 0:
             best = self._most_hopeful(expected, ratios)
-            if best == 0 or not (is_retry or self._n_since_retry > self._RETRY_STEPS):
+            if best == 0 or not (is_retry or self._n_since_retry > self._retry_steps):
                 return 0
+            # One slow step says little, and a shut door nothing: again soon, then ever more seldom.
             self._n_since_retry = 0
+            self._retry_steps = min(2 * self._retry_steps, self._RETRY_STEPS)
         else:
             self._n_choices += 1
             if self._n_choices % self._NEIGHBOUR_STEPS == 0:
@@ -239,7 +244,7 @@ class DraftLengthChooser:
 
         What is not known of a position is taken from the one before.
         """
-        a = self._INITIAL_MODEL_ACCEPTANCE if kind >= _FIRST_MODEL_KIND else self._INITIAL_ACCEPTANCE
+        a = self._INITIAL_MODEL_ACCEPTANCE if kind >= _FIRST_MODEL_KIND else self._INITIAL_ACCEPTANCE[kind]
         for average in self._accepted[kind][:position]:
             n = min(average.n, self._ACCEPTANCE_MEMORY)
             a = (n * average.value + self._INITIAL_WEIGHT * a) / (n + self._INITIAL_WEIGHT)
@@ -281,6 +286,8 @@ class DraftLengthChooser:
             return
         if step.n_drafted:
             self._observe_draft(step)
+        elif self._n_since_draft > 1 and step.seconds < base_s:
+            self._base_s.add(step.seconds)  # drafts slow down the steps after them at most: the usual time is shorter
         taken = (step.seconds + step.draft_s) / base_s
         self._earn(self._EARNED_SHARE * taken + n_tokens - taken)
 
@@ -305,7 +312,9 @@ class DraftLengthChooser:
         longer = next((i for i in range(k + 1, self._max_tokens + 1) if self._ratios[i].n), None)
         if longer is not None:
             return value + (self._ratios[longer].value - value) * (k - shorter) / (longer - shorter)
-        scale = (value - 1) / (self._bytes_ratio(shorter) - 1) if shorter else 1.0
+        # The first step of a length also makes buffers, and reads what later ones find: one step is half a measurement.
+        n = self._ratios[shorter].n
+        scale = (n * (value - 1) / (self._bytes_ratio(shorter) - 1) + 1) / (n + 1) if shorter else 1.0
         return value + max(scale, 0.0) * (self._bytes_ratio(k) - self._bytes_ratio(shorter))
 
     def _bytes_ratio(self, k: int) -> float:
