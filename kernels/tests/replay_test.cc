@@ -376,7 +376,7 @@ TEST(ReplayTest, PredictionsAreThoseOfTheTrace) {
   for (size_t step = 0; step < 80u * kLayers; ++step) {
     const auto chosen = trace.experts.begin() + static_cast<std::ptrdiff_t>(step * kUsed);
     trace.foreseen.insert(trace.foreseen.end(), chosen, chosen + kUsed);
-    trace.foreseen.insert(trace.foreseen.end(), kUsed, -1);
+    trace.foreseen.insert(trace.foreseen.end(), kUsed, int16_t{-1});
   }
   const edgemoe_replay_result known = RunReplay(trace, o);
   EXPECT_EQ(known.prefetch.predicted_right, 80u * kLayers * kUsed);
@@ -384,7 +384,8 @@ TEST(ReplayTest, PredictionsAreThoseOfTheTrace) {
   EXPECT_EQ(known.prefetch.wasted_bytes, 0u);
   EXPECT_EQ(known.all.misses, 0u) << "all is read in time";
   // Where nobody looked they are drawn.
-  std::fill(trace.foreseen.begin() + trace.foreseen.size() / 2, trace.foreseen.end(), int16_t{-1});
+  const auto middle = trace.foreseen.begin() + static_cast<std::ptrdiff_t>(trace.foreseen.size() / 2);
+  std::fill(middle, trace.foreseen.end(), int16_t{-1});
   const edgemoe_replay_result half = RunReplay(trace, o);
   EXPECT_EQ(half.prefetch.predicted_right, 40u * kLayers * kUsed);
   EXPECT_EQ(half.prefetch.predicted, 40u * (2 * kLayers - 1) * kUsed);
