@@ -412,6 +412,8 @@ TEST(ReplayTest, CountsWhatMoeLayerCounts) {
       }
       std::mt19937 rng(6);
       trace.AddBatch(3, [&](int) { return RandomIds(&rng, 1, 4, 16); });
+      // The prompt's last layer sees its last token alone, as llama.cpp does it.
+      for (int t = 0; t < 2; ++t) std::fill_n(trace.experts.begin() + (t * 3 + 2) * 4, 4, int16_t{-1});
       trace.AddLocal(&rng, 60, 0.6);
       for (int32_t first = 0; first < static_cast<int32_t>(trace.batch_of_token.size());) {
         int n_tokens = 0;
@@ -419,12 +421,13 @@ TEST(ReplayTest, CountsWhatMoeLayerCounts) {
         for (int32_t b : trace.batch_of_token) n_tokens += b == batch ? 1 : 0;
         const std::vector<float> x = RandomRows(&rng, n_tokens, 16);
         for (int l = 0; l < 3; ++l) {
+          const int n_seen = l == 2 ? 1 : n_tokens;
           std::vector<int32_t> ids;
-          for (int t = first; t < first + n_tokens; ++t) {
+          for (int t = first + n_tokens - n_seen; t < first + n_tokens; ++t) {
             const auto begin = trace.experts.begin() + (t * 3 + l) * 4;
             ids.insert(ids.end(), begin, begin + 4);
           }
-          ASSERT_EQ(session.RunLayer(l, ids, n_tokens, x), EDGEMOE_OK);
+          ASSERT_EQ(session.RunLayer(l, ids, n_seen, x), EDGEMOE_OK);
         }
         first += n_tokens;
       }
