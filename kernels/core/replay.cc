@@ -112,6 +112,7 @@ class Replayer {
   PrefetchController controller_;
   double last_token_us_ = 0.0;
   bool in_decode_ = false;
+  int64_t last_n_tokens_ = 0;  // of the layer before
   int depth_ = 0;
   bool looks_ahead_ = false;  // from the layer in progress
   uint64_t n_predicted_ = 0, n_right_ = 0, n_chosen_ = 0;
@@ -207,7 +208,7 @@ void Replayer::CountAndPin(int64_t batch, int layer) {
   }
   bool fits = true;
   for (size_t c = 0; c < n_needed.size(); ++c) fits &= n_needed[c] <= cache_->n_slots(static_cast<int>(c));
-  looks_ahead_ = depth_ > 0 && (trace_.n_tokens(batch) <= kMostDecodeTokens || fits);
+  looks_ahead_ = depth_ > 0 && (trace_.n_tokens(batch, layer) <= kMostDecodeTokens || fits);
   std::vector<int64_t> n_promised(n_needed.size());
   for (size_t c = 0; c < n_needed.size(); ++c) {
     const int64_t n_slots = cache_->n_slots(static_cast<int>(c));
@@ -306,7 +307,7 @@ Status Replayer::RunTasks(int64_t batch, int layer, int first, int n) {
 // As MoeLayer::Predict and AddHints, by what the trace says that comes.
 void Replayer::Predict(int64_t batch, int layer) {
   if (!looks_ahead_) return;
-  const bool is_prompt = trace_.n_tokens(batch) > kMostDecodeTokens;
+  const bool is_prompt = trace_.n_tokens(batch, layer) > kMostDecodeTokens;
   hints_.clear();
   predicted_layer_ = -1;
   for (int distance = 1; distance <= depth_; ++distance) {
@@ -408,10 +409,12 @@ Status Replayer::RunLayer(int64_t batch, int layer) {
   if (layer == 0) ForeseeTokens(batch);
   Compute(options_.dense_us * RowsCost(trace_.n_tokens(batch)));
   cache_->BeginLayer(&lock_);
-  if (layer == 0) BeginBatch(trace_.n_tokens(batch));
+  const int64_t n_tokens = trace_.n_tokens(batch, layer);
+  if (layer == 0 || n_tokens != last_n_tokens_) BeginBatch(n_tokens);
+  last_n_tokens_ = n_tokens;
   // Belady's keys are distances, which no clock changes.
   const bool is_belady = options_.policy == EDGEMOE_REPLAY_BELADY;
-  cache_->EnterLayer(layer, batch_time_, is_belady ? 0 : trace_.n_tokens(batch));
+  cache_->EnterLayer(layer, batch_time_, is_belady ? 0 : n_tokens);
   const int64_t step = trace_.Step(batch, layer);
   if (predicted_layer_ == layer) {
     n_predicted_ += predicted_.size();

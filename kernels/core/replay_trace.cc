@@ -93,12 +93,21 @@ Status ReplayTrace::SetBatches() {
 Status ReplayTrace::SetUses() {
   uses_.clear();
   first_use_.assign(1, 0);
+  n_tokens_of_step_.clear();
   std::vector<int32_t> use_of_expert;
   for (int64_t b = 0; b < n_batches(); ++b) {
     for (int l = 0; l < n_layers(); ++l) {
       use_of_expert.assign(static_cast<size_t>(layer(l).n_experts), -1);
       const size_t first = uses_.size();
-      for (int64_t t = first_token(b); t < first_token(b + 1); ++t) {
+      const int64_t end = first_token(b + 1);
+      int64_t begin = first_token(b);
+      const auto has_experts = [&](int64_t t) {
+        return std::any_of(Experts(t, l), Experts(t, l) + trace_.max_used, [](int16_t e) { return e >= 0; });
+      };
+      while (begin < end && !has_experts(begin)) ++begin;
+      if (begin == end) begin = first_token(b);  // a layer that nobody computed
+      n_tokens_of_step_.push_back(end - begin);
+      for (int64_t t = begin; t < end; ++t) {
         const int16_t* const experts = Experts(t, l);
         for (int k = 0; k < trace_.max_used; ++k) {
           if (experts[k] == -1) continue;
@@ -115,10 +124,10 @@ Status ReplayTrace::SetUses() {
           }
           ReplayUse& u = uses_[first + static_cast<size_t>(use)];
           ++u.n_rows;
-          u.last_token = static_cast<int32_t>(t - first_token(b));
+          u.last_token = static_cast<int32_t>(t - begin);
         }
       }
-      if (n_tokens(b) > kMostDecodeTokens) {  // as MoeLayer::Choose
+      if (end - begin > kMostDecodeTokens) {  // as MoeLayer::Choose
         std::stable_sort(uses_.begin() + static_cast<std::ptrdiff_t>(first), uses_.end(),
                          [](const ReplayUse& x, const ReplayUse& y) { return x.n_rows > y.n_rows; });
       }

@@ -19,7 +19,7 @@ namespace edgemoe {
 struct ReplayUse {
   int32_t expert = 0;
   int32_t n_rows = 0;      // tokens that chose it
-  int32_t last_token = 0;  // the last of them, in the batch
+  int32_t last_token = 0;  // the last of them, of those in the layer
   int64_t next_use = 0;    // step of its next use, or n_steps(): never
 };
 
@@ -32,6 +32,10 @@ class ReplayTrace {
   int64_t n_batches() const { return static_cast<int64_t>(first_token_.size()) - 1; }
   int64_t first_token(int64_t batch) const { return first_token_[static_cast<size_t>(batch)]; }
   int64_t n_tokens(int64_t batch) const { return first_token(batch + 1) - first_token(batch); }
+  // Of them, the last so many go through the layer: a prompt's last layer is computed where logits are wanted only.
+  int64_t n_tokens(int64_t batch, int layer) const {
+    return n_tokens_of_step_[static_cast<size_t>(Step(batch, layer))];
+  }
   const edgemoe_replay_layer& layer(int layer) const { return trace_.layers[layer]; }
   // A step is one layer of one batch, in the order of time.
   int64_t n_steps() const { return n_batches() * n_layers(); }
@@ -67,6 +71,7 @@ class ReplayTrace {
 
   edgemoe_replay_trace trace_ = {};
   std::vector<int64_t> first_token_;  // [n_batches + 1]
+  std::vector<int64_t> n_tokens_of_step_;
   std::vector<ReplayUse> uses_;
   std::vector<size_t> first_use_;  // [n_steps + 1]
   std::vector<int> first_tensor_;

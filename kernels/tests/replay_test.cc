@@ -376,7 +376,7 @@ TEST(ReplayTest, PredictionsAreThoseOfTheTrace) {
   for (size_t step = 0; step < 80u * kLayers; ++step) {
     const auto chosen = trace.experts.begin() + static_cast<std::ptrdiff_t>(step * kUsed);
     trace.foreseen.insert(trace.foreseen.end(), chosen, chosen + kUsed);
-    trace.foreseen.insert(trace.foreseen.end(), kUsed, -1);
+    trace.foreseen.insert(trace.foreseen.end(), kUsed, int16_t{-1});
   }
   const edgemoe_replay_result known = RunReplay(trace, o);
   EXPECT_EQ(known.prefetch.predicted_right, 80u * kLayers * kUsed);
@@ -384,7 +384,8 @@ TEST(ReplayTest, PredictionsAreThoseOfTheTrace) {
   EXPECT_EQ(known.prefetch.wasted_bytes, 0u);
   EXPECT_EQ(known.all.misses, 0u) << "all is read in time";
   // Where nobody looked they are drawn.
-  std::fill(trace.foreseen.begin() + trace.foreseen.size() / 2, trace.foreseen.end(), int16_t{-1});
+  const auto middle = trace.foreseen.begin() + static_cast<std::ptrdiff_t>(trace.foreseen.size() / 2);
+  std::fill(middle, trace.foreseen.end(), int16_t{-1});
   const edgemoe_replay_result half = RunReplay(trace, o);
   EXPECT_EQ(half.prefetch.predicted_right, 40u * kLayers * kUsed);
   EXPECT_EQ(half.prefetch.predicted, 40u * (2 * kLayers - 1) * kUsed);
@@ -411,6 +412,8 @@ TEST(ReplayTest, CountsWhatMoeLayerCounts) {
       }
       std::mt19937 rng(6);
       trace.AddBatch(3, [&](int) { return RandomIds(&rng, 1, 4, 16); });
+      // The prompt's last layer sees its last token alone, as llama.cpp does it.
+      for (int t = 0; t < 2; ++t) std::fill_n(trace.experts.begin() + (t * 3 + 2) * 4, 4, int16_t{-1});
       trace.AddLocal(&rng, 60, 0.6);
       for (int32_t first = 0; first < static_cast<int32_t>(trace.batch_of_token.size());) {
         int n_tokens = 0;
@@ -418,12 +421,13 @@ TEST(ReplayTest, CountsWhatMoeLayerCounts) {
         for (int32_t b : trace.batch_of_token) n_tokens += b == batch ? 1 : 0;
         const std::vector<float> x = RandomRows(&rng, n_tokens, 16);
         for (int l = 0; l < 3; ++l) {
+          const int n_seen = l == 2 ? 1 : n_tokens;
           std::vector<int32_t> ids;
-          for (int t = first; t < first + n_tokens; ++t) {
+          for (int t = first + n_tokens - n_seen; t < first + n_tokens; ++t) {
             const auto begin = trace.experts.begin() + (t * 3 + l) * 4;
             ids.insert(ids.end(), begin, begin + 4);
           }
-          ASSERT_EQ(session.RunLayer(l, ids, n_tokens, x), EDGEMOE_OK);
+          ASSERT_EQ(session.RunLayer(l, ids, n_seen, x), EDGEMOE_OK);
         }
         first += n_tokens;
       }

@@ -100,7 +100,7 @@ Record ParseRecord(const char* p) {
 Contents Parse(const std::vector<char>& bytes) {
   Contents c;
   EXPECT_EQ(std::string(bytes.data(), 7), "EMTRACE");
-  EXPECT_EQ(bytes[8], 1);
+  EXPECT_EQ(bytes[8], 2);
   bool done = false;
   for (size_t at = 12; at < bytes.size();) {
     EXPECT_FALSE(done) << "bytes behind the last block";
