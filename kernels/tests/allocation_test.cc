@@ -160,7 +160,11 @@ INSTANTIATE_TEST_SUITE_P(All, AllocationTest,
                                           testing::Values(EDGEMOE_EVICT_LRU, EDGEMOE_EVICT_LFU_DECAY,
                                                           EDGEMOE_EVICT_LEAST_STALE, EDGEMOE_EVICT_UTILITY,
                                                           EDGEMOE_EVICT_AUTO),
-                                          testing::Bool(), testing::Bool()));
+                                          testing::Bool(), testing::Values(false)));
+// Choosers know nothing of rules: one is enough, as the sanitizers take minutes for the product.
+INSTANTIATE_TEST_SUITE_P(Chosen, AllocationTest,
+                         testing::Combine(testing::Values(2, 7, 16, 32), testing::Values(EDGEMOE_EVICT_AUTO),
+                                          testing::Bool(), testing::Values(true)));
 
 // One token's block of up, down and gate, in this order of the model's tensors; as many used as there are weights.
 edgemoe_ffn GatedBlock(const OwnModel& model, const std::vector<float>& x, const std::vector<float>& weights,
