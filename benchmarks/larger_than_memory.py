@@ -198,7 +198,7 @@ def run_pair(scenario: Scenario, pair: int, model: Path, sizes: ModelSizes, opti
     """Run every engine once, in an order drawn for this pair; one record per pass of an engine."""
     from benchmarks import synthetic
 
-    make_tokens = synthetic.local_tokens if scenario.routing == "local" else synthetic.uniform_tokens
+    make_tokens = synthetic.ROUTINGS[scenario.routing]
     n_prompt = options.prompt_tokens
     tokens = make_tokens(n_prompt + options.decode_tokens, sizes.n_vocab, options.seed + pair)
     engines = list(options.engines)

@@ -53,7 +53,7 @@ def run_child() -> None:
     with edgemoe.Llama(task["model"], memory=task["memory"], **options) as llm:
         if not task["loop"]:
             llm._cache_size = None
-        make_tokens = synthetic.local_tokens if task["routing"] == "local" else synthetic.uniform_tokens
+        make_tokens = synthetic.ROUTINGS[task["routing"]]
         tokens = iter(make_tokens(N_CTX - 1, llm.n_vocab(), task["seed"]))
         before = decode(llm, tokens, task["seconds"] / 4)
         Path(task["limit_path"]).write_text(str(task["limit_bytes"]))

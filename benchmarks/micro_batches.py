@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     n_ctx = -(-(options.prompt_tokens + options.decode_tokens) // 256) * 256
     # The limit is of a plan for micro-batches of 512 without flash attention: other sizes get the same bytes.
     memory = larger_than_memory.plan_limit_bytes(model, n_ctx, int(options.fraction * sizes.expert_bank_bytes))
-    make_tokens = synthetic.local_tokens if options.routing == "local" else synthetic.uniform_tokens
+    make_tokens = synthetic.ROUTINGS[options.routing]
     task = {"model": str(model), "memory": memory, "n_ctx": n_ctx, "threads": options.threads}
     records: list[Record] = []
     try:

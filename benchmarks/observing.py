@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import larger_than_memory, session, synthetic
+from benchmarks.replay_accuracy import token_seconds
 
 MODES = ("off", "off again", "trace", "profile")
 TRACE_TARGET_PERCENT = 1.0  # issue 4
@@ -29,22 +30,11 @@ N_CTX = 512
 Record = dict[str, Any]
 
 
-def watched(llm: Any, mode: str, folder: Path) -> contextlib.AbstractContextManager[Any]:
+def watched(llm: Any, mode: str, folder: Path) -> contextlib.AbstractContextManager[Any] | None:
     """What a window of that kind runs in."""
     if mode == "trace":
         return llm.record_trace(folder / "trace")  # type: ignore[no-any-return]
-    return llm.profile() if mode == "profile" else contextlib.nullcontext()
-
-
-def window_seconds(llm: Any, prompt: Sequence[int], steps: Sequence[int], mode: str, folder: Path) -> float:
-    """Seconds per token of `steps`, one by one behind `prompt`."""
-    llm.reset()
-    llm.eval(prompt)
-    with watched(llm, mode, folder):
-        begin_s = time.perf_counter()
-        for token in steps:
-            llm.eval([token])
-        return (time.perf_counter() - begin_s) / len(steps)
+    return llm.profile() if mode == "profile" else None
 
 
 def measure(llm: Any, options: argparse.Namespace, tokens: Sequence[int]) -> list[Record]:
@@ -53,13 +43,13 @@ def measure(llm: Any, options: argparse.Namespace, tokens: Sequence[int]) -> lis
     found = []
     with tempfile.TemporaryDirectory() as name:
         for _ in range(2):
-            window_seconds(llm, prompt, steps, "off", Path(name))
+            token_seconds(llm, prompt, steps)
         for round_number in range(options.rounds):
             order = list(MODES)
             random.Random(f"{options.seed}/{round_number}").shuffle(order)
             for mode in order:
                 watch, begin_cpu_s = session.Watch(), time.process_time()
-                token_s = window_seconds(llm, prompt, steps, mode, Path(name))
+                token_s = token_seconds(llm, prompt, steps, watched(llm, mode, Path(name)))
                 others = watch.shares(time.process_time() - begin_cpu_s)
                 found.append({"round": round_number, "mode": mode, "token_s": token_s, **others})
     return found
@@ -129,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from edgemoe import _native, runtime
 
     n_vocab = larger_than_memory.measure_sizes(options.model).n_vocab
-    make_tokens = synthetic.local_tokens if options.routing == "local" else synthetic.uniform_tokens
+    make_tokens = synthetic.ROUTINGS[options.routing]
     tokens = make_tokens(options.prompt_tokens + options.decode_tokens, n_vocab, options.seed)
     threads = dict.fromkeys(("n_threads", "n_threads_batch"), options.threads)
     with edgemoe.Llama(options.model, n_ctx=N_CTX, prefetch="off", warm_start=False, **threads) as llm:

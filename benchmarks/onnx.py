@@ -217,7 +217,7 @@ def run_pair(scenario: Scenario, pair: int, engines: list[str], folder: Path, op
     """Run every engine once, in an order drawn for this pair."""
     from benchmarks import synthetic
 
-    make_tokens = synthetic.local_tokens if scenario.routing == "local" else synthetic.uniform_tokens
+    make_tokens = synthetic.ROUTINGS[scenario.routing]
     task: Record = {"threads": options.threads, "limit_bytes": scenario.limit_bytes, "folder": str(folder)}
     parts = {"first_prompt": FIRST_PROMPT, "last_prompt": LAST_PROMPT}
     parts |= {"warm_up": options.warm_up_tokens, "decode": options.decode_tokens}

@@ -86,7 +86,7 @@ def main() -> int:
     sizes = larger_than_memory.measure_sizes(options.model)
     budget_bytes = int(options.fraction * sizes.expert_bank_bytes)
     limit_bytes = larger_than_memory.plan_limit_bytes(options.model, N_CTX, budget_bytes)
-    make_tokens = synthetic.local_tokens if options.routing == "local" else synthetic.uniform_tokens
+    make_tokens = synthetic.ROUTINGS[options.routing]
     runs: list[Record] = []
     for pair in range(options.pairs):
         files = {"as it was": options.model, "packed": options.packed}

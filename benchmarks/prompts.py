@@ -51,7 +51,7 @@ def hits_after(llm: Any, tokens: Sequence[int], n_prompt: int) -> float:
 
 def compare_hits(llm: Any, options: argparse.Namespace, n_vocab: int, routing: str) -> list[Record]:
     """For each text: hit rates after a short and a long prompt, in an order drawn by the seed."""
-    make_tokens = synthetic.local_tokens if routing == "local" else synthetic.uniform_tokens
+    make_tokens = synthetic.ROUTINGS[routing]
     found = []
     for text in range(options.texts):
         tokens = make_tokens(N_BEFORE + N_LONG + N_AFTER, n_vocab, options.seed + text)
@@ -77,7 +77,7 @@ def measure_prompts(
     """For each text: a prompt with everything resident, then at each fraction, after two others there."""
     from edgemoe import _native, runtime
 
-    make_tokens = synthetic.local_tokens if routing == "local" else synthetic.uniform_tokens
+    make_tokens = synthetic.ROUTINGS[routing]
     bank_bytes = int(runtime.slot_sizes(llm._gguf, 0).bank_slot_bytes)
     found = []
     for text in range(options.texts):

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,18 @@ def limited_reads(path: Path, mib_per_s: float | None) -> Iterator[None]:
         group.rmdir()
 
 
-def token_seconds(llm: Any, prompt: list[int], steps: list[int]) -> float:
-    """Evaluate a prompt and then `steps` one by one from an empty context; seconds per step."""
+def token_seconds(
+    llm: Any, prompt: Sequence[int], steps: Sequence[int], within: contextlib.AbstractContextManager[Any] | None = None
+) -> float:
+    """Evaluate a prompt and then, within that context, `steps` one by one from an empty one; seconds per step."""
     llm.reset()
     llm.eval(prompt)
     llm.reset_stats()
-    begin_s = time.perf_counter()
-    for token in steps:
-        llm.eval([token])
-    return (time.perf_counter() - begin_s) / len(steps)
+    with within or contextlib.nullcontext():
+        begin_s = time.perf_counter()
+        for token in steps:
+            llm.eval([token])
+        return (time.perf_counter() - begin_s) / len(steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +199,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the JSON line to this file")
     options = parser.parse_args()
     options.model = session.find_model(options).resolve()
-    make_tokens = synthetic.local_tokens if options.routing == "local" else synthetic.uniform_tokens
+    make_tokens = synthetic.ROUTINGS[options.routing]
     n_vocab = measure_sizes(options.model).n_vocab
     tokens = make_tokens(PROMPT_TOKENS + options.decode_tokens, n_vocab, options.seed)
     try:

@@ -251,14 +251,16 @@ def totals_bytes(shape: Shape) -> tuple[int, int]:
 def local_tokens(n: int, n_vocab: int, seed: int = 0) -> list[int]:
     """`n` consecutive token ids from a random start, turning back at the ends of the vocabulary."""
     span = n_vocab - FIRST_TOKEN
-    start = int(np.random.default_rng(seed).integers(span))
-    steps = (start + np.arange(n)) % (2 * span - 2)
+    steps = (np.random.default_rng(seed).integers(span) + np.arange(n)) % (2 * span - 2)
     return [int(i) + FIRST_TOKEN for i in np.where(steps < span, steps, 2 * span - 2 - steps)]
 
 
 def uniform_tokens(n: int, n_vocab: int, seed: int = 0) -> list[int]:
     """`n` independent token ids, special ones left out."""
     return [int(i) for i in np.random.default_rng(seed).integers(FIRST_TOKEN, n_vocab, n)]
+
+
+ROUTINGS = {"local": local_tokens, "uniform": uniform_tokens}
 
 
 def _tensors(shape: Shape) -> Iterator[Tensor]:

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table and one JSON line."""
     options = parse_options(arguments)
     sizes = measure_sizes(options.model)
-    make_tokens = synthetic.local_tokens if options.routing == "local" else synthetic.uniform_tokens
+    make_tokens = synthetic.ROUTINGS[options.routing]
     memory = plan_limit_bytes(options.model, options.n_ctx, int(options.fraction * sizes.expert_bank_bytes))
     task = {"model": str(options.model), "memory": memory, "n_ctx": options.n_ctx, "threads": options.threads}
     records: list[Record] = []

@@ -56,7 +56,7 @@ class Compute:
         dense_us: all but the routed experts, for one layer and token. The default is the rest of what
             `WEIGHT_BYTES_PER_S` was measured on: 29.6 ms per token less its experts, over 16 layers.
         expert_us: one expert and token; None for its bytes at `WEIGHT_BYTES_PER_S`.
-        batch_us: behind the layers of a batch: head, sampling, host. None in the default, which has it in `dense_us`.
+        batch_us: behind the layers of a batch: head, sampling, host. 0 in the default, which has it in `dense_us`.
         hold_up_us_per_mib: by how much reading a MiB holds computing up: reader threads take a part of the cores, and
             threads that wait are woken.
         row_share: what each further token of a batch costs, in shares of the first. The default: resident prefill of

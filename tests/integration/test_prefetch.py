@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
+import edgemoe
 from benchmarks import synthetic
 from edgemoe import host, replay, routers, trace
 from edgemoe.formats.gguf import read_model
@@ -19,6 +21,17 @@ from tests.integration.support import N_VOCAB, ROOT, set_residency, set_threads,
 
 TINY_MOE = ROOT / "tests" / "data"
 TOKENS = synthetic.uniform_tokens(16 + 40, N_VOCAB, seed=6)
+
+
+def _decode(llm: edgemoe.Llama, within: contextlib.AbstractContextManager[Any] | None = None) -> None:
+    """All but the first 16 tokens one by one, counted, within that context; a third of the experts resident."""
+    set_threads(llm, 1)
+    set_residency(llm, "third")
+    llm.eval(TOKENS[:16])
+    llm.reset_stats()
+    with within or contextlib.nullcontext():
+        for token in TOKENS[16:]:
+            llm.eval([token])
 
 
 @pytest.mark.parametrize(
@@ -32,12 +45,7 @@ def test_predictions_are_mostly_right(arch: str, write_model: ModelWriter) -> No
     """
     path = write_model(arch, n_experts=32, n_experts_used=4, n_layers=4)
     with streamed(path, prefetch="1") as llm:
-        set_threads(llm, 1)
-        set_residency(llm, "third")
-        llm.eval(TOKENS[:16])
-        llm.reset_stats()
-        for token in TOKENS[16:]:
-            llm.eval([token])
+        _decode(llm)
         found, stats = llm._runtime.prefetch_stats(), llm.stats()
     # Every layer of every token: the first by the token's embedding.
     assert found.predicted == 40 * 4 * llm._gguf.n_moe_layers
@@ -51,13 +59,7 @@ def test_a_trace_holds_the_predictions_and_calibrates(write_model: ModelWriter, 
     """Guards against predictions recorded for another layer or token, and a recorded run that its replay cannot use."""
     path = write_model("olmoe", n_experts=32, n_experts_used=4, n_layers=4)
     with streamed(path, prefetch="2") as llm:
-        set_threads(llm, 1)
-        set_residency(llm, "third")
-        llm.eval(TOKENS[:16])
-        llm.reset_stats()
-        with llm.record_trace(tmp_path / "t"):
-            for token in TOKENS[16:]:
-                llm.eval([token])
+        _decode(llm, llm.record_trace(tmp_path / "t"))
         found, stats = llm._runtime.prefetch_stats(), llm.stats()
     recorded = trace.load(tmp_path / "t")
     assert recorded.run == trace.TracedRun(stats.slots_bytes, "auto", "2", host.N_IO_THREADS)
@@ -111,12 +113,7 @@ def test_predictions_are_of_what_will_be_chosen(arch: str, keywords: dict[str, A
     """Guards against reading ahead what the model would choose and its choosers will not; in the first layer, too."""
     path = write_model(arch, n_experts=32, n_experts_used=4, n_layers=4)
     with streamed(path, prefetch="1", **keywords) as llm:
-        set_threads(llm, 1)
-        set_residency(llm, "third")
-        llm.eval(TOKENS[:16])
-        llm.reset_stats()
-        for token in TOKENS[16:]:
-            llm.eval([token])
+        _decode(llm)
         found, stats, n_layers = llm._runtime.prefetch_stats(), llm.stats(), llm._gguf.n_moe_layers
     share_right = found.predicted_right / found.predicted
     # A chosen place that stays empty is no expert: what choosers leave out is not predicted either.
