@@ -158,6 +158,7 @@ double ExpertCache::AdvanceClock(int64_t n_tokens) {
 
 void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
   Slice& s = At(slice);
+  if (s.read_ahead || s.state == State::kAbsent) needed_bytes_ += file_->Extent(slice).length;
   if (s.read_ahead) {
     s.read_ahead = false;
     (s.state == State::kResident ? counters_.hint_used_bytes : counters_.hint_late_bytes)

@@ -113,6 +113,8 @@ class ExpertCache {
   void EnterLayer(int layer, double batch_time, int64_t n_tokens) { order_.EnterLayer(layer, batch_time, n_tokens); }
   void EndLayer(int layer);
   void TouchSlice(int64_t slice, double time, int n_uses);
+  // Bytes since Start of slices that were absent when they were touched, or were there only because of a hint.
+  uint64_t needed_bytes() const { return needed_bytes_; }
   // Put a slice elsewhere in the order of eviction than the rule would: for whoever knows its next use.
   void SetKey(int64_t slice, double key) { order_.SetKey(slice, key); }
   Acquired Acquire(int64_t slice);
@@ -214,6 +216,7 @@ class ExpertCache {
   size_t next_preload_ = 0;  // the first whose read has not begun
   int n_preload_reads_ = 0;  // under way
   bool holds_everything_ = false;
+  uint64_t needed_bytes_ = 0;
   std::condition_variable queue_cv_;
   bool stopping_ = false;
   std::vector<std::thread> readers_;

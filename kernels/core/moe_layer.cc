@@ -42,7 +42,7 @@ Status MoeLayer::Begin(const int32_t* ids, int64_t n_tokens, int64_t n_used, uin
   cache_->BeginLayer(&lock);
   if (first.layer <= last_layer_ || n_tokens != last_n_tokens_ || last_layer_ < 0) {
     batch_time_ = cache_->AdvanceClock(n_tokens);
-    prefetch_depth_ = prefetch_->BeginBatch(cache_, n_tokens);
+    prefetch_depth_ = prefetch_->BeginBatch(cache_, n_tokens, first.layer > last_layer_ && last_layer_ >= 0);
   }
   cache_->EnterLayer(first.layer, batch_time_, n_tokens);
   last_layer_ = layer_ = first.layer;

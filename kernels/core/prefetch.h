@@ -69,9 +69,9 @@ class Prefetch {
   void ForeseeTokens(ExpertCache* cache, const float* embeddings, int64_t n_tokens, const edgemoe_choosers& choosers);
 
   // --- with the cache's lock ---
-  // A batch begins; returns the depth to look ahead from its layers. The controller, which knows decoding only, has no
-  // say in a prompt.
-  int BeginBatch(ExpertCache* cache, int64_t n_tokens);
+  // A batch begins, or the rest of one, as when only a prompt's last token goes through its last layer; returns the
+  // depth to look ahead from its layers. The controller, which knows decoding only, has no say in a prompt.
+  int BeginBatch(ExpertCache* cache, int64_t n_tokens, bool is_rest = false);
   // A layer begins with these tensors, in the order of use, and has chosen the experts with chosen_of_expert >= 0.
   void BeginLayer(int layer, const std::vector<int32_t>& tensor_idxs, const std::vector<int32_t>& chosen_of_expert,
                   size_t n_chosen);
@@ -104,7 +104,8 @@ class Prefetch {
   int predicted_layer_ = -1;
   std::vector<std::vector<int32_t>> foreseen_;        // [layer][distance - 1], as Foreseen says
   std::chrono::steady_clock::time_point last_token_;  // when the last token of decode began
-  bool in_decode_ = false;                            // the batch before was one token
+  uint64_t last_needed_bytes_ = 0;                    // the cache's then
+  bool in_decode_ = false;                            // the batch before was one whole token
 
   int last_token_target_ = -1;  // the last layer that is foreseen from tokens; immutable after Start
   std::mutex token_mutex_;      // of what is below

@@ -79,7 +79,7 @@ class Replayer {
 
   Status RunLayer(int64_t batch, int layer);
   void ForeseeTokens(int64_t batch);
-  void BeginBatch(int64_t n_tokens);
+  void BeginBatch(int64_t n_tokens, bool is_rest);
   void CountAndPin(int64_t batch, int layer);
   Status RunTasks(int64_t batch, int layer, int first, int n);
   void CollectAndIssue();
@@ -111,6 +111,7 @@ class Replayer {
 
   PrefetchController controller_;
   double last_token_us_ = 0.0;
+  uint64_t last_needed_bytes_ = 0;
   bool in_decode_ = false;
   int64_t last_n_tokens_ = 0;  // of the layer before
   int depth_ = 0;
@@ -168,15 +169,16 @@ void Replayer::ForeseeTokens(int64_t batch) {
 }
 
 // As MoeLayer::BeginBatch.
-void Replayer::BeginBatch(int64_t n_tokens) {
+void Replayer::BeginBatch(int64_t n_tokens, bool is_rest) {
   batch_time_ = cache_->AdvanceClock(n_tokens);
-  if (n_tokens == 1 && in_decode_) {
-    controller_.OnToken(now_us_ - last_token_us_);
+  if (n_tokens == 1 && in_decode_ && !is_rest) {
+    controller_.OnToken(now_us_ - last_token_us_, cache_->needed_bytes() - last_needed_bytes_);
   } else {
     controller_.OnInterruption();
   }
   last_token_us_ = now_us_;
-  in_decode_ = n_tokens == 1;
+  last_needed_bytes_ = cache_->needed_bytes();
+  in_decode_ = n_tokens == 1 && !is_rest;
   const int wanted = n_tokens <= kMostDecodeTokens ? controller_.depth() : std::min(options_.prefetch_depth, 1);
   depth_ = cache_->HoldsEverything() ? 0 : wanted;
   if (depth_ > 0) return;
@@ -410,7 +412,7 @@ Status Replayer::RunLayer(int64_t batch, int layer) {
   Compute(options_.dense_us * RowsCost(trace_.n_tokens(batch)));
   cache_->BeginLayer(&lock_);
   const int64_t n_tokens = trace_.n_tokens(batch, layer);
-  if (layer == 0 || n_tokens != last_n_tokens_) BeginBatch(n_tokens);
+  if (layer == 0 || n_tokens != last_n_tokens_) BeginBatch(n_tokens, layer > 0);
   last_n_tokens_ = n_tokens;
   // Belady's keys are distances, which no clock changes.
   const bool is_belady = options_.policy == EDGEMOE_REPLAY_BELADY;

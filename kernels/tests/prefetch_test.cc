@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Hints in the cache, predictions from routers, and the controller that decides how deep to look. The cache has no
-// reader threads here: the test makes the reads itself, one at a time, so that every order is the same in every run.
+// Hints in the cache, and predictions from routers. The cache has no reader threads here: the test makes the reads
+// itself, one at a time, so that every order is the same in every run.
 #include "core/prefetch.h"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <random>
 
 #include "tests/fakes.h"
@@ -137,6 +136,24 @@ TEST_F(HintsTest, CountsUsedLateAndWastedBytes) {
   EXPECT_EQ(c.hint_wasted_bytes.load(), 0u);
 }
 
+// Guards against: a controller that is told other needs of the same tokens, depending on what was foreseen of them.
+TEST_F(HintsTest, NeededBytesAreTheSameWithAndWithoutHints) {
+  cache_->SetHints({10, 11, 12});
+  EXPECT_EQ(ReadOne(), 10);
+  CacheRead read;
+  ASSERT_TRUE(cache_->NextRead(&read));
+  ASSERT_EQ(read.slice, 11);
+  EXPECT_EQ(cache_->needed_bytes(), 0u) << "nobody has asked yet";
+  cache_->TouchSlice(10, 1.0, 1);  // read in time
+  cache_->TouchSlice(11, 1.0, 1);  // late
+  cache_->TouchSlice(13, 1.0, 1);  // not foreseen
+  EXPECT_EQ(cache_->needed_bytes(), LengthOf(10) + LengthOf(11) + LengthOf(13));
+  cache_->FinishRead(read, Status());
+  cache_->TouchSlice(10, 2.0, 1);
+  cache_->TouchSlice(11, 2.0, 1);
+  EXPECT_EQ(cache_->needed_bytes(), LengthOf(10) + LengthOf(11) + LengthOf(13)) << "resident from the token before";
+}
+
 // Guards against: a guess whose read fails and takes a slot, or an error, with it.
 TEST_F(HintsTest, AFailedHintLeavesTheSliceAbsentAndItsSlotFree) {
   cache_->SetHints({10});
@@ -170,6 +187,19 @@ TEST_F(HintsTest, ABatchThatDoesNotLookAheadDropsThem) {
   EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1), 0);
   EXPECT_FALSE(cache_->Hinted(10));
   EXPECT_EQ(ReadOne(), -1);
+}
+
+// Guards against: a trial of depths that begins with the rest of a prompt, whose last layer is for its last token
+// alone, and takes that for a token.
+TEST_F(HintsTest, TheRestOfAPromptIsNoTokenOfDecode) {
+  Prefetch prefetch;
+  prefetch.controller.Start(2, true);
+  prefetch.BeginBatch(cache_.get(), 64);
+  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1, true), 2);
+  for (int t = 0; t < PrefetchController::kWindowTokens; ++t) {
+    EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1), 2) << "token " << t << " of the first window";
+  }
+  EXPECT_EQ(prefetch.BeginBatch(cache_.get(), 1), 0) << "the challenger's first";
 }
 
 // Guards against: storage that idles between a prompt's layers; layers outside the graph that are read for nothing.
@@ -438,100 +468,6 @@ TEST(Corrections, TokensSpreadOverRows) {
   }
   // 1 - 1/e of all, with a spread of about 16 rows.
   EXPECT_NEAR(std::count(is_used.begin(), is_used.end(), 1), 647, 64);
-}
-
-// Runs the controller in a world where a token takes time_us(token, depth); returns the depth of each token.
-std::vector<int> Control(int n_tokens, const std::function<double(int, int)>& time_us, double* total_us = nullptr) {
-  PrefetchController controller;
-  controller.Start(2, true);
-  std::vector<int> depths;
-  double sum = 0.0;
-  for (int t = 0; t < n_tokens; ++t) {
-    depths.push_back(controller.depth());
-    sum += time_us(t, controller.depth());
-    controller.OnToken(time_us(t, controller.depth()));
-  }
-  if (total_us != nullptr) *total_us = sum;
-  return depths;
-}
-
-double ShareAt(const std::vector<int>& depths, size_t first, int depth) {
-  return static_cast<double>(std::count(depths.begin() + static_cast<std::ptrdiff_t>(first), depths.end(), depth)) /
-         static_cast<double>(depths.size() - first);
-}
-
-// Tokens' times differ by far more than depths do; runs / the mean of their total time against that of no prefetch.
-double MeanSlowdown(int n_tokens, double spread, const std::function<double(int)>& factor_of_depth) {
-  constexpr int kRuns = 200;
-  std::mt19937 rng(3);
-  std::normal_distribution<double> normal(0.0, spread);
-  double sum = 0.0;
-  for (int run = 0; run < kRuns; ++run) {
-    std::vector<double> times;
-    for (int t = 0; t < n_tokens; ++t) times.push_back(1000.0 * std::exp(normal(rng)));
-    double off = 0.0, total = 0.0;
-    for (double us : times) off += us;
-    Control(n_tokens, [&](int t, int d) { return times[static_cast<size_t>(t)] * factor_of_depth(d); }, &total);
-    sum += total / off;
-  }
-  return sum / kRuns;
-}
-
-// Guards against: prefetching that hurts and goes on, because the noise of tokens' times hides it or the controller
-// starts with it and takes too long to ask, or whose trials cost more than 2 %.
-TEST(PrefetchController, SwitchesOffWhatDoesNotPay) {
-  for (const double loss : {0.05, 0.13, 0.3}) {
-    const auto slower = [&](int depth) { return 1.0 + loss * 0.5 * depth; };
-    double total = 0.0;
-    const auto depths = Control(2048, [&](int, int depth) { return 1000.0 * slower(depth); }, &total);
-    EXPECT_GT(ShareAt(depths, 128, 0), 0.9) << loss;
-    EXPECT_LE(total, 2048 * 1000.0 / 0.98) << loss;
-    EXPECT_LE(MeanSlowdown(320, 0.1, slower), 1.0 / 0.975) << loss;
-    EXPECT_LE(MeanSlowdown(2000, 0.3, slower), 1.0 / 0.98) << loss;
-  }
-}
-
-// Guards against: a gain that is never found, or given back to trials.
-TEST(PrefetchController, GoesAsDeepAsPays) {
-  EXPECT_GT(ShareAt(Control(1024, [](int, int d) { return d == 2 ? 700.0 : d == 1 ? 850.0 : 1000.0; }), 256, 2), 0.8);
-  EXPECT_GT(ShareAt(Control(1024, [](int, int d) { return d == 1 ? 850.0 : 1000.0; }), 256, 1), 0.8);
-  const auto faster = [](int depth) { return 1.0 / (1.0 + 0.13 * depth); };
-  EXPECT_LE(MeanSlowdown(320, 0.3, faster), 1.0 / 1.19) << "of 1.26";
-  EXPECT_LE(MeanSlowdown(2000, 0.3, faster), 1.0 / 1.19) << "of 1.26";
-}
-
-// Guards against: oscillation between depths that differ by noise alone.
-TEST(PrefetchController, DoesNotOscillateOnNoise) {
-  std::mt19937 rng(3);
-  std::normal_distribution<double> normal(0.0, 0.1);
-  std::vector<double> noise;
-  for (int t = 0; t < 4096; ++t) noise.push_back(1.0 + normal(rng));
-  double total = 0.0;
-  const auto world = [&](int t, int d) { return (d == 1 ? 900.0 : 1000.0) * noise[static_cast<size_t>(t)]; };
-  EXPECT_GT(ShareAt(Control(4096, world, &total), 512, 1), 0.85);
-  EXPECT_LT(total, 4096 * 1000.0 / 1.07) << "most of the 11 % that there is to gain";
-  const auto alike = [&](int t, int) { return 1000.0 * noise[static_cast<size_t>(t)]; };
-  const std::vector<int> depths = Control(4096, alike);
-  EXPECT_GT(std::max({ShareAt(depths, 512, 0), ShareAt(depths, 512, 1), ShareAt(depths, 512, 2)}), 0.8) << "of equals";
-}
-
-// Guards against: a decision that outlives its reason, when the disk becomes ten times as slow or fast.
-TEST(PrefetchController, FollowsADiskThatChangesTenfold) {
-  // A slow disk, on which wrong guesses cost; then a fast one, on which they hide what is left.
-  const auto world = [](int t, int d) { return t < 1024 ? 10000.0 * (1.0 + 0.2 * d) : 1000.0 * (1.0 - 0.2 * d); };
-  const std::vector<int> depths = Control(3072, world);
-  EXPECT_GT(ShareAt(std::vector<int>(depths.begin(), depths.begin() + 1024), 256, 0), 0.9);
-  EXPECT_GT(ShareAt(depths, 2048, 2), 0.9);
-  const std::vector<int> back = Control(3072, [&](int t, int d) { return world(3071 - t, d); });
-  EXPECT_GT(ShareAt(back, 2560, 0), 0.8);
-}
-
-// Guards against: an explicit depth that the controller overrides.
-TEST(PrefetchController, LeavesAFixedDepthAlone) {
-  PrefetchController controller;
-  controller.Start(2, false);
-  for (int t = 0; t < 500; ++t) controller.OnToken(1000.0 * (1 + t % 3));
-  EXPECT_EQ(controller.depth(), 2);
 }
 
 }  // namespace
