@@ -63,6 +63,40 @@ _LIST = """\
 - Kwame Mensah, Accra, teaches carpentry, joined in August 2020
 """
 
+# William Blake, "The Tyger" (1794)
+_POEM = """\
+Tyger Tyger, burning bright,
+In the forests of the night;
+What immortal hand or eye,
+Could frame thy fearful symmetry?
+
+In what distant deeps or skies
+Burnt the fire of thine eyes?
+On what wings dare he aspire?
+What the hand, dare seize the fire?
+
+And what shoulder, and what art,
+Could twist the sinews of thy heart?
+And when thy heart began to beat,
+What dread hand? and what dread feet?
+"""
+
+_SENSORS = """\
+[sensor.cellar]
+address = "10.0.4.17"
+unit = "celsius"
+interval_seconds = 300
+alarm_above = 18.5
+owner = "Marit Bakken"
+
+[sensor.greenhouse]
+address = "10.0.4.23"
+unit = "celsius"
+interval_seconds = 60
+alarm_above = 31.0
+owner = "Dawit Tesfaye"
+"""
+
 
 def _chat(request: str) -> str:
     return f"<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"
@@ -80,7 +114,16 @@ TEXTS = {
         f"Members:\n{_LIST}\nThe same members, numbered:\n"
         "1. Maria Oliveira, Lisbon, sells ceramic tiles, joined in March 2011\n2. Tomasz",
     ),
+    "poem": Text(
+        REPEATING,
+        f"The Tyger, by William Blake:\n\n{_POEM}\nThe Tyger, by William Blake, once more:\n\nTyger Tyger, burning",
+    ),
+    "sensors": Text(
+        REPEATING,
+        f'# north.toml\n{_SENSORS}\n# south.toml: the same sensors at 10.0.5\n[sensor.cellar]\naddress = "10.0.5.17"\n',
+    ),
     "story": Text(NEW, _chat("Write a long story about a girl who finds a map in the attic of her grandmother.")),
     "letter": Text(NEW, _chat("Write a letter to a friend about your first week in a new city.")),
+    "island": Text(NEW, _chat("Explain how a letter travels from a small island to a big city.")),
     "market": Text(NEW, _chat("Describe a market in the morning.")),
 }

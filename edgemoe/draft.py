@@ -15,7 +15,8 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser, Step
+from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser
+from edgemoe.draft_waits import Step
 
 _SHORTEST_MATCH = 2  # one equal token says little
 _LONGEST_MATCH = 8

@@ -6,9 +6,11 @@ Costs come from what steps took, chances from how earlier drafts fared. Pure ari
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
+
+from edgemoe.draft_waits import Average, Step, Waits
 
 MAX_DRAFT_TOKENS = 7
 """Most tokens of a draft: with the token before them a batch of 8 rows, up to which ggml's products of single rows
@@ -37,40 +39,6 @@ def union_growth(n_experts: int, n_experts_used: int, n_tokens: int) -> float:
     return n_experts * (1 - (1 - n_experts_used / n_experts) ** n_tokens) / n_experts_used
 
 
-class Average:
-    """A mean that begins as that of all values and becomes an exponential one over the last `memory` of them."""
-
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
-        self.n = 0
-        self.value = 0.0
-
-    def add(self, value: float) -> None:
-        self.n += 1
-        self.value += (value - self.value) / min(self.n, self._memory)
-
-    def doubt(self, n: int) -> None:
-        """Let what was added so far weigh no more than `n` values."""
-        self.n = min(self.n, n)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What the evaluation of one token and `n_drafted` drafted ones took.
-
-    Attributes:
-        seconds, stall_s: wall time, and the part of it that computing waited for storage.
-        n_experts: experts that the layers asked for, each once for each layer.
-        draft_s: time that went into the draft itself.
-    """
-
-    n_drafted: int
-    seconds: float
-    stall_s: float = 0.0
-    n_experts: int = 0
-    draft_s: float = 0.0
-
-
 class DraftLengthChooser:
     """Chooses how many drafted tokens to evaluate with the next one, 0 among them.
 
@@ -78,19 +46,25 @@ class DraftLengthChooser:
     measured for each kind of draft and position, from proposals that were not evaluated too: the text shows by itself
     whether they were right. The time of a step of k + 1 tokens, in steps of one, is at first
 
-        waiting x growth of the union of experts + computing x (1 + 0.5 k)
+        waiting x sqrt(U (k + 1)) + computing x (1 + 0.5 k)
 
-    where waiting and computing are shares of a step of one token and the union is the formula's, scaled by the unions
-    measured; what steps of each length took replaces it as they come, and corrects the lengths beside it.
+    where waiting and computing are shares of a step of one token. U is the growth of the union of experts, the
+    formula's, scaled by the unions measured: bytes grow by more, as what many tokens use is in memory already, and by
+    less than the number of tokens. (Measured at 58 % of the demo's experts, for 2, 4, 8 tokens: 1.6, 2.8, 4.5; the root
+    of the measured unions: 1.8, 3.0, 4.9.) What steps took corrects both: computing by length, and the lengths beside
+    it, bytes for all lengths together.
 
-    A loss account bounds what being wrong costs: a step with drafts, and the few after it whose cache it changed, are
-    charged with what they took beyond the usual time for the tokens they gave. Drafts are evaluated only while the
+    A loss account bounds what being wrong costs: a step with drafts is charged with what it took beyond what its right
+    tokens would have taken one by one: computing by the clock, waiting by bytes (`Waits`). Of the bytes that the step
+    read, its right tokens would have read their share, so what the text asks for just now counts in both. Steps after
+    it are not charged: one by one they read nothing or four times the usual, with drafts or without, and what a wrong
+    token reads is about as likely to be asked for next as what leaves for it. Drafts are evaluated only while the
     account can pay for one of which half fails; it fills with 2 % of the time and with what drafts gain. A draft that
     takes time itself is charged with it, and wanted only if it pays with that time; what a draft model must read before
     its first draft comes out of the account as well, and out of gains that were too large for the account.
     """
 
-    # Source of the numbers: simulated worlds in tests/unit/test_draft.py, where all of them may be halved or doubled.
+    # Source of the numbers: simulated worlds, those of tests/unit/test_draft.py and test_draft_waits.py among them.
     _COMPUTE_GROWTH = 0.5  # of computing, for each further token, until it is measured
     _MIN_GAIN = 1.1  # below it, noise decides, and a cache that wrong drafts disturbed
     # Of 11 texts that the demo wrote, 3 of which repeat their prompt: 0.5 (2 equal tokens), 0.6, 0.9, 0.9 (8 or more).
@@ -101,7 +75,7 @@ class DraftLengthChooser:
     _TIME_MEMORY = 16
     _RATIO_MEMORY = 8
     _MODEL_WEIGHT = 1.0  # in measurements
-    _N_AFFECTED = 8  # steps after a draft that it may have slowed down
+    _MAX_GROWTH = 1.5  # of bytes, in steps of one token for each
     _N_BASE = 6  # steps without drafts before the first draft: one slow one of 4 made drafts seem cheap
     _MAX_STEPS_WITHOUT_BASE = 256
     _FIRST_RETRY_STEPS, _RETRY_STEPS = 8, 64
@@ -114,9 +88,10 @@ class DraftLengthChooser:
         self._unions = [union_growth(n_experts, n_experts_used, k + 1) for k in range(max_tokens + 1)]
         self._max_tokens = max_tokens
         self._accepted = [[Average(self._ACCEPTANCE_MEMORY) for _ in range(max_tokens)] for _ in range(_N_KINDS)]
-        self._base_s = Average(self._TIME_MEMORY)
-        self._base_wait = Average(self._TIME_MEMORY)
+        self._base_computing_s = Average(self._TIME_MEMORY)
+        self._base_bytes = Average(self._TIME_MEMORY)
         self._base_experts = Average(self._TIME_MEMORY)
+        self._waits = Waits()
         self._ratios = [Average(self._RATIO_MEMORY) for _ in range(max_tokens + 1)]
         self._union_scale = Average(self._TIME_MEMORY)
         self._credit = self._INITIAL_CREDIT  # in steps of one token
@@ -124,7 +99,7 @@ class DraftLengthChooser:
         self._is_retry = False  # the draft that is being made is one
         self._n_unwanted = 0  # steps since a model's draft seemed to pay
         self._n_since_model_retry = 0
-        self._n_since_draft = self._n_since_base = self._n_since_retry = self._n_choices = 0
+        self._n_since_base = self._n_since_retry = self._n_choices = 0
         self._retry_steps = self._FIRST_RETRY_STEPS  # from one retry to the next
         self._n_base_due = self._N_BASE
         self._longest = 0  # the most drafted tokens of any step so far
@@ -136,8 +111,10 @@ class DraftLengthChooser:
         self._is_retry = False
         self._retry_steps = self._FIRST_RETRY_STEPS
         self._n_base_due = self._N_BASE
-        self._n_since_draft = self._N_AFFECTED
-        for average in (self._base_s, self._base_wait, self._base_experts, *itertools.chain(*self._accepted)):
+        self._waits.begin()
+        for average in (self._base_computing_s, self._base_bytes, self._base_experts):
+            average.doubt(0)
+        for average in itertools.chain(*self._accepted):
             average.doubt(0)
         for average in self._ratios:
             average.doubt(2)
@@ -173,7 +150,7 @@ class DraftLengthChooser:
             return 0
         n_max = min(n_tokens, self._max_tokens)
         expected = self._expected(_ANY_MODEL_KIND, n_max)
-        base_s = self._base_s.value
+        base_s = self._base_s
         ratios = [1.0, *(self.time_ratio(k) + draft_s(k) / base_s for k in range(1, n_max + 1))]
         best = self._fastest(expected, ratios)
         self._n_unwanted = 0 if best else self._n_unwanted + 1
@@ -187,13 +164,13 @@ class DraftLengthChooser:
 
     def catch_up_s(self) -> float:
         """What a draft model may take to read the text before it drafts."""
-        return (max(self._credit, 0.0) / 2 + self._savings) * self._base_s.value
+        return (max(self._credit, 0.0) / 2 + self._savings) * self._base_s
 
     def pay_catch_up(self, seconds: float) -> None:
         """A draft model has read text for so long."""
-        if seconds <= 0.0 or self._base_s.value <= 0.0:
+        if seconds <= 0.0 or self._base_s <= 0.0:
             return
-        steps = seconds / self._base_s.value
+        steps = seconds / self._base_s
         saved = min(steps, self._savings)
         self._savings -= saved
         self._credit -= steps - saved
@@ -204,13 +181,13 @@ class DraftLengthChooser:
         return self._n_unwanted >= self._GIVE_UP_STEPS
 
     def _is_measured(self) -> bool:
-        if self._base_s.n < self._N_BASE or self._base_s.value <= 0:
+        if self._base_computing_s.n < self._N_BASE or self._base_s <= 0:
             return False
         if self._n_base_due <= 0 and self._n_since_base <= self._MAX_STEPS_WITHOUT_BASE:
             return True
         # Without steps of one token now and then nobody knows what they take by now.
         if self._n_base_due <= 0:
-            self._n_base_due = self._N_AFFECTED + 2
+            self._n_base_due = self._N_BASE
         return False
 
     def _expected(self, kind: int, n_max: int) -> list[float]:
@@ -246,7 +223,7 @@ class DraftLengthChooser:
         """
         a = self._INITIAL_MODEL_ACCEPTANCE if kind >= _FIRST_MODEL_KIND else self._INITIAL_ACCEPTANCE[kind]
         for average in self._accepted[kind][:position]:
-            n = min(average.n, self._ACCEPTANCE_MEMORY)
+            n = average.weight
             a = (n * average.value + self._INITIAL_WEIGHT * a) / (n + self._INITIAL_WEIGHT)
         return a
 
@@ -254,10 +231,18 @@ class DraftLengthChooser:
         """The time of a step with that many drafted tokens, in steps without; making the draft is not in it."""
         if n_drafted == 0:
             return 1.0
-        modelled = self._modelled_ratio(n_drafted)
-        measured = self._ratios[n_drafted]
-        n = min(measured.n, self._RATIO_MEMORY)
-        return (n * measured.value + self._MODEL_WEIGHT * modelled) / (n + self._MODEL_WEIGHT)
+        base_s = self._base_s
+        if base_s <= 0:
+            return 1.0
+        computing_s = self._base_computing_s.value * self._computing_ratio(n_drafted)
+        wait_s = self._base_bytes.value * self._bytes_growth(n_drafted) * self._waits.draft_s_per_byte
+        # At least something: a step that only waits for experts that all tokens share.
+        return max((computing_s + wait_s) / base_s, 1 + 0.01 * n_drafted)
+
+    @property
+    def _base_s(self) -> float:
+        """What a step of one token takes."""
+        return self._base_computing_s.value + self._base_bytes.value * self._waits.s_per_byte
 
     def observe_acceptance(self, kind: int, position: int, is_right: bool) -> None:
         """Whether the token at `position` (from 1) of a proposal was right, those before it having been."""
@@ -269,27 +254,19 @@ class DraftLengthChooser:
         """A step that gave `n_tokens` tokens: 1, and the drafted ones that were right."""
         self._n_since_retry += 1
         self._n_since_model_retry += 1
-        if step.n_drafted == 0:
-            self._n_since_draft += 1
-            self._n_base_due -= 1
-        else:
-            self._n_since_draft = 0
-        is_base = self._n_since_draft > self._N_AFFECTED or self._base_s.n < self._N_BASE
-        self._n_since_base = 0 if is_base else self._n_since_base + 1
-        base_s = self._base_s.value
-        if is_base:
-            self._base_s.add(step.seconds if self._base_s.n < 2 else min(step.seconds, 4 * base_s))
-            self._base_wait.add(min(step.stall_s / step.seconds, 1.0) if step.seconds > 0 else 0.0)
-            self._base_experts.add(step.n_experts)
-            # A draft may have been made and not evaluated.
-            self._earn(self._EARNED_SHARE - (step.draft_s / base_s if base_s > 0 else 0.0))
-            return
         if step.n_drafted:
-            self._observe_draft(step)
-        elif self._n_since_draft > 1 and step.seconds < base_s:
-            self._base_s.add(step.seconds)  # drafts slow down the steps after them at most: the usual time is shorter
-        taken = (step.seconds + step.draft_s) / base_s
-        self._earn(self._EARNED_SHARE * taken + n_tokens - taken)
+            self._n_since_base += 1
+            self._observe_draft(step, n_tokens)
+            return
+        self._n_since_base = 0
+        self._n_base_due -= 1
+        computing, usual_s = self._base_computing_s, self._base_computing_s.value
+        computing.add(step.computing_s if computing.n < 2 else min(step.computing_s, 4 * usual_s))
+        self._base_bytes.add(step.read_bytes)
+        self._base_experts.add(step.n_experts)
+        self._waits.observe(step)
+        # A draft may have been made and not evaluated.
+        self._earn(self._EARNED_SHARE - (step.draft_s / self._base_s if self._base_s > 0 else 0.0))
 
     def _earn(self, steps: float) -> None:
         self._credit += steps
@@ -297,16 +274,46 @@ class DraftLengthChooser:
             self._savings += self._credit - self._MAX_CREDIT
             self._credit = self._MAX_CREDIT
 
-    def _observe_draft(self, step: Step) -> None:
+    def _observe_draft(self, step: Step, n_tokens: int) -> None:
         k = step.n_drafted
         self._longest = max(self._longest, k)
         if self._base_experts.value > 0 and self._unions[k] > 1:
             growth = step.n_experts / self._base_experts.value
             self._union_scale.add(min(max((growth - 1) / (self._unions[k] - 1), 0.0), 2.0))
-        self._ratios[k].add(min(step.seconds / self._base_s.value, 3 * self.time_ratio(k)))
+        self._waits.observe_draft(step, self._base_bytes.value * self._usual_growth(k))
+        computing_s, base_s = self._base_computing_s.value, self._base_s
+        if base_s <= 0:
+            return
+        if computing_s > 0:
+            self._ratios[k].add(min(step.computing_s / computing_s, 3 * self._computing_ratio(k)))
+        # Its tokens one by one would have read their share of these bytes: what the text asks for just now counts in
+        # both, and only what is read for wrong tokens is a loss. They read several times as much as right ones.
+        taken_s = step.computing_s + step.draft_s + step.read_bytes * self._waits.draft_s_per_byte
+        token_bytes = step.read_bytes / self._bytes_growth(k)
+        if n_tokens <= k:
+            token_bytes = min(token_bytes, self._base_bytes.value)
+        spared_s = n_tokens * (computing_s + token_bytes * self._waits.s_per_byte)
+        self._earn((self._EARNED_SHARE * taken_s + spared_s - taken_s) / base_s)
+
+    def _usual_growth(self, k: int) -> float:
+        """Bytes of a step with that many drafted tokens, in steps without: between those of the union and of all."""
+        return math.sqrt(self._union(k) * (k + 1))
+
+    def _bytes_growth(self, k: int) -> float:
+        return min(max(self._usual_growth(k) * self._waits.growth, self._union(k)), self._MAX_GROWTH * (k + 1))
+
+    def _union(self, k: int) -> float:
+        scale = self._union_scale.value if self._union_scale.n else 1.0
+        return 1 + scale * (self._unions[k] - 1)
+
+    def _computing_ratio(self, k: int) -> float:
+        modelled = self._modelled_ratio(k)
+        measured = self._ratios[k]
+        n = measured.weight
+        return (n * measured.value + self._MODEL_WEIGHT * modelled) / (n + self._MODEL_WEIGHT)
 
     def _modelled_ratio(self, k: int) -> float:
-        """From what other lengths took: on a line between the next shorter and longer ones, else as bytes grow."""
+        """Of computing, from other lengths: on a line between the next shorter and longer ones, else in proportion."""
         shorter = max(i for i in range(k) if i == 0 or self._ratios[i].n)
         value = self._ratios[shorter].value if shorter else 1.0
         longer = next((i for i in range(k + 1, self._max_tokens + 1) if self._ratios[i].n), None)
@@ -314,12 +321,5 @@ class DraftLengthChooser:
             return value + (self._ratios[longer].value - value) * (k - shorter) / (longer - shorter)
         # The first step of a length also makes buffers, and reads what later ones find: one step is half a measurement.
         n = self._ratios[shorter].n
-        scale = (n * (value - 1) / (self._bytes_ratio(shorter) - 1) + 1) / (n + 1) if shorter else 1.0
-        return value + max(scale, 0.0) * (self._bytes_ratio(k) - self._bytes_ratio(shorter))
-
-    def _bytes_ratio(self, k: int) -> float:
-        scale = self._union_scale.value if self._union_scale.n else 1.0
-        union = 1 + scale * (self._unions[k] - 1)
-        wait = self._base_wait.value
-        # At least something: a step that only waits for experts that all tokens share.
-        return max(wait * union + (1 - wait) * (1 + self._COMPUTE_GROWTH * k), 1 + 0.01 * k)
+        scale = (n * (value - 1) / (self._COMPUTE_GROWTH * shorter) + 1) / (n + 1) if shorter else 1.0
+        return value + max(scale, 0.0) * self._COMPUTE_GROWTH * (k - shorter)

@@ -21,7 +21,8 @@ from llama_cpp import llama_cpp as llama
 
 from edgemoe import engine
 from edgemoe.draft import Draft
-from edgemoe.draft_length import Average, model_kind
+from edgemoe.draft_length import model_kind
+from edgemoe.draft_waits import Average
 from edgemoe.errors import BackendError
 from edgemoe.formats.gguf import GgufModel, iter_strings
 

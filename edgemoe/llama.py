@@ -21,8 +21,8 @@ from edgemoe.budget import MemoryBudget, Share, shared_error
 from edgemoe.cache_size import CacheSize
 from edgemoe.counters import Counters, prefetch_fields
 from edgemoe.demo import demo_model
-from edgemoe.draft_length import Step
 from edgemoe.draft_model import DraftModel
+from edgemoe.draft_waits import Step
 from edgemoe.errors import AdapterError, BackendError, TraceError
 from edgemoe.formats.gguf import GgufModel, read_model
 from edgemoe.profile import ProfiledLlama
@@ -407,7 +407,8 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             after = self._runtime.stats()  # type: ignore[union-attr]
             n_experts = after.hits + after.misses + after.late_hits
             n_experts -= before.hits + before.misses + before.late_hits
-            self._drafter.observe(Step(n_drafted, elapsed_s, (after.stall_ns - before.stall_ns) / 1e9, n_experts))
+            n_bytes, stall_s = after.bytes_read - before.bytes_read, (after.stall_ns - before.stall_ns) / 1e9
+            self._drafter.observe(Step(n_drafted, elapsed_s, stall_s, n_experts, n_bytes))
         if len(tokens) > 1 and not n_drafted:
             self._counters.prompt_tokens += len(tokens)
             self._counters.prefill_s += elapsed_s

@@ -290,7 +290,7 @@ def test_chooser_at_work(write_model: ModelWriter) -> None:
     with _plain(write_model("olmoe"), draft="ngram") as llm:
         assert llm._chooser is not None
         _greedy(REPETITIVE, 40)(llm)
-        assert llm._chooser._base_s.n >= 4
+        assert llm._chooser._base_computing_s.n >= 4
         assert llm._chooser._base_experts.value > 0
         llm.reset_stats()
         assert llm.stats().drafted_tokens == llm.stats().accepted_tokens == 0

@@ -20,7 +20,8 @@ import pytest
 import edgemoe
 from benchmarks import synthetic
 from edgemoe import _native, draft_model, planner
-from edgemoe.draft_length import DraftLengthChooser, Step
+from edgemoe.draft_length import DraftLengthChooser
+from edgemoe.draft_waits import Step
 from edgemoe.errors import BackendError, BudgetError, ModelFormatError
 from edgemoe.formats.gguf import read_model
 from tests.conftest import ModelWriter

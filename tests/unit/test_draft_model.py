@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemoe.draft import Draft, Drafter, NgramProposer
-from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser, Step
+from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser
 from edgemoe.draft_model import Logits, ModelProposer
+from edgemoe.draft_waits import Step
 from edgemoe.planner import draft_path
 
 N_VOCAB = 50
