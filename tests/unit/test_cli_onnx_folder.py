@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,9 @@ def test_plan_without_loading(folder: Path) -> None:
     assert plan["slots_bytes"] == plan["expert_bank_bytes"] > plan["token_cycle_bytes"] > 0
     small = without_engines("plan", folder, "--memory", plan["floor_bytes"] - (16 << 20))
     assert small.returncode == 1
-    assert "is below the floor" in small.stdout and f"--memory {-(-plan['floor_bytes'] // 2**20)}MiB" in small.stdout
+    # Each process counts its own memory, which differs by some hundred KiB from one to the next.
+    advised = re.search(r"is below the floor .*; use --memory (\d+)MiB", small.stdout)
+    assert advised and abs((int(advised[1]) << 20) - plan["floor_bytes"]) < 4 << 20
     fitting = without_engines("plan", folder, "--memory", plan["floor_bytes"] + (4 << 20))
     assert fitting.returncode == 0 and "tiny, context 2048" in fitting.stdout
 
