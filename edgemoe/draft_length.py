@@ -112,9 +112,8 @@ class DraftLengthChooser:
         self._retry_steps = self._FIRST_RETRY_STEPS
         self._n_base_due = self._N_BASE
         self._waits.begin()
-        for average in (self._base_computing_s, self._base_bytes, self._base_experts):
-            average.doubt(0)
-        for average in itertools.chain(*self._accepted):
+        bases = (self._base_computing_s, self._base_bytes, self._base_experts)
+        for average in itertools.chain(bases, *self._accepted):
             average.doubt(0)
         for average in self._ratios:
             average.doubt(2)

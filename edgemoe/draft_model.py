@@ -246,8 +246,9 @@ class ModelProposer:
         n_window = min(end, self._evaluator.n_ctx * 3 // 4, n_affordable)
         is_lost = n_same < 0 or end - begin + n_tokens > self._evaluator.n_ctx
         is_lost = is_lost or n_behind > max(_FEW_TOKENS, n_affordable)
-        is_lost = is_lost or end - begin < min(_SHORTEST_WINDOW, end)  # another text, shorter than the last
-        if is_lost and n_window < min(_SHORTEST_WINDOW, end):
+        n_shortest = min(_SHORTEST_WINDOW, end)
+        is_lost = is_lost or end - begin < n_shortest  # another text, shorter than the last
+        if is_lost and n_window < n_shortest:
             return False
         if is_lost or (begin > 0 and n_window >= _WIDENING * (n_same + n_behind)):
             self._begin, n_same = end - n_window, 0

@@ -50,9 +50,14 @@ class Step:
     draft_s: float = 0.0
 
     @property
+    def wait_s(self) -> float:
+        """The waiting that bytes explain."""
+        return min(self.stall_s, self.seconds) if self.read_bytes else 0.0
+
+    @property
     def computing_s(self) -> float:
-        """All but the waits that bytes explain."""
-        return max(self.seconds - self.stall_s, 0.0) if self.read_bytes else self.seconds
+        """All but that."""
+        return self.seconds - self.wait_s
 
 
 class _Rate:
@@ -109,11 +114,11 @@ class Waits:
 
     def observe(self, step: Step) -> None:
         """A step of one token."""
-        self._plain.add(min(step.stall_s, step.seconds) if step.read_bytes else 0.0, step.read_bytes)
+        self._plain.add(step.wait_s, step.read_bytes)
 
     def observe_draft(self, step: Step, expected_bytes: float) -> None:
         """A step with drafts, which was expected to read so much."""
-        self._drafts.add(min(step.stall_s, step.seconds) if step.read_bytes else 0.0, step.read_bytes)
+        self._drafts.add(step.wait_s, step.read_bytes)
         if expected_bytes > 0:
             self._growth.add(step.read_bytes, expected_bytes)
 

@@ -2,6 +2,7 @@
 #include "core/prefetch.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <iterator>
 #include <numeric>
@@ -19,16 +20,9 @@ bool HaveASay(const edgemoe_choosers& choosers) {
 }  // namespace
 
 int Prefetch::BeginBatch(ExpertCache* cache, int64_t n_tokens, bool is_rest) {
-  const auto now = std::chrono::steady_clock::now();
-  if (n_tokens == 1 && in_decode_ && !is_rest) {
-    controller.OnToken(std::chrono::duration<double, std::micro>(now - last_token_).count(),
-                       cache->needed_bytes() - last_needed_bytes_);
-  } else {
-    controller.OnInterruption();
-  }
-  last_token_ = now;
-  last_needed_bytes_ = cache->needed_bytes();
-  in_decode_ = n_tokens == 1 && !is_rest;
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  const double now_us = std::chrono::duration<double, std::micro>(now).count();
+  controller.OnBatch(now_us, cache->needed_bytes(), n_tokens == 1 && !is_rest);
   const bool in_prompt = n_tokens > kMostDecodeTokens;
   if (++n_batches_ == 2) {
     // Layers that the first batch did not use are no part of the graph: heads for drafts, say.

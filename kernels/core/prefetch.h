@@ -5,7 +5,6 @@
 #define EDGEMOE_CORE_PREFETCH_H_
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <mutex>
 #include <vector>
@@ -102,10 +101,7 @@ class Prefetch {
   std::vector<int64_t> hints_;
   std::vector<int32_t> predicted_experts_;  // of predicted_layer_, which has not begun yet
   int predicted_layer_ = -1;
-  std::vector<std::vector<int32_t>> foreseen_;        // [layer][distance - 1], as Foreseen says
-  std::chrono::steady_clock::time_point last_token_;  // when the last token of decode began
-  uint64_t last_needed_bytes_ = 0;                    // the cache's then
-  bool in_decode_ = false;                            // the batch before was one whole token
+  std::vector<std::vector<int32_t>> foreseen_;  // [layer][distance - 1], as Foreseen says
 
   int last_token_target_ = -1;  // the last layer that is foreseen from tokens; immutable after Start
   std::mutex token_mutex_;      // of what is below

@@ -68,6 +68,17 @@ class PrefetchController {
       EndUsualWindow(window.us);
     }
   }
+  // A batch begins at this time, with the bytes that all before it needed. is_token: it is one token of decode, whole.
+  void OnBatch(double now_us, uint64_t needed_bytes, bool is_token) {
+    if (is_token && in_decode_) {
+      OnToken(now_us - batch_us_, needed_bytes - batch_needed_bytes_);
+    } else {
+      OnInterruption();
+    }
+    batch_us_ = now_us;
+    batch_needed_bytes_ = needed_bytes;
+    in_decode_ = is_token;
+  }
   // Something other than decoding happened: the windows in progress say nothing.
   void OnInterruption() {
     window_ = Window();
@@ -170,7 +181,11 @@ class PrefetchController {
   int max_depth_ = 0;
   bool adaptive_ = false;
   int depth_ = 0;
-  Window window_;  // in progress
+  // When the last batch began.
+  double batch_us_ = 0.0;
+  uint64_t batch_needed_bytes_ = 0;
+  bool in_decode_ = false;  // it was a token
+  Window window_;           // in progress
   int n_tokens_ = 0;
   // The trial in progress.
   bool in_trial_ = false;

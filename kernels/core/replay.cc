@@ -110,9 +110,6 @@ class Replayer {
   uint64_t n_slices_ = 0;    // used
 
   PrefetchController controller_;
-  double last_token_us_ = 0.0;
-  uint64_t last_needed_bytes_ = 0;
-  bool in_decode_ = false;
   int64_t last_n_tokens_ = 0;  // of the layer before
   int depth_ = 0;
   bool looks_ahead_ = false;  // from the layer in progress
@@ -171,14 +168,7 @@ void Replayer::ForeseeTokens(int64_t batch) {
 // As MoeLayer::BeginBatch.
 void Replayer::BeginBatch(int64_t n_tokens, bool is_rest) {
   batch_time_ = cache_->AdvanceClock(n_tokens);
-  if (n_tokens == 1 && in_decode_ && !is_rest) {
-    controller_.OnToken(now_us_ - last_token_us_, cache_->needed_bytes() - last_needed_bytes_);
-  } else {
-    controller_.OnInterruption();
-  }
-  last_token_us_ = now_us_;
-  last_needed_bytes_ = cache_->needed_bytes();
-  in_decode_ = n_tokens == 1 && !is_rest;
+  controller_.OnBatch(now_us_, cache_->needed_bytes(), n_tokens == 1 && !is_rest);
   const int wanted = n_tokens <= kMostDecodeTokens ? controller_.depth() : std::min(options_.prefetch_depth, 1);
   depth_ = cache_->HoldsEverything() ? 0 : wanted;
   if (depth_ > 0) return;

@@ -98,6 +98,19 @@ def test_only_what_is_new_is_read() -> None:
     assert model.n_evaluated == 1
 
 
+def test_a_text_that_ends_soon_after_the_last_window_began() -> None:
+    """Guards against a new text of which only what lies in the window of the last one is read: here 8 tokens of 30."""
+    model = Parrot()
+    proposer = ModelProposer(model, N_VOCAB)
+    text = [i % 4 for i in range(70)]
+    proposer.extend(text)
+    proposer.propose(1, 1.0)
+    assert proposer._begin == 22
+    proposer.begin()
+    proposer.extend(text[:30])
+    assert proposer.propose(3, 1.0).tokens == model.continuation(text[:30], 3)
+
+
 def test_a_model_reads_what_can_be_paid() -> None:
     """Guards against reading a whole prompt before anything was gained, and against never reading more of it."""
     model = Parrot(n_ctx=1000)
