@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def set_residency(llm: edgemoe.Llama, residency: str) -> None:
             "cycle": sizes.cycle_slot_bytes,
         }
         set_slots(llm, max(share[residency], sizes.cycle_slot_bytes))
+
+
+def await_preloads(llm: edgemoe.Llama) -> None:
+    """Until a warm start has read what it means to; slots that are given or taken before end it."""
+    assert llm._runtime is not None
+    deadline_s = time.monotonic() + 60
+    while llm._runtime.preload_stats().n_left:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
 
 
 RESIDENCIES = ("all", "third", "cycle", "fewest")

@@ -24,7 +24,7 @@ from edgemoe.converters.evaluate import GgmlTensor
 from edgemoe.converters.lowbit import make_companion
 from edgemoe.errors import BackendError, ModelFormatError
 from tests.conftest import ModelWriter
-from tests.integration.support import logits, python, set_residency, set_threads, stock, streamed
+from tests.integration.support import await_preloads, logits, python, set_residency, set_threads, stock, streamed
 from tests.integration.test_reuse import PROMPT, STEPS, WIDE
 
 NO_EXPERT = -1
@@ -259,6 +259,7 @@ def test_everything_else_goes_on(write_model: ModelWriter, tmp_path: Path) -> No
             pytest.skip(str(error))
         with llm:
             set_threads(llm, 1)
+            await_preloads(llm)
             set_residency(llm, "third")
             with llm.record_trace(tmp_path / f"trace-{round_}"), llm.profile():
                 tokens = list(itertools.islice(llm.generate(PROMPT * 3, temp=0.0), 40))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 import edgemoe
 from benchmarks import synthetic
 from tests.conftest import ModelWriter
-from tests.integration.support import N_VOCAB, logits, python, set_residency, streamed
+from tests.integration.support import N_VOCAB, await_preloads, logits, python, set_residency, streamed
 
 MODEL = {"n_experts": 32, "n_experts_used": 4, "n_layers": 4}
 TOKENS = synthetic.local_tokens(60, N_VOCAB, seed=3)
@@ -26,18 +25,10 @@ def _folder() -> Path:
     return Path(os.environ["EDGEMOE_WARM_DIR"])
 
 
-def _await_preloads(llm: edgemoe.Llama) -> None:
-    assert llm._runtime is not None
-    deadline_s = time.monotonic() + 60
-    while llm._runtime.preload_stats().n_left:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.001)
-
-
 def _start(path: Path, residency: str, **options: object) -> edgemoe.Llama:
     """A model as it is when its slots were given at the load: tiny models are smaller than any budget."""
     llm = streamed(path, n_threads=1, n_threads_batch=1, **options)
-    _await_preloads(llm)
+    await_preloads(llm)
     set_residency(llm, "cycle")  # drops what was preloaded
     set_residency(llm, residency)
     llm.reset_stats()
@@ -59,7 +50,7 @@ def test_a_warm_start_misses_less_and_gives_the_same_bits(residency: str, write_
     with _start(path, residency, **fixed) as llm:
         assert llm._warm is not None and llm._runtime is not None
         llm._warm.begin()
-        _await_preloads(llm)
+        await_preloads(llm)
         read_bytes = llm._runtime.preload_stats().read_bytes
         assert 0 < read_bytes <= llm.stats().slots_bytes, "within the budget"
         found = logits(llm, after[:1], after[1:])
@@ -87,7 +78,7 @@ def test_the_model_starts_warm_by_itself(write_model: ModelWriter) -> None:
     path = write_model("olmoe", **MODEL)
     for n_misses in (None, 0):
         with streamed(path) as llm:
-            _await_preloads(llm)
+            await_preloads(llm)
             logits(llm, PROMPT, STEPS)
             assert n_misses is None or llm.stats().expert_misses == n_misses
 
