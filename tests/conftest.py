@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from benchmarks import synthetic
+
+# An example that takes long says that the machine is busy.
+settings.register_profile("shared machine")
+settings.load_profile("shared machine")
 
 ModelWriter = Callable[..., Path]
 

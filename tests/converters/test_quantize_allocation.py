@@ -35,7 +35,7 @@ def groups_of(problem: list[tuple[Option, ...]]) -> list[Group]:
     return [Group(f"g{index}", 100, tuple(group)) for index, group in enumerate(problem)]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(problem=problems, slack=st.floats(0, 1))
 def test_the_allocation_is_the_best_of_all(problem: list[tuple[Option, ...]], slack: float) -> None:
     """Guards against a bound that drops the best, options that break the budget, and choices of the wrong group."""

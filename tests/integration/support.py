@@ -112,6 +112,14 @@ def await_preloads(llm: edgemoe.Llama) -> None:
         time.sleep(0.001)
 
 
+def await_no_more(held: Callable[[], tuple[int, ...]], before: tuple[int, ...]) -> None:
+    """Until no count is above what it was: a thread that has ended and was joined is listed for a moment longer."""
+    deadline_s = time.monotonic() + 60
+    while any(now > then for now, then in zip(held(), before, strict=True)):
+        assert time.monotonic() < deadline_s, (held(), before)
+        time.sleep(0.001)
+
+
 RESIDENCIES = ("all", "third", "cycle", "fewest")
 
 

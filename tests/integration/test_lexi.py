@@ -34,7 +34,7 @@ def _losses(tables: list[list[float]]) -> lexi.Losses:
 
 
 @given(TABLES, st.floats(0, 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_division_is_the_best_of_all(tables: list[list[float]], share: float) -> None:
     """Guards against a sum that is missed, another layer's number, and a division that is not the best: losses need
     neither fall nor be convex."""

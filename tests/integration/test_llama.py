@@ -25,6 +25,7 @@ from edgemoe.errors import BudgetError
 from tests.conftest import ModelWriter
 from tests.integration.support import (
     N_VOCAB,
+    await_no_more,
     logits,
     python,
     set_residency,
@@ -391,7 +392,7 @@ def test_loading_and_closing_leaves_nothing_behind(write_model: ModelWriter) -> 
     for _ in range(10):
         cycle()
     gc.collect()
-    assert held() == before
+    await_no_more(held, before)
     assert host.process_rss_bytes() - rss_before < 8 << 20
 
 

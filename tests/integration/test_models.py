@@ -139,7 +139,7 @@ def test_two_contexts_share_one_model(arch: str, write_model: ModelWriter) -> No
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=60)
+            thread.join(timeout=300)
         assert not any(thread.is_alive() for thread in threads), "contexts wait for each other"
         for context in contexts:
             context.close()
@@ -162,7 +162,7 @@ def test_slots_change_while_a_context_computes(write_model: ModelWriter) -> None
         while thread.is_alive() and i < 20_000:
             set_residency(llm, ("all", "cycle", "third")[i % 3])
             i += 1
-        thread.join(timeout=60)
+        thread.join(timeout=300)
         assert not thread.is_alive(), "a resize and a layer wait for each other"
         context.close()
     assert len(found) == 8 and i > 3

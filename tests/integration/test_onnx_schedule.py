@@ -284,7 +284,7 @@ def _preloaded_bytes(model: RoutedModel) -> int:
 def _wait_for_preload(session: InferenceSession) -> None:
     runtime = session._runtime
     assert runtime is not None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while runtime.preload_stats().n_left and time.monotonic() < deadline:
         time.sleep(0.01)
 

@@ -108,7 +108,7 @@ def small_header(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return _header(synthetic.write_model(tmp_path_factory.mktemp("header") / "small.gguf", n_vocab=300))
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 def test_flipped_bytes(flips: list[tuple[float, int]], small_header: bytes, tmp_path: Path) -> None:
     """Guards against an exception of another kind, or a hang, for a header with damaged bytes."""
@@ -118,7 +118,7 @@ def test_flipped_bytes(flips: list[tuple[float, int]], small_header: bytes, tmp_
     _read(tmp_path, bytes(data), 4 << 20)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     where=st.floats(0, 1, exclude_max=True), number=st.sampled_from([0, 1, 2**20, 2**31, 2**32 - 1, 2**62, 2**64 - 1])
 )
@@ -130,7 +130,7 @@ def test_replaced_numbers(where: float, number: int, small_header: bytes, tmp_pa
     _read(tmp_path, bytes(data), 4 << 20)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(length=st.floats(0, 1))
 def test_cut_headers(length: float, small_header: bytes, tmp_path: Path) -> None:
     """Guards against a header that ends early."""

@@ -66,7 +66,7 @@ CASE = st.tuples(
 
 
 @given(CASE)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_the_rule_is_the_papers(case: Any) -> None:
     """Guards against a rank by place instead of by weight, thresholds that are mixed up, ids of the wrong copy, and a
     price that is not that of what was left out."""
@@ -98,7 +98,7 @@ def test_the_rule_is_the_papers(case: Any) -> None:
 
 
 @given(CASE)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_one_is_exact_and_the_best_is_always_waited_for(case: Any) -> None:
     """Guards against sums whose rounding leaves out an expert at a threshold of 1, and a token without its best."""
     has_copies, are_logits, k, spread, a, _, seed = case

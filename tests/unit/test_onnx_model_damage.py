@@ -46,7 +46,7 @@ def test_every_truncation_is_an_error(small: tuple[Path, bytes]) -> None:
     assert all(isinstance(result, str) for result in results[:graph])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=6))
 def test_changed_bytes_are_an_error_or_a_sound_model(small: tuple[Path, bytes], changes: list[tuple[int, int]]) -> None:
     """Guards against: endless loops, foreign exceptions, and places outside of their files."""

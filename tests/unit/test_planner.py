@@ -41,7 +41,7 @@ def footprint() -> planner.Footprint:
     return planner.Footprint(model, kv_bytes=50 << 20, buffers_bytes=80 << 20, batch_bytes=10 << 20)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 4 << 30), st.integers(0, 1 << 30))
 def test_more_memory_is_never_worse(footprint: planner.Footprint, memory: int, more: int) -> None:
     """Guards against a budget that gives fewer slots than a smaller one."""
@@ -51,7 +51,7 @@ def test_more_memory_is_never_worse(footprint: planner.Footprint, memory: int, m
     assert small.floor_bytes == large.floor_bytes
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 4 << 30))
 def test_parts_stay_within_the_budget(footprint: planner.Footprint, memory: int) -> None:
     """Guards against parts that add up to more than the budget, and a floor without room for one token."""

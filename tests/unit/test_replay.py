@@ -55,7 +55,7 @@ def any_trace(draw: st.DrawFn) -> Trace:
     return make_trace(experts, n_experts, [b for b, size in enumerate(sizes) for _ in range(size)])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(trace=any_trace(), share=st.floats(0.05, 1.0), prefetch=st.sampled_from(["off", "auto", "1", "2"]))
 def test_no_policy_beats_the_bound(trace: Trace, share: float, prefetch: str) -> None:
     """Guards against a bound that a cache passes, or a cache that hits what it has not read."""
@@ -88,7 +88,7 @@ def test_generated_traces_keep_the_bound_and_the_order_of_budgets(name: str) -> 
     assert all(reads[0.5, p] <= reads[0.12, p] for p in replays.POLICIES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), keep=st.floats(0.0, 1.0), n_layers=st.integers(1, 5))
 def test_fetches_at_most_what_changed(seed: int, keep: float, n_layers: int) -> None:
     """Guards against an LRU pool of a token cycle that evicts what the last token used (ReMoE's bound)."""

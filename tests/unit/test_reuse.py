@@ -116,7 +116,7 @@ def made(case: Any) -> tuple[str, Router, int, int, float, Any]:
 
 
 @given(CASE)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_choice_is_the_papers(case: Any) -> None:
     """Guards against a wrong score space, a forgotten top-J, a masked group that is chosen, an order that is no
     permutation, and prices that are not those of the change."""
@@ -146,7 +146,7 @@ def test_choice_is_the_papers(case: Any) -> None:
 
 
 @given(CASE)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_more_bias_never_means_fewer_residents(case: Any) -> None:
     """Guards against a bias that works backwards; 0 is exact, and so is a cache that holds everything or nothing."""
     method, router, k, top_j, strength, resident = made(case)

@@ -49,7 +49,7 @@ CASE = st.tuples(
 
 
 @given(CASE, st.floats(0, 1))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_top_p_is_numpys(case: Any, p: float) -> None:
     """Guards against another share than that of the model's own choice, for masses and for logits, and ties that drop
     an expert that is needed."""
@@ -70,7 +70,7 @@ def test_top_p_is_numpys(case: Any, p: float) -> None:
 
 
 @given(CASE, st.integers(1, 4), st.integers(0, 4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_map_counts_positive_logits(case: Any, n_min: int, more: int) -> None:
     """Guards against a count of the chosen only, of masses instead of logits, and bounds that do not hold."""
     n, k, spread, _, seed = case

@@ -116,7 +116,7 @@ def test_load_gives_back_what_was_saved(tmp_path: Path, is_recorded: bool) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 1000),
     batches=st.lists(st.integers(1, 9), max_size=5),
