@@ -166,22 +166,25 @@ _OLMOE = Shape(
     n_head=16,
 )
 
+_QWEN3_30B = Shape(
+    "qwen3moe",
+    n_layers=48,
+    hidden=2048,
+    n_experts=128,
+    n_experts_used=8,
+    expert_ff=768,
+    n_vocab=151936,
+    n_head=32,
+    n_head_kv=4,
+    head_dim=128,
+)
+
 PRESETS = {
     "olmoe": _OLMOE,
     "olmoe-small": dataclasses.replace(_OLMOE, n_layers=4),
+    "qwen3moe-30b": _QWEN3_30B,
     # The slim ones keep the shape of a layer; with fewer layers and a smaller vocabulary.
-    "qwen3moe-30b-slim": Shape(
-        "qwen3moe",
-        n_layers=6,
-        hidden=2048,
-        n_experts=128,
-        n_experts_used=8,
-        expert_ff=768,
-        n_vocab=32768,
-        n_head=32,
-        n_head_kv=4,
-        head_dim=128,
-    ),
+    "qwen3moe-30b-slim": dataclasses.replace(_QWEN3_30B, n_layers=6, n_vocab=32768),
     "gpt-oss-20b-slim": Shape(
         "gpt-oss",
         quant="MXFP4",
@@ -588,12 +591,9 @@ def main() -> None:
     begin = time.monotonic()
     write_preset(arguments.out, arguments.preset, seed=arguments.seed, n_splits=arguments.splits)
     seconds = time.monotonic() - begin
-    files_bytes = sum(path.stat().st_size for path in split_paths(arguments.out, arguments.splits))
-    experts_bytes, dense_bytes = totals_bytes(PRESETS[arguments.preset])
-    print(
-        f"{arguments.out}: {files_bytes / 2**20:.1f} MiB in {seconds:.1f} s; "
-        f"experts {experts_bytes / 2**20:.1f} MiB, dense {dense_bytes / 2**20:.1f} MiB"
-    )
+    total_mib = sum(path.stat().st_size for path in split_paths(arguments.out, arguments.splits)) / 2**20
+    experts_mib, dense_mib = (n_bytes / 2**20 for n_bytes in totals_bytes(PRESETS[arguments.preset]))
+    print(f"{arguments.out}: {total_mib:.1f} MiB in {seconds:.1f} s; {experts_mib:.1f} experts, {dense_mib:.1f} others")
 
 
 if __name__ == "__main__":
