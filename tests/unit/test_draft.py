@@ -6,13 +6,14 @@ from __future__ import annotations
 import dataclasses
 import random
 import statistics
+import tracemalloc
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe.draft import Drafter, NgramProposer, reserved_bytes
+from edgemoe.draft import Drafter, DraftMemory, NgramProposer
 from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser, union_growth
 from edgemoe.draft_waits import Step
 
@@ -337,6 +338,34 @@ def test_repetition_is_drafted_and_noise_is_not() -> None:
     assert _generate(noise, 200, CHEAP)[0] == 0
 
 
-def test_reserved_memory_is_small() -> None:
+def test_memory_of_drafts_is_small() -> None:
     """Guards against logits of a whole context, which is what llama_cpp's own draft models take."""
-    assert reserved_bytes(152_000, 4096) < 16 << 20
+    assert DraftMemory(152_000, 4096).most_bytes < 16 << 20
+
+
+@given(st.lists(st.tuples(st.integers(0, MAX_DRAFT_TOKENS), st.integers(0, 1000)), max_size=20))
+def test_memory_is_taken_once_and_up_to_the_most(drafts: list[tuple[int, int]]) -> None:
+    """Guards against memory that is paid twice, or later than it is used, or beyond what was planned."""
+    memory = DraftMemory(1000, 1000)
+    taken = longest = 0
+    for n_drafted, n_text in drafts:
+        n_bytes = memory.grow(n_drafted=n_drafted, n_text=n_text)
+        assert n_bytes >= 0 and memory.grow(n_drafted, n_text) == 0
+        taken, longest = taken + n_bytes, max(longest, n_drafted)
+        assert taken >= 4 * 1000 * longest + 150 * max(
+            one[1] for one in drafts[: drafts.index((n_drafted, n_text)) + 1]
+        )
+        assert taken <= memory.most_bytes
+    assert taken + memory.grow(MAX_DRAFT_TOKENS, 1000) == memory.most_bytes
+
+
+def test_the_index_takes_no_more_than_is_counted() -> None:
+    """Guards against an index that is larger than the memory that slots give up for it."""
+    rng = random.Random(3)
+    words = [rng.randrange(50_000) for _ in range(4096)]  # hardly a pair comes twice
+    tracemalloc.start()
+    proposer = NgramProposer(words)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert proposer.propose(1) is not None
+    assert taken <= DraftMemory(0, 4096).grow(n_text=4096)
