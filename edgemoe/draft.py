@@ -124,14 +124,20 @@ class _Watch:
         self._chooser = chooser
         self._proposal = Draft(())
         self._n_seen = 0
+        self._newest = Draft(())  # where another one is being watched: of this only the first token counts
 
     def begin(self, proposal: Draft) -> None:
-        """Watch another one, if all of the last one has been seen: no token counts twice."""
+        """Watch another one, if all of the last one has been seen: no position of a draft counts twice for a token."""
         if self._n_seen == len(self._proposal.tokens):
             self._proposal, self._n_seen = proposal, 0
+        else:
+            self._newest = proposal
 
     def see(self, tokens: Sequence[int]) -> None:
         """The text goes on with these."""
+        newest, self._newest = self._newest, Draft(())
+        if newest.tokens and tokens:
+            self._chooser.observe_acceptance(newest.kind, 1, tokens[0] == newest.tokens[0])
         for token in itertools.islice(tokens, len(self._proposal.tokens) - self._n_seen):
             self._n_seen += 1
             is_right = token == self._proposal.tokens[self._n_seen - 1]

@@ -300,7 +300,10 @@ class Llama(ProfiledLlama, SpeculativeLlama):
         if self._share is not None:
             self._share.take(n_bytes)
         else:  # the fewest slots have had room for it
-            self._fit_slots(self._footprint.plan(self.plan.budget_bytes), may_grow=False)
+            buffers_bytes = self.plan.buffers_bytes + n_bytes
+            to_come_bytes = self._footprint.draft_buffers_bytes
+            plan = dataclasses.replace(self.plan, buffers_bytes=buffers_bytes, draft_buffers_bytes=to_come_bytes)
+            self._fit_slots(plan, may_grow=False)
 
     def _release_draft_model(self) -> None:
         draft, model = self._footprint.draft, self._draft_model

@@ -137,8 +137,8 @@ class Footprint:
 
     def slots_bytes(self, budget_bytes: int, fixed_bytes: int) -> int | None:
         """Memory for expert slots beside `fixed_bytes` and the slack; None when it is less than the fewest."""
-        slots = budget_bytes - fixed_bytes - host.slack_bytes(budget_bytes)
-        return max(slots, self.least_slots_bytes) if slots + host.TOLERANCE_BYTES >= self.least_slots_bytes else None
+        slots, least = budget_bytes - fixed_bytes - host.slack_bytes(budget_bytes), self.least_slots_bytes
+        return max(slots, least) if slots + host.TOLERANCE_BYTES >= least else None
 
     def plan(self, budget_bytes: int | None) -> Plan:
         """Divide a budget; None: what this machine has, and no more than the model can use."""
