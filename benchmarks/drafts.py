@@ -5,10 +5,11 @@
     python -m benchmarks.drafts --mib-per-s 0 --minutes 3.5 --json results.json       # some cells; a part at a time
 
 One process with one model, loaded with `draft="ngram"`; `off` is the same model without a chooser of lengths, so that
-graphs, threads and files are the same. What drafts take (`reserved_bytes`: logits and index) is taken from the slots of
-`ngram`, as a budget does. Each window begins with empty slots (not where all experts are resident) and a chooser that
-has learned nothing, reads the prompt, and is timed from the first token on. A pair is every setting once, in a drawn
-order: `off` twice, so that the noise shows. With another `--mib-per-s` than 0 the kernel limits this process's reads
+graphs, threads and files are the same. What drafts take (`DraftMemory`: logits and index) the slots of `ngram` give up
+when it is taken, as in a process of its own: a budget that leaves `off` that share of the experts. Each window begins
+with empty slots (not where all experts are resident) and a chooser that has learned nothing, reads the prompt, and is
+timed from the first token on. A pair is every setting once, in a drawn order: `off` twice, so that the noise shows.
+With another `--mib-per-s` than 0 the kernel limits this process's reads
 (root, a cgroup v1 `blkio` controller): the disk of a user whose model is many times larger than this one.
 """
 
@@ -53,37 +54,42 @@ class Bench:
 
     def __init__(self, model: Path, n_threads: int, n_tokens: int) -> None:
         import edgemoe
-        from edgemoe import draft, runtime
+        from edgemoe import runtime
 
         self._llm = edgemoe.Llama(model, n_ctx=N_CTX, n_threads=n_threads, draft="ngram", warm_start=False)
         sizes = runtime.slot_sizes(self._llm._gguf, 0)
         self._bank_bytes, self._cycle_bytes = int(sizes.bank_slot_bytes), int(sizes.cycle_slot_bytes)
         if self._llm.plan.slots_bytes < self._bank_bytes:
             raise SystemExit(f"cannot measure drafts: {model} does not fit into memory as a whole")
-        self._reserved_bytes = draft.reserved_bytes(self._llm._n_vocab, N_CTX)
+        self._footprint, self._fixed_bytes = self._llm._footprint, self._llm._fixed_bytes
         self._n_tokens = n_tokens
 
     def close(self) -> None:
         """Free the model."""
         self._llm.close()
 
-    def slots_bytes(self, setting: str, share: float) -> int:
-        """Memory for experts: that share of them, from which drafts take what they need; 1.0 is memory for all."""
-        if share >= 1.0:
-            return self._bank_bytes
-        return max(self._cycle_bytes, int(share * self._bank_bytes) - self._reserved_bytes * (setting == NGRAM))
+    def set_share(self, share: float) -> None:
+        """A budget with memory for that share of the experts, as if the model had just been loaded; 1.0 is for all."""
+        from edgemoe import _native, host
+        from edgemoe.draft import DraftMemory
+
+        llm = self._llm
+        if share < 1.0:
+            _native.set_slots_bytes(llm._runtime, self._cycle_bytes)  # nothing of the window before is left
+        llm._draft_memory = DraftMemory(llm._n_vocab, N_CTX)
+        llm._footprint, llm._fixed_bytes = self._footprint, self._fixed_bytes
+        drafts_bytes = self._footprint.draft_buffers_bytes if share >= 1.0 else 0
+        slots_bytes = max(self._cycle_bytes, int(share * self._bank_bytes)) + drafts_bytes
+        llm.set_memory(host.with_slack(self._fixed_bytes + slots_bytes))
 
     def window(self, text: str, share: float, setting: str) -> Record:
         """Let one setting write; tokens and what they took, without the prompt and the first token."""
-        from edgemoe import _native
         from edgemoe.draft_length import DraftLengthChooser
 
         llm, n_steps = self._llm, 0
         model = llm._gguf
         prompt = llm.tokenize(TEXTS[text].prompt.encode(), add_bos=False, special=True)
-        if share < 1.0:
-            _native.set_slots_bytes(llm._runtime, self._cycle_bytes)  # nothing of the window before is left
-        _native.set_slots_bytes(llm._runtime, self.slots_bytes(setting, share))
+        self.set_share(share)
         llm._chooser = DraftLengthChooser(model.n_experts, model.n_experts_used) if setting == NGRAM else None
         llm.reset()
         with contextlib.closing(llm.generate(prompt, temp=0.0)) as generated:
@@ -103,7 +109,7 @@ class Bench:
             "drafted_tokens": after.drafted_tokens - before.drafted_tokens,
             "accepted_tokens": after.accepted_tokens - before.accepted_tokens,
             "n_steps": n_steps,
-            "slots_bytes": self.slots_bytes(setting, share),
+            "slots_bytes": after.slots_bytes,
             **others,
         }
 

@@ -98,6 +98,13 @@ class Share:
             self._book(self.budget._growth())
             self.budget._give_back()
 
+    def take(self, n_bytes: int) -> None:
+        """The model is about to take so much, for which its fewest slots have had room until now."""
+        with self.budget._lock:
+            self._planned_bytes = self.fixed_bytes + n_bytes
+            self.least_bytes -= n_bytes
+            self.budget._divide()
+
     def release(self, n_bytes: int) -> None:
         """The model has freed so much of what it had taken beside slots."""
         with self.budget._lock:

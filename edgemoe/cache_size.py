@@ -100,6 +100,11 @@ class SizeController:
         self._windows = []
         self._is_settling = True
 
+    def limit(self, allowed_bytes: int) -> None:
+        """A little less is allowed than before; what is known of sizes stays true."""
+        self.allowed_bytes = allowed_bytes
+        self.slots_bytes = min(self.slots_bytes, allowed_bytes)
+
     def on_window(self, window: Window) -> bool:
         """Take notice of a window; True if `slots_bytes` has changed."""
         if self._is_settling:
@@ -173,6 +178,7 @@ class SizeController:
 
     def _take(self, slots_bytes: int) -> bool:
         self.interrupt()
+        slots_bytes = min(slots_bytes, self.allowed_bytes)  # it may have been tried before there was a lower limit
         is_changed = slots_bytes != self.slots_bytes
         self.slots_bytes = slots_bytes
         return is_changed
@@ -195,6 +201,11 @@ class CacheSize:
         self._controller = SizeController(allowed_bytes, self._least_bytes, host.available_memory_bytes)
         self._slots_bytes = int(self._native.stats().slots_bytes)
         self._begin_window()
+
+    def limit(self, allowed_bytes: int) -> None:
+        """The budget has become a little less, and the slots, where they were more."""
+        self._controller.limit(allowed_bytes)
+        self._slots_bytes = min(self._slots_bytes, allowed_bytes)
 
     def interrupt(self) -> None:
         """A prompt was read."""

@@ -124,14 +124,20 @@ class _Watch:
         self._chooser = chooser
         self._proposal = Draft(())
         self._n_seen = 0
+        self._newest = Draft(())  # where another one is being watched: of this only the first token counts
 
     def begin(self, proposal: Draft) -> None:
-        """Watch another one, if all of the last one has been seen: no token counts twice."""
+        """Watch another one, if all of the last one has been seen: no position of a draft counts twice for a token."""
         if self._n_seen == len(self._proposal.tokens):
             self._proposal, self._n_seen = proposal, 0
+        else:
+            self._newest = proposal
 
     def see(self, tokens: Sequence[int]) -> None:
         """The text goes on with these."""
+        newest, self._newest = self._newest, Draft(())
+        if newest.tokens and tokens:
+            self._chooser.observe_acceptance(newest.kind, 1, tokens[0] == newest.tokens[0])
         for token in itertools.islice(tokens, len(self._proposal.tokens) - self._n_seen):
             self._n_seen += 1
             is_right = token == self._proposal.tokens[self._n_seen - 1]
@@ -238,9 +244,34 @@ class Drafter:
         return proposal.tokens[: self._chooser.choose(proposal.kind, len(proposal.tokens))]
 
 
-def reserved_bytes(n_vocab: int, n_ctx: int) -> int:
-    """Memory that drafts take: the logits of their tokens, and the index of n-grams.
+class DraftMemory:
+    """Memory that drafts take beside a draft model: the logits of their tokens, and the index of n-grams.
 
-    Computing the logits of a batch is in llama.cpp's compute buffer already (llama-context.cpp, n_outputs_pp).
+    llama.cpp's buffer of logits grows with the longest batch so far and never shrinks (llama-context.cpp,
+    output_reserve: the old one is freed before the new one is made); the index grows with the text. Computing the
+    logits of a batch is in llama.cpp's compute buffer already (n_outputs_pp).
     """
-    return 4 * n_vocab * MAX_DRAFT_TOKENS + 150 * n_ctx
+
+    _TOKEN_BYTES = 150  # of the index, at most: every pair of tokens a new one
+    _TEXT_STEP = 256  # tokens of text that are paid for together
+
+    def __init__(self, n_vocab: int, n_ctx: int) -> None:
+        """Of a model with so many tokens, none taken yet."""
+        self._n_vocab = n_vocab
+        self._n_ctx = n_ctx
+        self._n_drafted = self._n_text = 0
+
+    @property
+    def most_bytes(self) -> int:
+        """What it can become: the longest draft, and a text as long as the context."""
+        return self._bytes(MAX_DRAFT_TOKENS, self._n_ctx)
+
+    def grow(self, n_drafted: int = 0, n_text: int = 0) -> int:
+        """Bytes that a draft of so many tokens, or a text, takes beyond those before it; they count as taken then."""
+        before = self._bytes(self._n_drafted, self._n_text)
+        self._n_drafted = max(self._n_drafted, n_drafted)
+        self._n_text = max(self._n_text, min(-(-n_text // self._TEXT_STEP) * self._TEXT_STEP, self._n_ctx))
+        return self._bytes(self._n_drafted, self._n_text) - before
+
+    def _bytes(self, n_drafted: int, n_text: int) -> int:
+        return 4 * self._n_vocab * n_drafted + self._TOKEN_BYTES * n_text

@@ -44,7 +44,9 @@ class DraftLengthChooser:
 
     The choice maximizes expected tokens per second: 1 + a1 + a1 a2 + ... over the time of the step. Acceptance a_i is
     measured for each kind of draft and position, from proposals that were not evaluated too: the text shows by itself
-    whether they were right. The time of a step of k + 1 tokens, in steps of one, is at first
+    whether they were right. The first draft of a text waits until it has shown some of the kind, the more the more
+    steps wait: one wrong token may cost what 5 others take, and drafts fail where the text turns to something new. The
+    time of a step of k + 1 tokens, in steps of one, is at first
 
         waiting x sqrt(U (k + 1)) + computing x (1 + 0.5 k)
 
@@ -72,6 +74,9 @@ class DraftLengthChooser:
     # Of draft models: of the lower acceptances per token that arXiv 2211.17192 reports (0.5 to 0.9, tables 2 and 3).
     _INITIAL_MODEL_ACCEPTANCE = 0.6
     _ACCEPTANCE_MEMORY = 24
+    # Proposals of a kind that were seen to be right or wrong before the first draft of a text: as many as one that
+    # repeats its prompt shows while the first steps are measured. Fewer where less than that share of time is waiting.
+    _FIRST_EVIDENCE, _MUCH_WAITING = 4, 1 / 3
     _TIME_MEMORY = 16
     _RATIO_MEMORY = 8
     _MODEL_WEIGHT = 1.0  # in measurements
@@ -103,12 +108,13 @@ class DraftLengthChooser:
         self._retry_steps = self._FIRST_RETRY_STEPS  # from one retry to the next
         self._n_base_due = self._N_BASE
         self._longest = 0  # the most drafted tokens of any step so far
+        self._has_drafted = False  # in this text
 
     def begin(self) -> None:
         """Another text begins: it starts with what steps cost in the last one, not with its acceptance or its gains."""
         self._credit = min(max(self._credit, 0.0), self._INITIAL_CREDIT)
         self._savings = 0.0
-        self._is_retry = False
+        self._is_retry = self._has_drafted = False
         self._retry_steps = self._FIRST_RETRY_STEPS
         self._n_base_due = self._N_BASE
         self._waits.begin()
@@ -123,6 +129,10 @@ class DraftLengthChooser:
         is_retry, self._is_retry = self._is_retry, False
         if not self._is_measured():
             return 0
+        if not self._has_drafted and kind < _FIRST_MODEL_KIND:
+            waiting = self._base_bytes.value * self._waits.s_per_byte / self._base_s
+            if self._accepted[kind][0].weight < self._FIRST_EVIDENCE * min(waiting / self._MUCH_WAITING, 1.0):
+                return 0
         n_max = min(n_proposed, self._max_tokens)
         expected = self._expected(kind, n_max)
         ratios = [self.time_ratio(k) for k in range(n_max + 1)]
@@ -276,6 +286,7 @@ class DraftLengthChooser:
     def _observe_draft(self, step: Step, n_tokens: int) -> None:
         k = step.n_drafted
         self._longest = max(self._longest, k)
+        self._has_drafted = True
         if self._base_experts.value > 0 and self._unions[k] > 1:
             growth = step.n_experts / self._base_experts.value
             self._union_scale.add(min(max((growth - 1) / (self._unions[k] - 1), 0.0), 2.0))

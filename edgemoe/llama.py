@@ -279,7 +279,7 @@ class Llama(ProfiledLlama, SpeculativeLlama):
             address = engine.tensor_address(tensor, mapped)
             self._embedding = None if address is None else Embedding(tensor, address)
 
-    def _fit_slots(self, plan: Plan) -> None:
+    def _fit_slots(self, plan: Plan, *, may_grow: bool = True) -> None:
         assert self._runtime is not None
         slots = self._footprint.slots_bytes(plan.budget_bytes, self._fixed_bytes)
         if slots is None:
@@ -288,10 +288,22 @@ class Llama(ProfiledLlama, SpeculativeLlama):
                 dataclasses.replace(plan, fits=False, floor_bytes=plan.floor_bytes + short), self._gguf, self.n_ctx()
             )
         sizes = self._footprint.slot_sizes(slots)
-        _native.set_slots_bytes(self._runtime, slots)
+        if may_grow or self._runtime.stats().slots_bytes > slots:
+            _native.set_slots_bytes(self._runtime, slots)
         self.plan = dataclasses.replace(plan, slots_bytes=int(sizes.slots_bytes))
         if self._cache_size is not None:
-            self._cache_size.restart(self.plan.slots_bytes)
+            (self._cache_size.restart if may_grow else self._cache_size.limit)(self.plan.slots_bytes)
+
+    def _make_room(self, n_bytes: int) -> None:
+        self._footprint = self._footprint.after_draft_growth(n_bytes)
+        self._fixed_bytes += n_bytes
+        if self._share is not None:
+            self._share.take(n_bytes)
+        else:  # the fewest slots have had room for it
+            buffers_bytes = self.plan.buffers_bytes + n_bytes
+            to_come_bytes = self._footprint.draft_buffers_bytes
+            plan = dataclasses.replace(self.plan, buffers_bytes=buffers_bytes, draft_buffers_bytes=to_come_bytes)
+            self._fit_slots(plan, may_grow=False)
 
     def _release_draft_model(self) -> None:
         draft, model = self._footprint.draft, self._draft_model

@@ -13,7 +13,7 @@ from edgemoe import _native, choosers, engine, host, runtime, topology
 from edgemoe import on_miss as misses
 from edgemoe.budget import MemoryBudget, Share
 from edgemoe.demo import demo_model
-from edgemoe.draft import reserved_bytes
+from edgemoe.draft import DraftMemory
 from edgemoe.draft_length import MAX_DRAFT_TOKENS
 from edgemoe.draft_model import DraftFootprint, rehearsed
 from edgemoe.errors import BudgetError
@@ -109,8 +109,8 @@ class Footprint:
     buffers_bytes: int
     batch_bytes: int
     draft: DraftFootprint | None = None
-    prefetch_bytes: int = 0  # this and the next are parts of buffers_bytes
-    draft_buffers_bytes: int = 0
+    prefetch_bytes: int = 0  # a part of buffers_bytes
+    draft_buffers_bytes: int = 0  # what drafts may yet take: slots have it until then
     companion: GgufModel | None = None  # low-bit copies, which share the slots
 
     @property
@@ -118,24 +118,36 @@ class Footprint:
         """What a draft model takes: weights, cache, compute buffers."""
         return self.draft.total_bytes if self.draft is not None else 0
 
+    @property
+    def least_slots_bytes(self) -> int:
+        """The fewest slots: a token's experts, and what drafts have not taken yet."""
+        return int(self.slot_sizes(0).cycle_slot_bytes) + self.draft_buffers_bytes
+
+    def after_draft_growth(self, n_bytes: int) -> Footprint:
+        """The footprint when drafts have taken so much: buffers now, and no longer slots."""
+        return dataclasses.replace(
+            self,
+            buffers_bytes=self.buffers_bytes + n_bytes,
+            draft_buffers_bytes=self.draft_buffers_bytes - n_bytes,
+        )
+
     def slot_sizes(self, slots_bytes: int) -> _native.Sizes:
         """What slots take if there are `slots_bytes` for them."""
         return runtime.slot_sizes(self.model, slots_bytes, self.companion)
 
     def slots_bytes(self, budget_bytes: int, fixed_bytes: int) -> int | None:
-        """Memory for expert slots beside `fixed_bytes` and the slack; None when it cannot hold a token's experts."""
-        cycle_bytes = int(self.slot_sizes(0).cycle_slot_bytes)
-        slots = budget_bytes - fixed_bytes - host.slack_bytes(budget_bytes)
-        return max(slots, cycle_bytes) if slots + host.TOLERANCE_BYTES >= cycle_bytes else None
+        """Memory for expert slots beside `fixed_bytes` and the slack; None when it is less than the fewest."""
+        slots, least = budget_bytes - fixed_bytes - host.slack_bytes(budget_bytes), self.least_slots_bytes
+        return max(slots, least) if slots + host.TOLERANCE_BYTES >= least else None
 
     def plan(self, budget_bytes: int | None) -> Plan:
         """Divide a budget; None: what this machine has, and no more than the model can use."""
         model = self.model
         fixed = model.dense_bytes + self.kv_bytes + self.buffers_bytes + self.draft_bytes + host.SLACK_BYTES
-        sizes = self.slot_sizes(0)
-        floor = int((fixed + sizes.cycle_slot_bytes) / (1 - host.SLACK_SHARE))
+        floor = int((fixed + self.least_slots_bytes) / (1 - host.SLACK_SHARE))
         if budget_bytes is None:
-            everything = int((fixed + sizes.bank_slot_bytes) / (1 - host.SLACK_SHARE)) + host.SLACK_BYTES
+            most = fixed + self.slot_sizes(0).bank_slot_bytes + self.draft_buffers_bytes
+            everything = int(most / (1 - host.SLACK_SHARE)) + host.SLACK_BYTES
             budget_bytes = min(everything, host.default_budget_bytes())
         slack = host.slack_bytes(budget_bytes)
         slots = self.slots_bytes(budget_bytes, fixed - host.SLACK_BYTES)
@@ -171,12 +183,11 @@ class Footprint:
             "buffers": max(0, self.buffers_bytes - process_bytes),
             "draft model": self.draft_bytes,
         }
-        sizes = self.slot_sizes(0)
         return budget.join(
             self.model.path.name,
             {name: n_bytes for name, n_bytes in parts.items() if n_bytes},
-            int(sizes.cycle_slot_bytes),
-            int(sizes.bank_slot_bytes),
+            self.least_slots_bytes,
+            int(self.slot_sizes(0).bank_slot_bytes),
         )
 
     def shared_plan(self, share: Share) -> Plan:
@@ -228,8 +239,7 @@ def measure(
     draft_buffers_bytes = 0
     if draft != "off":
         n_vocab = len(model.metadata.get("tokenizer.ggml.tokens", []))
-        draft_buffers_bytes = reserved_bytes(n_vocab, int(llama_kwargs["n_ctx"]))
-    batch_bytes += draft_buffers_bytes
+        draft_buffers_bytes = DraftMemory(n_vocab, int(llama_kwargs["n_ctx"])).most_bytes
     prefetch_bytes = runtime.prefetch_bytes(model, prefetch)
     buffers = sizes.compute_bytes + sizes.output_bytes + sizes.process_bytes + batch_bytes + prefetch_bytes
     return Footprint(

@@ -19,7 +19,7 @@ import numpy as np
 from llama_cpp import llama_cpp as llama
 
 from edgemoe import _native
-from edgemoe.draft import Drafter, NgramProposer
+from edgemoe.draft import Drafter, DraftMemory, NgramProposer
 from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser
 from edgemoe.draft_model import DraftModel, ModelProposer
 from edgemoe.engine import PlainLlama
@@ -42,6 +42,7 @@ class SpeculativeLlama(PlainLlama):
     _chooser: DraftLengthChooser | None = None
     _draft_proposer: ModelProposer | None = None
     _drafter: Drafter | None = None
+    _draft_memory: DraftMemory
     _n_drafted = 0  # tokens of the draft that the next evaluation ends with
     _n_certain: int | None = None  # tokens that have been sampled, while a draft is compared with them
     _n_visible: int | None = None
@@ -69,6 +70,11 @@ class SpeculativeLlama(PlainLlama):
         if model is not None:
             self._draft_proposer = ModelProposer(model, self._n_vocab)
         self._chooser = DraftLengthChooser(self._gguf.n_experts, self._gguf.n_experts_used)
+        self._draft_memory = DraftMemory(self._n_vocab, self._n_ctx)
+
+    @abc.abstractmethod
+    def _make_room(self, n_bytes: int) -> None:
+        """Give up slots for what drafts are about to take, for good."""
 
     @abc.abstractmethod
     def _release_draft_model(self) -> None:
@@ -110,6 +116,7 @@ class SpeculativeLlama(PlainLlama):
         # The last token of the history and the draft share llama.cpp's padding of the cache: it decides how flash
         # attention splits.
         first = len(history) - 1
+        self._take_memory(n_text=len(history))
         n_max = min(
             MAX_DRAFT_TOKENS,
             self._n_ctx - len(history),
@@ -118,7 +125,13 @@ class SpeculativeLlama(PlainLlama):
         )
         draft = self._drafter.draft(history[self._drafter.n_known_tokens :].tolist(), n_max)
         self._n_drafted = len(draft)
+        self._take_memory(n_drafted=len(draft))
         return np.array(draft, dtype=np.intc)
+
+    def _take_memory(self, n_drafted: int = 0, n_text: int = 0) -> None:
+        n_bytes = self._draft_memory.grow(n_drafted, n_text)
+        if n_bytes > 0:
+            self._make_room(n_bytes)
 
     def _eval_draft(self, tokens: Sequence[int]) -> None:
         n_threads_batch = llama.llama_n_threads_batch(self._ctx.ctx)

@@ -99,8 +99,9 @@ class Plan:
     """Where the bytes of a memory budget go; made before anything is loaded.
 
     `floor_bytes` is the smallest budget that runs: everything but the slots, plus the experts of one token.
-    `draft_bytes` is what a draft model takes: weights, cache, compute buffers. `prefetch_bytes` and
-    `draft_buffers_bytes` are parts of `buffers_bytes`: what predictions take, and the logits of drafted tokens.
+    `draft_bytes` is what a draft model takes: weights, cache, compute buffers. `prefetch_bytes` is a part of
+    `buffers_bytes`: what predictions take. `draft_buffers_bytes` is the most that drafts may yet take, for the logits
+    of their tokens and an index of the text: slots give it up when it is needed, so it is a part of `floor_bytes`.
     All sizes are bytes. For a model without routed experts the expert fields are 0.
     """
 

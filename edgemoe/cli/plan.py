@@ -70,7 +70,8 @@ def plan_table(plan: Plan) -> str:
     if plan.n_experts == 0:
         return "\n".join([*lines, "  no routed experts: everything is resident"])
     lines.append(
-        f"  of the buffers: prefetch {format_size(plan.prefetch_bytes)}, drafts {format_size(plan.draft_buffers_bytes)}"
+        f"  of the buffers: prefetch {format_size(plan.prefetch_bytes)}; drafts take up to "
+        f"{format_size(plan.draft_buffers_bytes)} of the slots"
     )
     share = min(plan.slots_bytes / plan.expert_bank_bytes, 1.0) if plan.expert_bank_bytes else 1.0
     lines.append(

@@ -33,15 +33,17 @@ class EvictionDuel {
     int n_places = 0;
   };
 
-  void Start(const std::vector<Sample>& samples) {
+  // The samples, or the places of the same samples: a directory with fewer drops its coldest.
+  void Resize(const std::vector<Sample>& samples) {
     samples_ = samples;
-    for (Directories& of_rule : directories_) {
-      of_rule.assign(samples.size(), {});
-      for (size_t i = 0; i < samples.size(); ++i)
-        of_rule[i].keys.assign(static_cast<size_t>(samples[i].n_experts), kOut);
+    for (size_t r = 0; r < kRules.size(); ++r) {
+      directories_[r].resize(samples.size());
+      for (size_t i = 0; i < samples.size(); ++i) {
+        Directory& d = directories_[r][i];
+        d.keys.resize(static_cast<size_t>(samples[i].n_experts), kOut);
+        while (d.n_in > samples[i].n_places) EvictFrom(&d);
+      }
     }
-    misses_ = {};
-    n_tokens_ = 0;
   }
   edgemoe_eviction rule() const { return kRules[static_cast<size_t>(in_use_)]; }
 

@@ -83,11 +83,14 @@ Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
                            static_cast<unsigned long long>(c.slot_bytes)));
     }
   }
-  bool shrinks = false;
-  for (size_t i = 0; i < classes.size(); ++i) shrinks |= classes[i].n_slots < pool_.classes()[i].n_slots;
+  bool shrinks = false, grows = false;
+  for (size_t i = 0; i < classes.size(); ++i) {
+    shrinks |= classes[i].n_slots < pool_.classes()[i].n_slots;
+    grows |= classes[i].n_slots > pool_.classes()[i].n_slots;
+  }
+  if (!shrinks && !grows) return Status();
   resizing_ = true;
-  DropHints();
-  DropPreloads();
+  DropHints();  // they keep slices out of the order of eviction; what is left to preload goes into slots that are left
   while (shrinks && n_layers_ > 0) WaitForEvent(&lock);
   for (size_t i = 0; i < classes.size(); ++i) {
     const int class_idx = static_cast<int>(i);
@@ -104,7 +107,8 @@ Status ExpertCache::SetSlotsBytes(uint64_t slots_bytes) {
   holds_everything_ =
       std::all_of(classes.begin(), classes.end(), [](const SlotClass& c) { return c.n_slots == c.n_slices; });
   resizing_ = false;
-  StartDuel();
+  ResizeDuel();
+  queue_cv_.notify_all();
   NotifyEvent();
   return Status();
 }
@@ -177,7 +181,7 @@ void ExpertCache::TouchSlice(int64_t slice, double time, int n_uses) {
 }
 
 // The first tensors of a few layers, evenly spread, each with its share of the slots.
-void ExpertCache::StartDuel() {
+void ExpertCache::ResizeDuel() {
   if (rule_ != EDGEMOE_EVICT_AUTO) return;
   const auto& tensors = file_->tensors();
   std::vector<size_t> first_of_layer;
@@ -196,7 +200,7 @@ void ExpertCache::StartDuel() {
     samples.push_back({tensors[t].n_experts, std::max(tensors[t].n_experts_used,
                                                       static_cast<int>(std::lround(share * tensors[t].n_experts)))});
   }
-  duel_.Start(samples);
+  duel_.Resize(samples);
 }
 
 Acquired ExpertCache::Acquire(int64_t slice) {

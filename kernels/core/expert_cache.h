@@ -77,6 +77,8 @@ class ExpertCache {
 
   // n_io_threads 0: whoever owns the cache makes the reads, with NextRead and FinishRead, n_own_readers at once.
   Status Start(uint64_t slots_bytes, int n_io_threads, int n_own_readers = 0);
+  // More slots, or fewer: the coldest slices leave, the others move. What is left to preload, and what the duel of
+  // rules has counted, stays; hints are dropped.
   Status SetSlotsBytes(uint64_t slots_bytes);
 
   const ExpertFile& file() const { return *file_; }
@@ -167,7 +169,7 @@ class ExpertCache {
   Slice& At(int64_t slice) { return slices_[static_cast<size_t>(slice)]; }
   const Slice& At(int64_t slice) const { return slices_[static_cast<size_t>(slice)]; }
 
-  void StartDuel();
+  void ResizeDuel();
   int32_t TakeSlot(int class_idx, bool* was_free);  // -1: none free or evictable
   void DropFromSlot(ClassState* c, int64_t slice);
   void TakeForRead(int64_t slice, int32_t slot, bool pack);

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "core/eviction_duel.h"
 #include "tests/eviction_oracle.h"
 
 namespace edgemoe::test {
@@ -183,6 +184,27 @@ TEST(EvictionTest, OrderOfTokensSurvivesABillionOfThem) {
     EXPECT_NEAR(a.key - ClockKey(rule, At(t + 1.0)), b.key - ClockKey(rule, At(t + 2.0)), 1e-6);
     EXPECT_LT(a.key - ClockKey(rule, At(t + 1.0)), c.key - ClockKey(rule, At(t + 2.0)) - 1e-3);
   }
+}
+
+// Guards against: a duel of rules that begins again, and never decides, because a few slots are given up now and then.
+TEST(EvictionDuelTest, FewerPlacesAreNoNewBeginning) {
+  EvictionDuel duel;
+  duel.Resize({{8, 3}});
+  ASSERT_EQ(duel.rule(), EDGEMOE_EVICT_LFU_DECAY);
+  const auto heat = [](double frequency, double time) {
+    Heat h;
+    h.frequency = frequency;
+    h.time = time;
+    return h;
+  };
+  for (int expert : {0, 1, 4}) duel.Use(0, expert, heat(1e9, 1.0), true);
+  // By frequency the three that were popular leave no place for the two that are in use now.
+  for (int token = 1; token <= EvictionDuel::kWindowTokens; ++token) {
+    for (int expert : {2, 3}) duel.Use(0, expert, heat(1.0, 1.0 + token), true);
+    if (token == EvictionDuel::kWindowTokens / 2) duel.Resize({{8, 2}});
+    EXPECT_EQ(duel.EndToken(), token == EvictionDuel::kWindowTokens) << token;
+  }
+  EXPECT_EQ(duel.rule(), EDGEMOE_EVICT_LRU);
 }
 
 }  // namespace

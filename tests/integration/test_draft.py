@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import json
+import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,16 +21,27 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 import edgemoe
 from benchmarks import synthetic
-from edgemoe import planner
-from edgemoe.draft import reserved_bytes
+from benchmarks.cgroup import CgroupError, MemoryCgroup
+from edgemoe import host, planner
+from edgemoe.draft import DraftMemory
 from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser
 from edgemoe.errors import BackendError
 from tests.conftest import ModelWriter
-from tests.integration.support import N_VOCAB, Logits, set_residency, streamed
+from tests.integration.support import N_VOCAB, ROOT, Logits, python, set_residency, streamed
 
 TOKENS = synthetic.uniform_tokens(330, N_VOCAB, seed=3)
 REPETITIVE = TOKENS[:20] * 4
 Generate = Callable[[edgemoe.Llama], list[int]]
+
+
+class _Lengths(DraftLengthChooser):
+    """Drafts of 1, 3 and 7 tokens, in this order."""
+
+    n_chosen = 0
+
+    def choose(self, kind: int, n_proposed: int) -> int:
+        self.n_chosen += 1
+        return min(n_proposed, (1, 3, 7)[min(self.n_chosen // 3, 2)])
 
 
 class _Eager(DraftLengthChooser):
@@ -308,13 +323,160 @@ def test_refusals(write_model: ModelWriter, tmp_path: Path) -> None:
         streamed(write_model("gpt-oss"), draft="ngram", swa_full=False)
 
 
-def test_budget_counts_the_logits_of_a_draft(write_model: ModelWriter) -> None:
-    """Guards against a plan that forgets what drafts take."""
+def test_the_fewest_slots_have_room_for_the_longest_draft(write_model: ModelWriter) -> None:
+    """Guards against a plan that forgets what drafts take, and one in which they have it from the beginning."""
     path = write_model("olmoe")
     model = planner.read_model(path)
     kwargs = {"n_ctx": 256}
     plain, drafting = (planner.measure(model, kwargs, draft=draft) for draft in ("off", "ngram"))
-    assert drafting.batch_bytes - plain.batch_bytes == reserved_bytes(N_VOCAB, 256)
+    most_bytes = DraftMemory(N_VOCAB, 256).most_bytes
+    assert drafting.draft_buffers_bytes == most_bytes == 4 * N_VOCAB * MAX_DRAFT_TOKENS + 150 * 256
+    assert drafting.batch_bytes == plain.batch_bytes
+    assert drafting.least_slots_bytes - plain.least_slots_bytes == most_bytes
+    after = drafting.after_draft_growth(1000)
+    assert after.plan(1 << 30).floor_bytes == drafting.plan(1 << 30).floor_bytes
+    assert after.plan(1 << 30).draft_buffers_bytes == most_bytes - 1000
+
+
+def _budget_bytes(llm: edgemoe.Llama, resident_share: float) -> int:
+    """A budget in which that share of the experts has slots."""
+    bank_bytes = int(llm._footprint.slot_sizes(0).bank_slot_bytes)
+    return host.with_slack(llm._fixed_bytes + int(resident_share * bank_bytes))
+
+
+def _room_bytes(llm: edgemoe.Llama) -> int:
+    """What slots may take beside all that is booked now."""
+    budget_bytes = llm.plan.budget_bytes
+    return budget_bytes - host.slack_bytes(budget_bytes) - llm._fixed_bytes
+
+
+def test_slots_give_up_what_drafts_take_before_they_take_it(write_model: ModelWriter) -> None:
+    """Guards against slots that drafts never use, memory that is used before it is given up, or given up twice, and
+    another answer because of it."""
+    path = write_model("olmoe", n_experts=16, n_experts_used=4)
+    with _plain(path) as plain, _plain(path, draft="ngram") as llm:
+        expected = _greedy(REPETITIVE, 60)(plain)
+        llm.set_memory(_budget_bytes(llm, 0.6))
+        loaded, fixed_bytes, budget_bytes = llm.stats().slots_bytes, llm._fixed_bytes, llm.plan.budget_bytes
+        most_bytes = DraftMemory(N_VOCAB, llm.n_ctx()).most_bytes
+        assert llm.plan.draft_buffers_bytes == most_bytes and llm.plan.slots_bytes == loaded
+
+        llm._chooser = _Lengths(16, 4)
+        seen = []
+        evaluate = llm._eval_draft
+
+        def spy(tokens: list[int]) -> None:
+            # Before llama.cpp makes room for these logits.
+            seen.append((len(tokens) - 1, llm._fixed_bytes - fixed_bytes, llm.stats().slots_bytes))
+            assert llm.stats().slots_bytes <= _room_bytes(llm)
+            evaluate(tokens)
+
+        llm._eval_draft = spy  # type: ignore[method-assign]
+        stream = llm.generate(REPETITIVE, temp=0.0)
+        first = next(stream)
+        index_bytes = llm._fixed_bytes - fixed_bytes
+        assert index_bytes <= 150 * 256, "nothing was drafted yet"
+        assert [first, *itertools.islice(stream, 59)] == expected
+        stream.close()
+        assert {n for n, _, _ in seen} >= {1, 3, 7}
+        longest = 0
+        for n_drafted, taken_bytes, _ in seen:
+            longest = max(longest, n_drafted)
+            assert taken_bytes == 4 * N_VOCAB * longest + 150 * 256
+        assert seen[-1][2] < loaded and llm.stats().slots_bytes == llm.plan.slots_bytes == seen[-1][2]
+        assert llm._fixed_bytes - fixed_bytes == most_bytes and llm.plan.draft_buffers_bytes == 0
+        assert llm.plan.budget_bytes == budget_bytes and llm.plan.fits
+
+        # The same text again takes nothing again; a larger budget gives slots, and a smaller one takes them.
+        assert _greedy(REPETITIVE, 60)(llm) == expected
+        assert llm._fixed_bytes - fixed_bytes == most_bytes
+        llm.set_memory(_budget_bytes(llm, 0.6))
+        assert llm.stats().slots_bytes == pytest.approx(loaded, abs=1)
+
+
+def test_slots_that_are_fewer_already_stay(write_model: ModelWriter) -> None:
+    """Guards against drafts that give slots back which somebody else, or the loop of sizes, has given up."""
+    with _eager(write_model("olmoe", n_experts=16, n_experts_used=4)) as llm:
+        llm.set_memory(_budget_bytes(llm, 0.6))
+        set_residency(llm, "cycle")
+        slots_bytes = llm.stats().slots_bytes
+        _greedy(REPETITIVE, 40)(llm)
+        assert llm.stats().drafted_tokens > 0 and llm.stats().slots_bytes == slots_bytes
+        assert llm.plan.slots_bytes > slots_bytes
+
+
+def test_shared_slots_give_up_what_drafts_take(write_model: ModelWriter) -> None:
+    """Guards against a budget of several models that hears of drafts only when they have the memory."""
+    path = write_model("olmoe", n_experts=16, n_experts_used=4)
+    budget = edgemoe.MemoryBudget("4GiB")
+    with _plain(path) as plain, _eager(path, memory=budget) as llm:
+        share = llm._share
+        assert share is not None
+        before, most_bytes = dataclasses.replace(llm.plan), DraftMemory(N_VOCAB, llm.n_ctx()).most_bytes
+        least_bytes, fixed_bytes, floor_bytes = share.least_bytes, share.fixed_bytes, budget.floor_bytes
+        assert least_bytes == int(llm._footprint.slot_sizes(0).cycle_slot_bytes) + most_bytes
+        assert _greedy(REPETITIVE, 40)(llm) == _greedy(REPETITIVE, 40)(plain)
+        assert share.least_bytes == least_bytes - most_bytes
+        assert share.fixed_bytes >= fixed_bytes + most_bytes
+        assert budget.floor_bytes >= floor_bytes
+        assert llm.plan.draft_buffers_bytes == 0 and llm.plan.slots_bytes <= before.slots_bytes
+
+
+DRAFTING = """
+import itertools, json, sys
+import edgemoe, llama_cpp
+from benchmarks import synthetic
+path, memory = sys.argv[1], int(sys.argv[2])
+with edgemoe.Llama(path, memory=memory, n_ctx=512, n_batch=128, n_threads=1, n_threads_batch=1, draft="ngram") as llm:
+    slots = [llm.stats().slots_bytes]
+    class Longer(type(llm._chooser)):
+        n = 0
+        def choose(self, kind, n_proposed):
+            self.n += 1
+            return min(n_proposed, self.n // 4)
+    llm._chooser = Longer(64, 8)
+    def few_words(_tokens, scores):
+        scores[:300] = scores[308:] = float("-inf")
+        return scores
+    processors = llama_cpp.LogitsProcessorList([few_words])
+    for _ in itertools.islice(llm.generate(synthetic.local_tokens(64, 65536), logits_processor=processors), 120):
+        slots.append(llm.stats().slots_bytes)
+    assert llm.stats().drafted_tokens > 20
+    print(json.dumps({**llm.stats().to_dict(), "slots": slots, "to_come": llm.plan.draft_buffers_bytes}))
+"""
+DRAFTING_PLAN = """
+import json, sys
+import edgemoe
+options = {"n_ctx": 512, "n_batch": 128, "n_threads": 1, "n_threads_batch": 1, "draft": "ngram"}
+print(json.dumps(edgemoe.plan(sys.argv[1], **options).to_dict()))
+"""
+
+
+def test_the_budget_holds_while_drafts_grow(tmp_path: Path) -> None:
+    """Guards against logits that come on top of all slots: a budget near the floor, in a memory cgroup of its size."""
+    # 256 KiB for the logits of a token, and slots that are nearly all used.
+    path = synthetic.write_preset(tmp_path / "large.gguf", "olmoe", n_layers=1, expert_ff=512, n_vocab=65536)
+    done = python(DRAFTING_PLAN, path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    most_bytes = plan["draft_buffers_bytes"]
+    assert most_bytes == DraftMemory(65536, 512).most_bytes
+    budget_bytes = plan["floor_bytes"] + (8 << 20)
+    try:
+        group = MemoryCgroup(f"edgemoe-test-drafts-{os.getpid()}", budget_bytes)
+    except CgroupError as error:
+        pytest.skip(str(error))
+    with group:
+        command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", DRAFTING, str(path), str(budget_bytes)]
+        result = group.run(command, "", 120)
+    assert result.usage.oom_kills == 0 and result.exit_code == 0, (result.exit_code, result.stderr_tail)
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert result.usage.peak_bytes < budget_bytes and found["peak_rss_bytes"] <= budget_bytes
+    assert found["to_come"] <= 150 * 512, "the longest draft was evaluated"
+    slots = found["slots"]
+    assert slots == sorted(slots, reverse=True) and len(set(slots)) >= 3, "step by step"
+    assert slots[0] - slots[-1] == pytest.approx(most_bytes, abs=1 << 20)  # of whole slots
+    assert slots[-1] >= plan["token_cycle_bytes"]
 
 
 def test_pickle_keeps_the_draft(write_model: ModelWriter) -> None:

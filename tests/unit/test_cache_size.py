@@ -222,6 +222,35 @@ def test_the_loop_stands_aside_where_others_set_the_slots(pressed: Any) -> None:
     assert native.slots_bytes == 1100 * MIB - 1100 * MIB // STEPS
 
 
+def test_a_lower_limit_is_no_new_beginning(pressed: Any) -> None:
+    """Guards against a loop that forgets what it has learned when drafts take some memory, or goes beyond what is left,
+    and against one that takes somebody else's slots for its own."""
+    native, decode = pressed
+    loop = CacheSize(native, ALLOWED, LEAST)
+    decode(loop, 400)
+    reduced = native.slots_bytes
+    loop.limit(ALLOWED - 2 * MIB)
+    decode(loop, 4000)
+    assert native.slots_bytes == reduced and loop._controller.slots_bytes == reduced
+    native.slots_bytes = 700 * MIB
+    loop.limit(ALLOWED - 4 * MIB)
+    decode(loop, 400)
+    assert native.slots_bytes == 700 * MIB
+
+
+@pytest.mark.parametrize("n_windows", range(12))
+def test_no_size_is_above_a_limit_that_came_later(n_windows: int) -> None:
+    """Guards against a trial that ends with the larger size that it began with."""
+    machine = Machine(0, free_bytes=ENOUGH - 30 * MIB)
+    machine.run(n_windows)
+    limit = machine.controller.slots_bytes - MIB
+    machine.controller.limit(limit)
+    machine.free_bytes = ENOUGH
+    machine.sizes.clear()
+    machine.run(2000)
+    assert max(machine.sizes) == limit
+
+
 def test_counters_that_begin_again_are_no_measurement(pressed: Any) -> None:
     """Guards against a speed from counters of which one half was reset."""
     native, decode = pressed

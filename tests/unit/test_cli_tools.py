@@ -79,7 +79,7 @@ def test_plan_says_what_predictions_and_drafts_take(model: str, monkeypatch: pyt
     """Guards against options whose memory nobody can see."""
     made = dataclasses.replace(PLAN, prefetch_bytes=3 << 20, draft_buffers_bytes=5 << 20)
     monkeypatch.setitem(vars(edgemoe), "plan", lambda path, **options: made)
-    assert "of the buffers: prefetch 3 MiB, drafts 5 MiB" in run("plan", model).stdout
+    assert "of the buffers: prefetch 3 MiB; drafts take up to 5 MiB of the slots" in run("plan", model).stdout
     assert json.loads(run("plan", model, "--json").stdout)["draft_buffers_bytes"] == 5 << 20
 
 
