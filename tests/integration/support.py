@@ -104,7 +104,7 @@ def set_residency(llm: edgemoe.Llama, residency: str) -> None:
 
 
 def await_preloads(llm: edgemoe.Llama) -> None:
-    """Until a warm start has read what it means to; slots that are given or taken before end it."""
+    """Until a warm start has read what it means to: with fewer slots it reads less, or nothing."""
     assert llm._runtime is not None
     deadline_s = time.monotonic() + 60
     while llm._runtime.preload_stats().n_left:
