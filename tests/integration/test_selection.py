@@ -210,7 +210,8 @@ def test_drafts_prefetch_traces_and_profiles_go_on(rule: str, write_model: Model
     for draft, prefetch in (("off", "off"), ("ngram", "1")):
         with streamed(path, draft=draft, prefetch=prefetch, n_threads_batch=1, **options) as llm:
             set_residency(llm, "third")
-            llm._chooser = _Eager(16, 4)
+            if draft != "off":
+                llm._chooser = _Eager(16, 4)
             with llm.record_trace(tmp_path / draft), llm.profile() as profiler:
                 tokens.append(list(itertools.islice(llm.generate(PROMPT * 3, temp=0.0), 60)))
             stats = llm.stats()
