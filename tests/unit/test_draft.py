@@ -214,8 +214,8 @@ def test_waits_in_bursts_do_not_end_drafts() -> None:
     even = _gains(20, 128, ratio=WAITS, acceptance=0.95, wait=0.6, kind=3)
     bursty = _gains(20, 128, ratio=WAITS, acceptance=0.95, wait=0.6, kind=3, is_bursty=True)
     assert statistics.geometric_mean(bursty) >= 0.9 * statistics.geometric_mean(even)
-    # In about 2 of 100 worlds one long draft fails early and empties the account, now as before it was told apart here.
-    assert sorted(bursty)[1] > 1.3
+    # In 3 of 200 worlds, none of them here, one long draft fails early and empties the account.
+    assert min(bursty) > 1.3
 
 
 def _measured(kind: int, n_right: int, n_wrong: int) -> DraftLengthChooser:
