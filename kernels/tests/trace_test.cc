@@ -317,8 +317,10 @@ TEST(TraceTest, RecordsSurviveTheRingsEnd) {
   constexpr int kRecords = 140, kBytes = 65538;
   for (int i = 0; i < kRecords; ++i) {
     AppendLarge(&runtime->trace, kBytes, i);
-    // As layers that take time would: the writer, which takes a quarter of a MiB or more, gets to run.
-    while (sink.n_written.load() + (2 << 20) < static_cast<uint64_t>(i) * kBytes) std::this_thread::yield();
+    // As layers that take time would: the writer, which takes a quarter of a MiB or more, gets to run. What it is
+    // writing keeps its room until it has noticed that it is written: a MiB of that and a MiB behind it fit into the
+    // ring.
+    while (sink.n_written.load() + (1 << 20) < static_cast<uint64_t>(i) * kBytes) std::this_thread::yield();
   }
   ASSERT_TRUE(runtime->trace.Stop().ok());
   const Contents c = Parse(sink.bytes);
