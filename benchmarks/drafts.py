@@ -9,8 +9,8 @@ graphs, threads and files are the same. What drafts take (`DraftMemory`: logits 
 when it is taken, as in a process of its own: a budget that leaves `off` that share of the experts. Each window begins
 with empty slots (not where all experts are resident) and a chooser that has learned nothing, reads the prompt, and is
 timed from the first token on. A pair is every setting once, in a drawn order: `off` twice, so that the noise shows.
-With another `--mib-per-s` than 0 the kernel limits this process's reads
-(root, a cgroup v1 `blkio` controller): the disk of a user whose model is many times larger than this one.
+With another `--mib-per-s` than 0 the kernel limits this process's reads (root, a cgroup v1 `blkio` controller): the
+disk of a user whose model is many times larger than this one.
 """
 
 from __future__ import annotations

@@ -591,9 +591,9 @@ def main() -> None:
     begin = time.monotonic()
     write_preset(arguments.out, arguments.preset, seed=arguments.seed, n_splits=arguments.splits)
     seconds = time.monotonic() - begin
-    total_mib = sum(path.stat().st_size for path in split_paths(arguments.out, arguments.splits)) / 2**20
-    experts_mib, dense_mib = (n_bytes / 2**20 for n_bytes in totals_bytes(PRESETS[arguments.preset]))
-    print(f"{arguments.out}: {total_mib:.1f} MiB in {seconds:.1f} s; {experts_mib:.1f} experts, {dense_mib:.1f} others")
+    total_bytes = sum(path.stat().st_size for path in split_paths(arguments.out, arguments.splits))
+    total, experts, dense = (f"{n / 2**20:.1f} MiB" for n in (total_bytes, *totals_bytes(PRESETS[arguments.preset])))
+    print(f"{arguments.out}: {total} in {seconds:.1f} s; experts {experts}, dense {dense}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from edgemoe.converters.onnx.checkpoint import Recipe, export_checkpoint, plan_e
 from edgemoe.errors import BackendError, BudgetError, ExpertReadError
 from edgemoe.genai import GenaiModel
 from tests.converters import checkpoints
-from tests.integration.support import said
+from tests.integration.support import await_preloads, said
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -87,10 +86,7 @@ def test_scheduling_reaches_the_provider(
 
     def greedy(**keywords: Any) -> tuple[list[int], Any]:
         with GenaiModel(folder, memory="4GiB", n_ctx=256, **keywords) as model:
-            assert model._runtime is not None
-            deadline_s = time.monotonic() + 60
-            while model._runtime.preload_stats().n_left and time.monotonic() < deadline_s:
-                time.sleep(0.01)
+            await_preloads(model)
             return list(model.generate(model.text_tokens(TEXT), temp=0))[:48], model.stats()
 
     expected, off = greedy(prefetch="off", warm_start=False)

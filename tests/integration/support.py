@@ -103,11 +103,11 @@ def set_residency(llm: edgemoe.Llama, residency: str) -> None:
         set_slots(llm, max(share[residency], sizes.cycle_slot_bytes))
 
 
-def await_preloads(llm: edgemoe.Llama) -> None:
-    """Until a warm start has read what it means to: with fewer slots it reads less, or nothing."""
-    assert llm._runtime is not None
+def await_preloads(model: Any) -> None:
+    """Until the warm start of a model or session has read what it means to: with fewer slots it reads less."""
+    assert model._runtime is not None
     deadline_s = time.monotonic() + 60
-    while llm._runtime.preload_stats().n_left:
+    while model._runtime.preload_stats().n_left:
         assert time.monotonic() < deadline_s
         time.sleep(0.001)
 

@@ -6,10 +6,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import pickle
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 import edgemoe
 from benchmarks import synthetic
-from benchmarks.cgroup import CgroupError, MemoryCgroup
 from edgemoe import host, planner
+from edgemoe.confine import CgroupError, MemoryCgroup
 from edgemoe.draft import DraftMemory
 from edgemoe.draft_length import MAX_DRAFT_TOKENS, DraftLengthChooser
 from edgemoe.errors import BackendError
 from tests.conftest import ModelWriter
-from tests.integration.support import N_VOCAB, ROOT, Logits, python, set_residency, streamed
+from tests.integration.support import N_VOCAB, Logits, said, set_residency, streamed
 
 TOKENS = synthetic.uniform_tokens(330, N_VOCAB, seed=3)
 REPETITIVE = TOKENS[:20] * 4
@@ -456,9 +454,7 @@ def test_the_budget_holds_while_drafts_grow(tmp_path: Path) -> None:
     """Guards against logits that come on top of all slots: a budget near the floor, in a memory cgroup of its size."""
     # 256 KiB for the logits of a token, and slots that are nearly all used.
     path = synthetic.write_preset(tmp_path / "large.gguf", "olmoe", n_layers=1, expert_ff=512, n_vocab=65536)
-    done = python(DRAFTING_PLAN, path)
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
+    plan = said(DRAFTING_PLAN, path)
     most_bytes = plan["draft_buffers_bytes"]
     assert most_bytes == DraftMemory(65536, 512).most_bytes
     budget_bytes = plan["floor_bytes"] + (8 << 20)
@@ -467,11 +463,9 @@ def test_the_budget_holds_while_drafts_grow(tmp_path: Path) -> None:
     except CgroupError as error:
         pytest.skip(str(error))
     with group:
-        command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", DRAFTING, str(path), str(budget_bytes)]
-        result = group.run(command, "", 120)
-    assert result.usage.oom_kills == 0 and result.exit_code == 0, (result.exit_code, result.stderr_tail)
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert result.usage.peak_bytes < budget_bytes and found["peak_rss_bytes"] <= budget_bytes
+        found = said(DRAFTING, path, budget_bytes, group=group)
+        usage = group.usage()
+    assert usage.peak_bytes < budget_bytes and found["peak_rss_bytes"] <= budget_bytes
     assert found["to_come"] <= 150 * 512, "the longest draft was evaluated"
     slots = found["slots"]
     assert slots == sorted(slots, reverse=True) and len(set(slots)) >= 3, "step by step"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from edgemoe.errors import BackendError, TraceError
 from edgemoe.onnx import PROVIDER, InferenceSession, _register
 from tests.integration.onnx_models import Array, Shape, relative_error, write_model
 from tests.integration.onnx_routed import FORMS, SCATTERED, RoutedModel, write_routed
+from tests.integration.support import await_preloads
 
 SHAPE = Shape(n_layers=4, n_experts=16, k=4, hidden=64, inter=64)
 N_PROMPT, N_TOKENS = 8 * 3, 40
@@ -260,7 +260,7 @@ def test_the_next_session_starts_warm(tmp_path: Path) -> None:
     del session
     gc.collect()
     session = InferenceSession(model.path, "16GiB", _options())
-    _wait_for_preload(session)
+    await_preloads(session)
     assert session._runtime is not None
     assert session._runtime.preload_stats().read_bytes > 0
     np.testing.assert_array_equal(outputs(session, x), expected)
@@ -277,16 +277,8 @@ def _preloaded_bytes(model: RoutedModel) -> int:
     """What a session has read before it is used."""
     session = InferenceSession(model.path, "16GiB", _options())
     assert session._runtime is not None
-    _wait_for_preload(session)
+    await_preloads(session)
     return int(session._runtime.preload_stats().read_bytes)
-
-
-def _wait_for_preload(session: InferenceSession) -> None:
-    runtime = session._runtime
-    assert runtime is not None
-    deadline = time.monotonic() + 60
-    while runtime.preload_stats().n_left and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 def test_counters_that_begin_again_do_not_empty_the_slots(tmp_path: Path) -> None:
